@@ -1,0 +1,65 @@
+"""The default coder's bases: principal components of the states, weighted by the loss' sensitivity.
+
+With ``W = F^½``: ``W C W = U Λ Uᵀ``, down-projection ``W U``, up-projection ``Uᵀ W⁻¹``. ``Λ_i`` predicts
+the loss of dropping channel ``i``, comparable over layers and sides, so one budget serves the whole
+model. Mathematics: docs/method.md, "The fisher basis".
+"""
+
+import torch
+from torch import Tensor
+
+from lowrank_cache.calibration.moments import Moments
+from lowrank_cache.projections import Basis
+
+__all__ = ["fisher_bases", "weighted_basis"]
+
+# Relative floors. Directions without measured gradient still get a small weight, so that the basis is
+# complete; channels that never varied in calibration still get a scale, so that no latent explodes.
+SENSITIVITY_FLOOR = 1e-5
+VARIANCE_FLOOR = 1e-8
+
+
+def fisher_bases(moments: Moments, frame_length: int) -> list[Basis]:
+    """One basis per side and layer group, over all heads of its layers."""
+    bases = []
+    for side in ("key", "value"):
+        for group in moments.groups[side]:
+            second, mean, sensitivity = moments.of_group(side, group, frame_length)
+            heads = tuple(range(moments.side(side, group).heads))
+            bases.append(Basis(side, group, heads, *weighted_basis(second, mean, sensitivity)))
+    return bases
+
+
+def weighted_basis(second: Tensor, mean: Tensor, sensitivity: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Down-projection, up-projection, offset and loss of a sensitivity-weighted basis.
+
+    Args:
+        second: ``[width, width]`` float64, second moment of the states, not centred.
+        mean: ``[width]`` float64.
+        sensitivity: ``[width, width]`` float64, ``E[g gᵀ]``.
+
+    Returns:
+        ``[width, width]``, ``[width, width]``, ``[width]``, ``[width]`` float32, channels of unit variance,
+        sorted by loss; see ``projections.Basis``.
+    """
+    values, vectors = torch.linalg.eigh(sensitivity)
+    values = values.clamp(min=SENSITIVITY_FLOOR * max(float(values[-1]), 1e-30)).sqrt()
+    weight = vectors * values @ vectors.T
+    inverse = vectors / values @ vectors.T
+    _, components = torch.linalg.eigh(weight @ second @ weight)
+    down, up = weight @ components, components.T @ inverse
+    return unit_variance(down, up, second, mean)
+
+
+def unit_variance(down: Tensor, up: Tensor, second: Tensor, mean: Tensor, price: float = 1.0) -> tuple[Tensor, ...]:
+    """Scale latents to unit variance and sort channels by what their error costs.
+
+    ``down`` and ``up`` are such that a squared latent error costs ``price`` before scaling.
+    """
+    offset = mean @ down
+    variance = ((second @ down) * down).sum(0) - offset.square()
+    variance = variance.clamp(min=VARIANCE_FLOOR * max(float(variance.max()), 1e-30))
+    order = variance.argsort(descending=True)
+    scale = variance.sqrt()[order]
+    down, up, offset = down[:, order] / scale, up[order] * scale[:, None], offset[order] / scale
+    return down.float(), up.float(), offset.float(), (price * scale.square()).float()

@@ -1,0 +1,361 @@
+"""``LowRankCache``: a transformers ``Cache`` whose full-attention layers hold quantized latents.
+
+The only file that subclasses transformers' cache. The container makes one ``LatentStore`` per side
+and layer group and one ``LowRankLayer`` per layer that hands states to them; all other layers keep
+transformers' own classes. What transformers calls, and when: docs/cache_contract.md.
+"""
+
+import weakref
+from collections.abc import Mapping
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    Cache,
+    CacheLayerMixin,
+    get_layer_types_and_kwargs,
+)
+
+from lowrank_cache.allocation import plan_stores
+from lowrank_cache.hooks import watch
+from lowrank_cache.latents import Coder
+from lowrank_cache.models import LayerShape, ModelShape, decoder_of, model_shape
+from lowrank_cache.positions import PositionTrack
+from lowrank_cache.projections import Projections
+from lowrank_cache.store import LatentStore, StoreOptions
+
+__all__ = ["LowRankCache", "LowRankLayer"]
+
+
+class LowRankLayer(CacheLayerMixin):
+    """One compressed layer: its place in the stores that hold its keys and its values."""
+
+    is_sliding = False
+    is_croppable = True
+    supports_early_init = False  # buffers start with the first tokens, whose dtype and device they take
+
+    def __init__(self, shape: LayerShape, stores: dict[str, LatentStore], track: PositionTrack):
+        super().__init__()
+        self.shape = shape
+        self.stores = stores
+        self.track = track
+        self.members = {side: store.coder.layers.index(shape.layer_idx) for side, store in stores.items()}
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to prepare: stores allocate when tokens arrive."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Store new states and return all states of the layer, past ones as they are stored.
+
+        Args:
+            key_states: ``[batch, kv_heads, new_tokens, head_dim]``, post-RoPE.
+            value_states: ``[batch, kv_heads, new_tokens, value_head_dim]``.
+
+        Returns:
+            Keys and values ``[batch, kv_heads, tokens, ...]`` in the dtype that came.
+        """
+        states = {"key": key_states.detach(), "value": value_states.detach()}
+        for side, tensor in states.items():
+            expected = self.shape.side(side)
+            if (tensor.shape[1], tensor.shape[3]) != (expected.heads, expected.head_dim):
+                raise ValueError(
+                    f"{side}_states of layer {self.shape.layer_idx} must have shape "
+                    f"[batch, {expected.heads}, tokens, {expected.head_dim}], got {list(tensor.shape)}"
+                )
+        self.is_initialized = True
+        return tuple(self.stores[side].update(self.members[side], tensor) for side, tensor in states.items())
+
+    def get_seq_length(self) -> int:
+        """Cached tokens, padding included."""
+        return self.stores["key"].lengths[self.members["key"]]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys that the next ``update`` will return."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        """-1: no maximum."""
+        return -1
+
+
+class LowRankCache(Cache):
+    """KV cache of quantized low-rank latents, a drop-in for ``model.generate(past_key_values=...)``.
+
+    Each row keeps its first ``num_sink_tokens`` tokens and its last ``residual_length`` (up to
+    ``residual_length + block_size``) tokens exactly; all others are stored as latents only. A forward
+    always attends exactly to its own tokens. One cache serves one model and, until ``reset``, one
+    batch of sequences.
+
+    Args:
+        model: The decoder-only transformers model whose ``generate`` or ``forward`` will use the cache.
+        projections: Bases calibrated on this model (or on the same model in other weights, e.g. 4-bit).
+        compression_ratio: Bytes per token of the full cache at 16 bits, over bytes per token of the
+            latents; at least 1.
+        ranks: Channels to keep instead of a ratio: one number for every basis (at most its width), or
+            ``{layer: (key_rank, value_rank)}`` by the first layer of each layer group.
+        bits: One width (16, 8, 4, 2) for all channels kept; None lets the method choose.
+        residual_length: Most recent tokens kept exactly.
+        num_sink_tokens: First real tokens of each row kept exactly.
+        block_size: Tokens encoded at a time.
+        latent_dtype: Dtype of 16-bit latents; None takes that of the incoming keys.
+
+    Raises:
+        NotImplementedError: If the model's cache cannot be compressed (see ``models.model_shape``).
+        ValueError: If an argument is out of range or ``projections`` belong to another model.
+        TypeError: If an argument has the wrong type.
+
+    Source: ReCalKV (arXiv:2505.24357) and xKV (arXiv:2503.18893) for grouped and cross-layer bases, KVTC
+    (arXiv:2511.01815) for sinks, window and bits by channel. Differs: see docs/method.md.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        projections: Projections | None = None,
+        *,
+        method: str | None = None,
+        compression_ratio: float = 8.0,
+        ranks: int | Mapping[int, tuple[int, int]] | None = None,
+        bits: int | None = None,
+        residual_length: int = 128,
+        num_sink_tokens: int = 4,
+        block_size: int = 64,
+        latent_dtype: torch.dtype | None = torch.float16,
+    ):
+        options = _check_options(residual_length, num_sink_tokens, block_size, latent_dtype)
+        if (projections is None) == (method is None):
+            raise ValueError("exactly one of projections and method must be given")
+        if method is not None:
+            raise ValueError(f"method must be None in this release, which only reads projections; got {method!r}")
+        if not isinstance(projections, Projections):
+            raise TypeError(f"projections must be Projections, got {type(projections).__name__}")
+        shape = model_shape(model)
+        projections.check_model(shape)
+        decoder = decoder_of(model)
+        self.target_compression_ratio = float(compression_ratio) if ranks is None else None
+        self._coders = _coders(projections, compression_ratio, ranks, bits)
+        self._decoder = weakref.ref(decoder)
+        self._track = PositionTrack(projections.frame_length, num_sink_tokens)
+        self._stores = [
+            LatentStore(coder, shape.layer(coder.layers[0]).side(coder.side).rope, self._track, options)
+            for coder in self._coders
+        ]
+        self._compressed = tuple(layer.layer_idx for layer in shape.layers)
+        self._updated: set[int] | None = None  # compressed layers seen in the current forward; None between forwards
+        super().__init__(layers=_make_layers(model, shape, self._stores, self._track))
+        watch(decoder, self)
+
+    def begin_forward(self, decoder: nn.Module, arguments: Mapping) -> None:
+        """Called by the decoder's hook before each forward with the arguments of that forward.
+
+        Raises:
+            ValueError: If the forward is another model's, holds no tokens, or does not continue the
+                cached sequence. The cache is unchanged then.
+        """
+        if decoder is not self._decoder():
+            raise ValueError(
+                f"this cache was made for {type(self._decoder()).__name__} {id(self._decoder()):#x} and cannot be "
+                f"used with {type(decoder).__name__} {id(decoder):#x}; make one cache per model"
+            )
+        self._settle()
+        tokens = arguments.get("input_ids")
+        if tokens is None:
+            tokens = arguments.get("inputs_embeds")
+        self._track.begin(
+            tokens.shape[0],
+            tokens.shape[1],
+            arguments.get("position_ids"),
+            arguments.get("attention_mask"),
+            tokens.device,
+        )
+        for store in self._stores:
+            store.begin()
+        self._updated = set()
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
+        """See ``LowRankLayer.update``; layers that are not compressed go to transformers' own classes."""
+        layer = self.layers[layer_idx]
+        if not isinstance(layer, LowRankLayer):
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if self._updated is None or layer_idx in self._updated:
+            raise ValueError(
+                f"layer {layer_idx} was updated outside a forward of the model this cache was made for, so the "
+                "positions of its tokens are unknown; make one cache per model"
+            )
+        for side in ("key", "value"):
+            rope = layer.shape.side(side).rope
+            if rope is not None:
+                self._track.note_frequencies(self._decoder(), rope, layer.get_seq_length())
+        states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        self._updated.add(layer_idx)
+        if len(self._updated) == len(self._compressed):
+            self._updated = None
+            self._track.end()
+            for store in self._stores:
+                store.commit()
+        return states
+
+    def _settle(self) -> None:
+        """If the last forward did not reach every layer, return to the state before it."""
+        if self._updated is None:
+            return
+        others = [layer for layer in self.layers if not isinstance(layer, LowRankLayer)]
+        if any(layer.is_initialized for layer in others if hasattr(layer, "is_initialized")):
+            raise ValueError(
+                "the last forward failed part-way and this model's sliding-window or linear layers cannot be rolled "
+                "back; call cache.reset() and start again"
+            )
+        for store in self._stores:
+            store.rollback()
+        self._track.truncate(min(store.lengths[0] for store in self._stores))
+        self._updated = None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last ``-tokens_to_remove`` tokens; 0 removes none.
+
+        Raises:
+            ValueError: If ``tokens_to_remove`` is positive, as in transformers.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove must be at most 0 (-3 removes three tokens), got {tokens_to_remove}")
+        self._settle()
+        for layer in self._other_layers():
+            layer.crop(tokens_to_remove)
+        if tokens_to_remove < 0:
+            kept = max(0, self._track.slots + tokens_to_remove)
+            for store in self._stores:
+                store.truncate(kept)
+            self._track.truncate(kept)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Give row ``i`` what row ``beam_idx[i]`` held, as beam search asks."""
+        self._settle()
+        for layer in self._other_layers():
+            layer.reorder_cache(beam_idx)
+        self._map_batch(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row ``repeats`` times, next to itself."""
+        self._settle()
+        for layer in self._other_layers():
+            layer.batch_repeat_interleave(repeats)
+        self._map_batch(lambda rows: rows.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only the rows ``indices``."""
+        self._settle()
+        for layer in self._other_layers():
+            layer.batch_select_indices(indices)
+        self._map_batch(lambda rows: rows[indices.to(rows.device)])
+
+    def reset(self) -> None:
+        """Forget all tokens; the bases stay."""
+        for layer in self._other_layers():
+            layer.reset()
+        for store in self._stores:
+            store.clear()
+        self._track.clear()
+        self._updated = None
+
+    def _map_batch(self, function) -> None:
+        self._track.map_batch(function)
+        for store in self._stores:
+            store.map_batch(function)
+
+    def _other_layers(self) -> list:
+        return [layer for layer in self.layers if not isinstance(layer, LowRankLayer)]
+
+    def __deepcopy__(self, memo: dict) -> "LowRankCache":
+        """A cache that shares the bases and the model and owns its tokens."""
+        self._settle()
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(deepcopy(self.__dict__, memo))
+        watch(self._decoder(), copied)
+        return copied
+
+    def stored_bytes(self) -> int:
+        """Bytes of every tensor kept for the cached tokens, unused room included; bases are not.
+
+        Linear-attention states are not counted here nor in ``full_bytes``.
+        """
+        return (
+            self._track.nbytes
+            + sum(store.nbytes for store in self._stores)
+            + sum(tensor.numel() * tensor.element_size() for tensor in self._other_states())
+        )
+
+    def full_bytes(self) -> int:
+        """Bytes the full cache would take for the same tokens, at 16 bits a number.
+
+        The dtype of the model does not matter: the full cache of a float32 model is twice this.
+        """
+        layers = [layer for layer in self.layers if isinstance(layer, LowRankLayer)]
+        compressed = sum(layer.get_seq_length() * (layer.shape.key.width + layer.shape.value.width) for layer in layers)
+        return 2 * (compressed * (self._track.batch or 0) + sum(tensor.numel() for tensor in self._other_states()))
+
+    def compression_ratio(self) -> float:
+        """``full_bytes() / stored_bytes()`` now; 1.0 while the cache is empty."""
+        stored = self.stored_bytes()
+        return self.full_bytes() / stored if self.get_seq_length() else 1.0
+
+    def projection_bytes(self) -> int:
+        """Bytes of the truncated bases that this cache uses; shared by caches of the same settings."""
+        return sum(coder.nbytes for coder in self._coders)
+
+    def _other_states(self) -> list[Tensor]:
+        """Keys and values of the attention layers that are not compressed."""
+        tensors = [getattr(layer, name, None) for layer in self._other_layers() for name in ("keys", "values")]
+        return [tensor for tensor in tensors if isinstance(tensor, Tensor)]
+
+
+def _check_options(residual_length, num_sink_tokens, block_size, latent_dtype) -> StoreOptions:
+    sizes = {
+        "residual_length": (residual_length, 0),
+        "num_sink_tokens": (num_sink_tokens, 0),
+        "block_size": (block_size, 1),
+    }
+    for name, (size, least) in sizes.items():
+        if not isinstance(size, int) or size < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, got {size!r}")
+    if latent_dtype is not None and not (isinstance(latent_dtype, torch.dtype) and latent_dtype.is_floating_point):
+        raise ValueError(f"latent_dtype must be a floating torch.dtype or None, got {latent_dtype!r}")
+    return StoreOptions(residual_length, num_sink_tokens, block_size, latent_dtype)
+
+
+_CODERS: "weakref.WeakKeyDictionary[Projections, dict]" = weakref.WeakKeyDictionary()
+
+
+def _coders(projections: Projections, compression_ratio, ranks, bits) -> list[Coder]:
+    """Truncated bases, made once for each setting of some projections."""
+    frozen = tuple(sorted(ranks.items())) if isinstance(ranks, Mapping) else ranks
+    key = (compression_ratio if ranks is None else None, frozen, bits)
+    made = _CODERS.setdefault(projections, {})
+    if key not in made:
+        plans = plan_stores(projections, compression_ratio, ranks, bits)
+        made[key] = []
+        for store, plan in zip(projections.stores(), plans, strict=True):
+            side = projections.shape.layer(store[0].layers[0]).side(store[0].side)
+            made[key].append(Coder(store, plan, side.heads, side.head_dim))
+    return made[key]
+
+
+def _make_layers(model: PreTrainedModel, shape: ModelShape, stores: list[LatentStore], track: PositionTrack) -> list:
+    """transformers' own layer classes, but for the compressed layers."""
+    by_layer: dict[int, dict[str, LatentStore]] = {}
+    for store in stores:
+        for layer_idx in store.coder.layers:
+            by_layer.setdefault(layer_idx, {})[store.coder.side] = store
+    layers = []
+    config = model.config.get_text_config(decoder=True)
+    for index, (layer_type, kwargs) in enumerate(zip(*get_layer_types_and_kwargs(config), strict=True)):
+        if index in by_layer:
+            layers.append(LowRankLayer(shape.layer(index), by_layer[index], track))
+        else:
+            layers.append(DYNAMIC_LAYER_TYPE_MAPPING[layer_type](**kwargs))
+    return layers

@@ -1,0 +1,1 @@
+"""Measure caches on text: perplexity, recall, bytes; and the demo."""

@@ -1,0 +1,85 @@
+"""Perplexity of text streamed through a real cache, chunk by chunk, so that every read is lossy."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+__all__ = ["StreamResult", "stream", "windows_of"]
+
+
+@dataclass(frozen=True)
+class StreamResult:
+    """Losses of a stream and what its cache held at the end.
+
+    Attributes:
+        losses: ``[windows, tokens - 1]`` float64 CPU, next-token loss in nats.
+        stored_bytes, full_bytes: Of the last batch's cache at the end; None for caches that cannot say.
+    """
+
+    losses: Tensor
+    stored_bytes: int | None
+    full_bytes: int | None
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(float(self.losses.mean()))
+
+
+def windows_of(token_ids: Tensor, tokens: int, count: int | None = None) -> Tensor:
+    """Cut ``[n]`` token ids into non-overlapping windows, ``count`` of them evenly spaced (None: all)."""
+    available = len(token_ids) // tokens
+    if available == 0:
+        raise ValueError(f"text must hold at least {tokens} tokens, got {len(token_ids)}")
+    windows = token_ids[: available * tokens].view(available, tokens)
+    if count is None or count >= available:
+        return windows
+    return windows[torch.linspace(0, available - 1, count).round().long()]
+
+
+@torch.no_grad()
+def stream(
+    model: PreTrainedModel,
+    windows: Tensor,
+    make_cache: Callable[[], Cache],
+    *,
+    chunk: int = 32,
+    batch: int = 8,
+    prompt: int = 0,
+    progress: Callable[[int], object] | None = None,
+) -> StreamResult:
+    """Feed each window to the model ``chunk`` tokens at a time through a fresh cache.
+
+    Args:
+        model: In eval mode.
+        windows: ``[windows, tokens]`` token ids.
+        make_cache: Called once per batch of windows.
+        chunk: Tokens per forward; a forward sees its own tokens exactly and all others as cached.
+        batch: Windows per forward.
+        prompt: Tokens of the first forward, 0 for ``chunk``.
+        progress: Called with the number of tokens of each finished forward.
+    """
+    losses: list[Tensor] = []
+    stored = full = None
+    for rows in windows.split(batch):
+        cache = make_cache()
+        rows = rows.to(model.device)
+        starts = [0, *range(prompt or chunk, rows.shape[1], chunk)]
+        logits_before = None
+        batch_losses = []
+        for start, stop in zip(starts, [*starts[1:], rows.shape[1]], strict=True):
+            logits = model(input_ids=rows[:, start:stop], past_key_values=cache, use_cache=True).logits.float()
+            predictions = logits[:, :-1] if logits_before is None else torch.cat([logits_before, logits[:, :-1]], 1)
+            targets = rows[:, start + (logits_before is None) : stop]
+            loss = torch.nn.functional.cross_entropy(predictions.transpose(1, 2), targets, reduction="none")
+            batch_losses.append(loss.double().cpu())
+            logits_before = logits[:, -1:]
+            if progress is not None:
+                progress((stop - start) * rows.shape[0])
+        losses.append(torch.cat(batch_losses, 1))
+        stored = cache.stored_bytes() if hasattr(cache, "stored_bytes") else None
+        full = cache.full_bytes() if hasattr(cache, "full_bytes") else None
+    return StreamResult(torch.cat(losses), stored, full)

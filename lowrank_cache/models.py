@@ -1,0 +1,280 @@
+"""What a model caches: attention layers, shapes, and how each side is rotated, found by probing.
+
+Nothing here knows a model family. Two one-token forwards, at positions 0 and ``PROBE_POSITION``,
+show what every layer hands to ``Cache.update``; since one token attends only to itself, the two
+differ by the rotary embedding alone. Whatever the probe cannot explain raises NotImplementedError
+here, when a cache is made, and never later. See docs/cache_contract.md, "The probe".
+"""
+
+import hashlib
+import json
+import weakref
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import get_layer_types_and_kwargs
+
+from lowrank_cache.kernels.rope import LAYOUTS, angle_tables, rotate
+
+__all__ = ["LayerShape", "ModelShape", "RopeShape", "SideShape", "decoder_of", "model_shape"]
+
+# Small, so that a dynamic or long-context rotary embedding does not leave its short-context state.
+PROBE_POSITION = 3
+SIDES = ("key", "value")
+
+
+@dataclass(frozen=True)
+class RopeShape:
+    """How one side of a layer is rotated.
+
+    Attributes:
+        layout: ``"half"`` or ``"interleaved"``, see ``kernels.rope.rotate``.
+        rotary_dim: How many leading numbers of each head are rotated.
+        source: Dotted path, inside the decoder, of the buffer that holds the inverse frequencies.
+        dynamic: Whether the model changes that buffer with the length of the context.
+    """
+
+    layout: str
+    rotary_dim: int
+    source: str
+    dynamic: bool
+
+
+@dataclass(frozen=True)
+class SideShape:
+    """Shape of what ``Cache.update`` receives as keys or as values: heads, numbers a head, rotation."""
+
+    heads: int
+    head_dim: int
+    rope: RopeShape | None
+
+    @property
+    def width(self) -> int:
+        """Numbers per token."""
+        return self.heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One compressible attention layer."""
+
+    layer_idx: int
+    key: SideShape
+    value: SideShape
+
+    def side(self, name: str) -> SideShape:
+        return self.key if name == "key" else self.value
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The cached layers of a model.
+
+    Attributes:
+        model_type: ``config.model_type``.
+        layer_types: transformers' type of every cache layer, in order.
+        layers: The compressible (``full_attention``) layers.
+    """
+
+    model_type: str
+    layer_types: tuple[str, ...]
+    layers: tuple[LayerShape, ...]
+
+    def layer(self, layer_idx: int) -> LayerShape:
+        return next(layer for layer in self.layers if layer.layer_idx == layer_idx)
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict) -> "ModelShape":
+        def side(fields: dict) -> SideShape:
+            rope = RopeShape(**fields["rope"]) if fields["rope"] else None
+            return SideShape(int(fields["heads"]), int(fields["head_dim"]), rope)
+
+        layers = tuple(
+            LayerShape(int(layer["layer_idx"]), side(layer["key"]), side(layer["value"])) for layer in fields["layers"]
+        )
+        return cls(str(fields["model_type"]), tuple(fields["layer_types"]), layers)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the structure: equal for any two models that can share projections."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """The decoder stack inside ``model``: the module that receives positions, mask and cache.
+
+    Raises:
+        NotImplementedError: For encoder–decoder models and for anything without a decoder.
+    """
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "get_decoder"):
+        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
+    if getattr(config, "is_encoder_decoder", False):
+        raise NotImplementedError(f"{type(model).__name__} is an encoder–decoder model; only decoders are supported")
+    return model.get_decoder()
+
+
+_SHAPES: "weakref.WeakKeyDictionary[nn.Module, ModelShape]" = weakref.WeakKeyDictionary()
+
+
+def model_shape(model: PreTrainedModel) -> ModelShape:
+    """Probe ``model`` once and describe what it caches.
+
+    Args:
+        model: A decoder-only transformers model, on any device, quantized or not.
+
+    Returns:
+        The shape, remembered for as long as the model lives.
+
+    Raises:
+        NotImplementedError: If the model's cache cannot be compressed: no full-attention layer, no
+            rotary embedding, M-RoPE, or keys that the probe cannot un-rotate.
+    """
+    decoder = decoder_of(model)
+    if decoder not in _SHAPES:
+        _SHAPES[decoder] = _probe(model, decoder)
+    return _SHAPES[decoder]
+
+
+def rope_buffer(decoder: nn.Module, source: str) -> Tensor:
+    """The inverse frequencies that ``RopeShape.source`` names, ``[rotary_dim / 2]``, as they are now."""
+    return decoder.get_buffer(source) if source in dict(decoder.named_buffers()) else _attribute(decoder, source)
+
+
+def _attribute(decoder: nn.Module, source: str) -> Tensor:
+    path, _, name = source.rpartition(".")
+    return getattr(decoder.get_submodule(path), name)
+
+
+class _ProbeCache(DynamicCache):
+    """A stock cache that also notes what each layer was given."""
+
+    def __init__(self, config):
+        super().__init__(config=config)
+        self.seen: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        self.seen[layer_idx] = (key_states.detach(), value_states.detach())
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+
+def _probe(model: PreTrainedModel, decoder: nn.Module) -> ModelShape:
+    name = type(model).__name__
+    config = model.config.get_text_config(decoder=True)
+    layer_types = tuple(get_layer_types_and_kwargs(config)[0])
+    full = [index for index, layer_type in enumerate(layer_types) if layer_type == "full_attention"]
+    if not full:
+        raise NotImplementedError(
+            f"{name} has nothing to compress: its cache layers are {sorted(set(layer_types))}, and only "
+            "'full_attention' layers grow with the context"
+        )
+    if _uses_mrope(config):
+        raise NotImplementedError(f"{name} uses M-RoPE (several positions per token), which is not supported")
+    sources = _rope_sources(decoder)
+    if not sources:
+        raise NotImplementedError(
+            f"{name} has no rotary position embedding (learned positions or ALiBi?); only rotary decoders are supported"
+        )
+    before = _observe(model, config, 0)
+    after = _observe(model, config, PROBE_POSITION)
+    # Read at once after the second forward: a dynamic embedding may change its buffer in a forward.
+    frequencies = {source: rope_buffer(decoder, source).detach().float().cpu() for source in sources}
+    dynamic = _is_dynamic(config)
+    layers = []
+    for layer_idx in full:
+        if layer_idx not in before or layer_idx not in after:
+            raise NotImplementedError(f"{name}: layer {layer_idx} did not call Cache.update in the probe forward")
+        sides = []
+        for side, at_zero, rotated in zip(SIDES, before[layer_idx], after[layer_idx], strict=True):
+            try:
+                rope = _explain(at_zero, rotated, frequencies, dynamic)
+            except LookupError:
+                raise NotImplementedError(
+                    f"{name}: the {side} states of layer {layer_idx} change with position in a way that is no known "
+                    f"rotary layout {LAYOUTS}"
+                ) from None
+            sides.append(SideShape(at_zero.shape[1], at_zero.shape[3], rope))
+        layers.append(LayerShape(layer_idx, *sides))
+    return ModelShape(config.model_type, layer_types, tuple(layers))
+
+
+def _observe(model: PreTrainedModel, config, position: int) -> dict[int, tuple[Tensor, Tensor]]:
+    """One token at ``position`` through the model: what each layer handed to the cache, on CPU."""
+    cache = _ProbeCache(config)
+    device = model.get_input_embeddings().weight.device
+    if device.type == "meta":  # accelerate keeps offloaded weights on meta and moves inputs itself
+        device = torch.device("cpu")
+    token = torch.full((1, 1), min(7, config.vocab_size - 1), dtype=torch.long, device=device)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            model(
+                input_ids=token,
+                position_ids=torch.full_like(token, position),
+                attention_mask=torch.ones_like(token),
+                past_key_values=cache,
+                use_cache=True,
+            )
+    except (TypeError, AttributeError) as error:
+        raise NotImplementedError(
+            f"{type(model).__name__} cannot run with a transformers Cache and position_ids: {error}"
+        ) from error
+    finally:
+        model.train(was_training)
+    return {index: (key.float().cpu(), value.float().cpu()) for index, (key, value) in cache.seen.items()}
+
+
+def _explain(at_zero: Tensor, rotated: Tensor, frequencies: dict[str, Tensor], dynamic: bool) -> RopeShape | None:
+    """Which rotation takes ``at_zero`` to ``rotated`` (both ``[1, heads, 1, head_dim]``).
+
+    Raises:
+        LookupError: If none does.
+    """
+    scale = at_zero.norm().clamp(min=1e-6)
+    tolerance = 0.02  # bfloat16 rounding of keys and tables stays below 0.01; a wrong layout is above 0.5
+    errors = {None: float((rotated - at_zero).norm() / scale)}
+    position = torch.tensor([PROBE_POSITION])
+    for source, inv_freq in frequencies.items():
+        if 2 * len(inv_freq) > at_zero.shape[-1]:
+            continue
+        cos, sin = angle_tables(position, inv_freq)
+        for layout in LAYOUTS:
+            undone = rotate(rotated, cos, sin, layout, inverse=True)
+            shape = RopeShape(layout, 2 * len(inv_freq), source, dynamic)
+            errors[shape] = float((undone - at_zero).norm() / scale)
+    best = min(errors, key=errors.__getitem__)
+    if not errors[best] <= tolerance:
+        raise LookupError
+    return best
+
+
+def _rope_sources(decoder: nn.Module) -> list[str]:
+    """Paths of the inverse frequencies in use, sorted; ``original_inv_freq`` copies are not in use."""
+    sources = []
+    for path, module in decoder.named_modules():
+        for name in {*dict(module.named_buffers(recurse=False)), *vars(module)}:
+            if name.endswith("inv_freq") and "original" not in name and "long" not in name:
+                sources.append(f"{path}.{name}".lstrip("."))
+    return sorted(sources)
+
+
+def _rope_parameters(config) -> list[dict]:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    if parameters and all(isinstance(value, dict) for value in parameters.values()):
+        return list(parameters.values())  # one set per layer type (Gemma 3)
+    return [parameters]
+
+
+def _uses_mrope(config) -> bool:
+    return any("mrope_section" in parameters for parameters in _rope_parameters(config))
+
+
+def _is_dynamic(config) -> bool:
+    types = {parameters.get("rope_type", "default") for parameters in _rope_parameters(config)}
+    return any("dynamic" in rope_type or rope_type == "longrope" for rope_type in types)

@@ -1,0 +1,199 @@
+"""Where every cached token stands: positions per row, padding, and rotary tables for stored frames.
+
+One ``PositionTrack`` serves all layers of a cache. The decoder's pre-hook tells it about a forward
+before any layer updates; layers then ask it for the rotation of any range of slots. A slot is an
+index into the cache, equal for all rows; a position is what the rotary embedding was given.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_cache.growing import GrowingTensor
+from lowrank_cache.kernels.rope import angle_tables
+from lowrank_cache.models import RopeShape, rope_buffer
+
+__all__ = ["PositionTrack"]
+
+PADDING = -1  # position recorded for a padding slot; its keys are masked, only finiteness matters
+
+
+class PositionTrack:
+    """Positions of all cached slots, ``[batch, slots]`` int32, and what follows from them.
+
+    Args:
+        frame_length: Slots per rotary frame, see docs/method.md.
+        first_frame_slot: Slot at which the first frame starts (slots before it are never encoded).
+    """
+
+    def __init__(self, frame_length: int, first_frame_slot: int):
+        self.frame_length = frame_length
+        self.first_frame_slot = first_frame_slot
+        self.clear()
+
+    def clear(self) -> None:
+        self._positions = GrowingTensor(axis=1, min_room=64)
+        self._next: Tensor | None = None  # [batch], the position that must come next in each row
+        self.first_real: Tensor | None = None  # [batch], slot of each row's first real token; None: all 0
+        self.rows_equal = True  # all rows have the same positions, so one row of tables serves all
+        self._segments: dict[str, list[tuple[int, Tensor]]] = {}  # inverse frequencies from a slot on
+        self._tables: dict[tuple, tuple[Tensor, Tensor]] = {}
+        self._noted: set[str] = set()  # sources looked at in the current forward
+
+    @property
+    def slots(self) -> int:
+        return self._positions.rows
+
+    @property
+    def batch(self) -> int | None:
+        return None if self._next is None else self._next.shape[0]
+
+    def begin(
+        self, batch: int, tokens: int, position_ids: Tensor | None, attention_mask: Tensor | None, device
+    ) -> None:
+        """Take in the tokens of a forward, before any layer sees them.
+
+        Args:
+            batch, tokens: Of this forward's input.
+            position_ids: ``[1 or batch, tokens]``, or None for consecutive ones.
+            attention_mask: ``[batch, slots + tokens]``, zero for padding, or None for none. A mask that
+                is not two-dimensional says nothing about padding and is ignored here.
+            device: Where the positions are kept.
+
+        Raises:
+            ValueError: If there are no tokens, the batch changed, or positions do not continue each
+                row's last one. The track is unchanged then.
+        """
+        if tokens == 0:
+            raise ValueError("input_ids must hold at least one token for a LowRankCache, got 0")
+        if self.batch not in (None, batch):
+            raise ValueError(
+                f"batch size must be {self.batch}, that of the cached tokens, got {batch}; "
+                "use cache.batch_repeat_interleave or batch_select_indices to change it"
+            )
+        positions = self._positions_of(batch, tokens, position_ids, device)
+        real = _real_tokens(attention_mask, positions)
+        past = torch.full((batch,), PADDING, device=device) if self._next is None else self._next
+        following = self._following(positions, real, past)
+        self._mark_first_real(real)
+        recorded = torch.where(real, positions, PADDING).to(torch.int32)
+        if self.rows_equal and batch > 1:
+            self.rows_equal = bool((recorded == recorded[:1]).all())
+        self._positions.append(recorded)
+        self._next = following
+        self.end()
+
+    def _positions_of(self, batch: int, tokens: int, position_ids: Tensor | None, device) -> Tensor:
+        if position_ids is None:
+            position_ids = torch.arange(self.slots, self.slots + tokens, device=device)[None]
+        if position_ids.dim() != 2 or position_ids.shape[1] != tokens or position_ids.shape[0] not in (1, batch):
+            raise ValueError(f"position_ids must have shape [1 or {batch}, {tokens}], got {list(position_ids.shape)}")
+        return position_ids.to(device).expand(batch, tokens)
+
+    def _following(self, positions: Tensor, real: Tensor, past: Tensor) -> Tensor:
+        """The position that must come after this forward in each row; raises if the forward is wrong."""
+        nth_real = real.long().cumsum(1)  # 1 at a row's first real token
+        first = positions.gather(1, real.long().argmax(1, keepdim=True))[:, 0]
+        start = torch.where(past == PADDING, first, past)  # a row of padding so far may start anywhere
+        expected = start[:, None] + nth_real - 1
+        wrong = real & (positions != expected)
+        if bool(wrong.any()):
+            row, token = (int(index) for index in wrong.nonzero()[0])
+            raise ValueError(
+                f"position_ids must continue the cached tokens: row {row} must have position "
+                f"{int(expected[row, token])} at token {token} of this forward, got {int(positions[row, token])}. "
+                "A cache can only go on with the sequence it holds; call cache.reset() to start another"
+            )
+        return torch.where(nth_real[:, -1] > 0, start + nth_real[:, -1], past)
+
+    def _mark_first_real(self, real: Tensor) -> None:
+        start = self.slots
+        if self.first_real is None:
+            # Rows that began with a real token at slot 0 stay so: later padding moves no sink.
+            if start > 0 or bool(real[:, 0].all()):
+                return
+            self.first_real = torch.zeros(real.shape[0], dtype=torch.long, device=real.device)
+        found = torch.where(real.any(1), start + real.long().argmax(1), start + real.shape[1])
+        self.first_real = torch.where(self.first_real >= start, found, self.first_real)
+
+    def note_frequencies(self, decoder: nn.Module, rope: RopeShape, start: int) -> None:
+        """Remember the inverse frequencies with which the keys from slot ``start`` on were rotated.
+
+        To be called when a layer updates: a dynamic rotary embedding changes them inside the forward.
+        """
+        segments = self._segments.setdefault(rope.source, [])
+        if rope.source in self._noted or (segments and not rope.dynamic):
+            return
+        self._noted.add(rope.source)
+        current = rope_buffer(decoder, rope.source).detach().float().clone()
+        if not segments or not torch.equal(segments[-1][1].to(current.device), current):
+            segments.append((start, current))
+
+    def rotation(self, rope: RopeShape, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Cosine and sine that take slots ``start`` to ``stop`` out of their frames.
+
+        Returns:
+            Two tensors ``[1 or batch, 1, stop - start, rotary_dim / 2]`` float32: rotating the stored key by
+            them gives the post-RoPE key. One row when all rows have equal positions.
+        """
+        key = (rope.source, start, stop)
+        if key not in self._tables:
+            self._tables[key] = self._rotation(rope, start, stop)
+        return self._tables[key]
+
+    def _rotation(self, rope: RopeShape, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        positions = self._positions.view()
+        if self.rows_equal:
+            positions = positions[:1]
+        segments = self._segments[rope.source]
+        edges = [begin for begin, _ in segments[1:]] + [stop]
+        parts = []
+        for (begin, inv_freq), end in zip(segments, edges, strict=True):
+            low, high = max(start, begin), min(stop, end)
+            if low < high:
+                slots = torch.arange(low, high, device=positions.device)
+                frames = slots - (slots - self.first_frame_slot) % self.frame_length
+                frames = frames.clamp_(min=begin)  # a frame ends where the frequencies change
+                parts.append(angle_tables(positions[:, frames], inv_freq))
+        cos, sin = (torch.cat(tables, dim=1)[:, None] for tables in zip(*parts, strict=True))
+        return cos, sin
+
+    def end(self) -> None:
+        """Drop what served one forward; its tables are as large as one head's dense keys."""
+        self._tables.clear()
+        self._noted.clear()
+
+    def truncate(self, slots: int) -> None:
+        """Forget all but the first ``slots`` slots."""
+        self.end()
+        if slots == 0:
+            self.clear()
+            return
+        self._positions.truncate(slots)
+        last = self._positions.view().max(1).values.long()
+        self._next = torch.where(last == PADDING, last, last + 1)
+        for segments in self._segments.values():
+            while segments and segments[-1][0] >= slots:
+                segments.pop()
+
+    def map_batch(self, function) -> None:
+        """Apply a change of the batch axis, e.g. ``lambda rows: rows[indices]``."""
+        self.end()
+        self._positions.map_batch(function)
+        if self._next is not None:
+            self._next = function(self._next)
+        if self.first_real is not None:
+            self.first_real = function(self.first_real)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of positions and row starts."""
+        rows = [tensor for tensor in (self._next, self.first_real) if tensor is not None]
+        frequencies = [inv_freq for segments in self._segments.values() for _, inv_freq in segments[1:]]
+        return self._positions.nbytes + sum(t.numel() * t.element_size() for t in rows + frequencies)
+
+
+def _real_tokens(attention_mask: Tensor | None, positions: Tensor) -> Tensor:
+    """``[batch, tokens]`` bool, False for padding among this forward's tokens."""
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+        return torch.ones_like(positions, dtype=torch.bool)
+    return attention_mask[:, -positions.shape[1] :].to(positions.device).bool()

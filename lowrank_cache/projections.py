@@ -1,0 +1,301 @@
+"""The contract between calibration, which makes projections, and the cache, which uses them.
+
+A ``Basis`` takes the states of some heads of one layer, or of a group of adjacent layers, to a
+latent and back. ``Projections`` are the bases of a whole model with their provenance: saved as
+safetensors and JSON, loaded from a folder or the hub.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import torch
+from huggingface_hub import ModelHubMixin, snapshot_download
+from safetensors.torch import load, save
+from torch import Tensor
+
+from lowrank_cache.models import ModelShape
+
+__all__ = ["Basis", "Projections"]
+
+FORMAT_VERSION = 1
+CONFIG_FILE = "config.json"
+TENSOR_FILE = "projections.safetensors"
+_TENSORS = ("down_proj", "up_proj", "offset", "loss")
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Down- and up-projection of one side (key or value) of a layer group, for some of its heads.
+
+    With ``x`` the states of one token, ``[width]``, layers outermost, then ``heads``, then head_dim:
+    ``z = x @ down_proj`` is its latent, of unit variance per channel, and ``x ≈ z @ up_proj``. Keys
+    are in their rotary frame (docs/method.md). Channels are sorted by ``loss``, descending.
+
+    Attributes:
+        side: ``"key"`` or ``"value"``: which argument of ``Cache.update``.
+        layers: Adjacent cache layers that share the latent.
+        heads: KV heads of each of these layers that the basis covers, in the order of its rows.
+        down_proj: ``[width, rank]`` float32.
+        up_proj: ``[rank, width]`` float32.
+        offset: ``[rank]`` float32, mean of each latent channel.
+        loss: ``[rank]`` float32, predicted loss per unit of squared latent error, in nats a token.
+        rank_weight: For methods that set ranks by projection and not by channel (Palu): this basis'
+            share; None where ``loss`` decides.
+    """
+
+    side: str
+    layers: tuple[int, ...]
+    heads: tuple[int, ...]
+    down_proj: Tensor
+    up_proj: Tensor
+    offset: Tensor
+    loss: Tensor
+    rank_weight: float | None = None
+
+    def __post_init__(self):
+        if self.side not in ("key", "value"):
+            raise ValueError(f"side must be 'key' or 'value', got {self.side!r}")
+        width, rank = self.down_proj.shape
+        expected = {"up_proj": (rank, width), "offset": (rank,), "loss": (rank,)}
+        for name, shape in expected.items():
+            tensor = getattr(self, name)
+            if tuple(tensor.shape) != shape:
+                raise ValueError(f"{self.name}: {name} must have shape {list(shape)}, got {list(tensor.shape)}")
+        for name in _TENSORS:
+            if not bool(torch.isfinite(getattr(self, name)).all()):
+                raise ValueError(f"{self.name}: {name} must be finite, got NaN or infinity")
+
+    @property
+    def name(self) -> str:
+        heads = "-".join(map(str, self.heads))
+        return f"{self.side}.layers_{self.layers[0]}_{self.layers[-1]}.heads_{heads}"
+
+    @property
+    def width(self) -> int:
+        return self.down_proj.shape[0]
+
+    @property
+    def rank(self) -> int:
+        return self.down_proj.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(getattr(self, name).numel() * getattr(self, name).element_size() for name in _TENSORS)
+
+
+class Projections(
+    ModelHubMixin,
+    library_name="lowrank-cache",
+    tags=["kv-cache", "low-rank", "quantization"],
+    license="apache-2.0",
+):
+    """The bases of one model, in the order of ``bases``, and where they come from.
+
+    Args:
+        bases: Together they cover every head of every compressible layer once, keys and values.
+        shape: Shape of the model they were calibrated on.
+        method: Name of the calibration method.
+        frame_length: Slots per rotary frame of the keys; 1 stores pre-RoPE keys.
+        provenance: JSON-able facts: versions, base model, calibration tokens, seed.
+
+    Raises:
+        ValueError: If a head is covered twice or not at all, or a basis does not fit ``shape``.
+    """
+
+    def __init__(
+        self,
+        bases: Sequence[Basis],
+        shape: ModelShape,
+        *,
+        method: str,
+        frame_length: int = 1,
+        provenance: dict | None = None,
+    ):
+        if frame_length < 1:
+            raise ValueError(f"frame_length must be at least 1, got {frame_length}")
+        self.bases = tuple(bases)
+        self.shape = shape
+        self.method = method
+        self.frame_length = frame_length
+        self.provenance = dict(provenance or {})
+        _check_coverage(self.bases, shape)
+
+    def stores(self) -> list[tuple[Basis, ...]]:
+        """The bases grouped by what is stored together: one side of one layer group."""
+        groups: dict[tuple, list[Basis]] = {}
+        for basis in self.bases:
+            groups.setdefault((basis.side, basis.layers), []).append(basis)
+        return [tuple(group) for group in groups.values()]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all bases held here, full rank."""
+        return sum(basis.nbytes for basis in self.bases)
+
+    def check_model(self, shape: ModelShape) -> None:
+        """Raise ValueError, naming the first difference, if ``shape`` is not that of these projections."""
+        ours, theirs = self.shape.to_dict(), shape.to_dict()
+        if ours != theirs:
+            difference = _first_difference(ours, theirs)
+            raise ValueError(f"projections do not belong to this model: {difference}")
+
+    def __repr__(self) -> str:
+        return (
+            f"Projections(method={self.method!r}, frame_length={self.frame_length}, bases={len(self.bases)}, "
+            f"model_type={self.shape.model_type!r}, nbytes={self.nbytes})"
+        )
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        tensors = {
+            f"{index:04d}.{basis.name}.{name}": getattr(basis, name).contiguous()
+            for index, basis in enumerate(self.bases)
+            for name in _TENSORS
+        }
+        payload = save(tensors, metadata={"format": "pt"})
+        config = {
+            "format_version": FORMAT_VERSION,
+            "method": self.method,
+            "frame_length": self.frame_length,
+            "provenance": self.provenance,
+            "model_shape": self.shape.to_dict(),
+            "model_fingerprint": self.shape.fingerprint,
+            "bases": [
+                {
+                    "side": basis.side,
+                    "layers": basis.layers,
+                    "heads": basis.heads,
+                    "rank_weight": basis.rank_weight,
+                }
+                for basis in self.bases
+            ],
+            "tensors_sha256": hashlib.sha256(payload).hexdigest(),
+        }
+        # Tensors first: a config without its tensors is refused on load, so no half artefact is usable.
+        _write_atomically(save_directory / TENSOR_FILE, payload)
+        _write_atomically(save_directory / CONFIG_FILE, json.dumps(config, indent=1).encode())
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        **unknown,
+    ) -> "Projections":
+        if unknown:
+            raise TypeError(f"Projections.from_pretrained got unknown arguments {sorted(unknown)}")
+        folder = Path(model_id)
+        if not folder.is_dir():
+            folder = Path(
+                snapshot_download(
+                    model_id,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    force_download=force_download,
+                    local_files_only=local_files_only,
+                    token=token,
+                    allow_patterns=[CONFIG_FILE, TENSOR_FILE],
+                )
+            )
+        return _read(folder)
+
+
+def _read(folder: Path) -> Projections:
+    for name in (CONFIG_FILE, TENSOR_FILE):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} holds no projections: {name} is missing")
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text())
+        version = config["format_version"]
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"{folder} has format version {version}, and this release reads version {FORMAT_VERSION}; "
+                "calibrate again or install the release that wrote it"
+            )
+        payload = (folder / TENSOR_FILE).read_bytes()
+        digest = hashlib.sha256(payload).hexdigest()
+        if digest != config["tensors_sha256"]:
+            raise ValueError(
+                f"{folder / TENSOR_FILE} is damaged: its SHA-256 is {digest}, {CONFIG_FILE} expects "
+                f"{config['tensors_sha256']}"
+            )
+        tensors = load(payload)
+        bases = []
+        for index, fields in enumerate(config["bases"]):
+            layers, heads = tuple(map(int, fields["layers"])), tuple(map(int, fields["heads"]))
+            prefix = f"{index:04d}.{fields['side']}.layers_{layers[0]}_{layers[-1]}.heads_{'-'.join(map(str, heads))}"
+            arrays = {name: tensors[f"{prefix}.{name}"] for name in _TENSORS}
+            bases.append(Basis(fields["side"], layers, heads, **arrays, rank_weight=fields["rank_weight"]))
+        return Projections(
+            bases,
+            ModelShape.from_dict(config["model_shape"]),
+            method=str(config["method"]),
+            frame_length=int(config["frame_length"]),
+            provenance=config["provenance"],
+        )
+    except (KeyError, TypeError, IndexError, AttributeError, safetensors.SafetensorError, UnicodeDecodeError) as error:
+        raise ValueError(f"{folder} holds damaged projections: {type(error).__name__}: {error}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder / CONFIG_FILE} is not valid JSON: {error}") from error
+
+
+def _write_atomically(path: Path, payload: bytes) -> None:
+    """Write beside ``path`` and rename, so that a full disk or a crash leaves the old file or none."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _check_coverage(bases: tuple[Basis, ...], shape: ModelShape) -> None:
+    layers = {layer.layer_idx: layer for layer in shape.layers}
+    covered: dict[tuple[str, int], list[int]] = {}
+    for basis in bases:
+        unknown = [index for index in basis.layers if index not in layers]
+        if unknown:
+            raise ValueError(f"{basis.name}: layers {unknown} are not compressible layers of the model")
+        sides = [layers[index].side(basis.side) for index in basis.layers]
+        if len(set(sides)) != 1:
+            raise ValueError(f"{basis.name}: grouped layers must have equal heads, head_dim and rope")
+        width = len(basis.layers) * len(basis.heads) * sides[0].head_dim
+        if basis.width != width:
+            raise ValueError(f"{basis.name}: down_proj must have {width} rows, got {basis.width}")
+        for index in basis.layers:
+            covered.setdefault((basis.side, index), []).extend(basis.heads)
+    for index, layer in layers.items():
+        for side in ("key", "value"):
+            heads = sorted(covered.get((side, index), []))
+            expected = list(range(layer.side(side).heads))
+            if heads != expected:
+                raise ValueError(
+                    f"bases must cover each of the {len(expected)} {side} heads of layer {index} once, got heads {heads}"
+                )
+
+
+def _first_difference(ours, theirs, path: str = "") -> str:
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        for key in ours:
+            if ours[key] != theirs.get(key):
+                return _first_difference(ours[key], theirs.get(key), f"{path}.{key}".lstrip("."))
+    if isinstance(ours, list | tuple) and isinstance(theirs, list | tuple) and len(ours) == len(theirs):
+        for index, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+            if one != other:
+                return _first_difference(one, other, f"{path}[{index}]")
+    return f"they were calibrated with {path} = {ours!r}, the model has {theirs!r}"

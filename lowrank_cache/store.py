@@ -1,0 +1,224 @@
+"""One side (keys or values) of one layer group in the cache: sinks, latents and window.
+
+Slots of every layer lie in three parts: slots before ``num_sink_tokens`` exist only as exact sink
+tokens, slots up to ``encoded_end`` as latents shared by the group, the rest exactly in each layer's
+window. In a padded row the sinks are its first real tokens, wherever they stand; they are kept
+beside the latents and overlay them on reading. See docs/cache_contract.md, "Slots".
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowrank_cache.growing import GrowingTensor
+from lowrank_cache.kernels.rope import rotate
+from lowrank_cache.latents import Coder, PackedLatents
+from lowrank_cache.models import RopeShape
+from lowrank_cache.positions import PositionTrack
+
+__all__ = ["LatentStore", "StoreOptions"]
+
+_ENCODE_TOKENS = 4096  # encode a long prompt in pieces: its float32 copies stay small
+
+
+@dataclass(frozen=True)
+class StoreOptions:
+    """Sizes that all stores of a cache share, in tokens, and the dtype of 16-bit latents."""
+
+    residual_length: int
+    num_sink_tokens: int
+    block_size: int
+    latent_dtype: torch.dtype | None
+
+
+class LatentStore:
+    """The states of one side of a layer group, all rows of a batch.
+
+    Args:
+        coder: Its truncated bases.
+        rope: How this side is rotated, or None.
+        track: The cache's positions.
+        options: Sizes.
+    """
+
+    def __init__(self, coder: Coder, rope: RopeShape | None, track: PositionTrack, options: StoreOptions):
+        self.coder = coder
+        self.rope = rope
+        self.track = track
+        self.options = options
+        self.clear()
+
+    def clear(self) -> None:
+        members = len(self.coder.layers)
+        self.encoded_end = self.options.num_sink_tokens
+        self.lengths = [0] * members
+        self.sinks: list[Tensor | None] = [None] * members
+        self.windows = [self._new_window() for _ in range(members)]
+        self.pending: list[Tensor | None] = [None] * members  # window and new states of a group that will encode
+        self.latents: PackedLatents | None = None
+        self._before: tuple | None = None  # state before the current forward, for `rollback`
+
+    def _new_window(self) -> GrowingTensor:
+        return GrowingTensor(axis=2, min_room=self.options.block_size)
+
+    def update(self, member: int, states: Tensor) -> Tensor:
+        """Take in new states of one layer and return all of its states.
+
+        Args:
+            member: Position of the layer in the group.
+            states: ``[batch, heads, new_tokens, head_dim]``, post-RoPE, detached.
+
+        Returns:
+            ``[batch, heads, tokens, head_dim]``, dtype of ``states``: past tokens as they are stored,
+            new ones exact.
+        """
+        past = self.lengths[member]
+        everything = states if past == 0 else self._assemble(member, states)
+        self._keep_sinks(member, states, past)
+        inside = states[:, :, max(0, self.options.num_sink_tokens - past) :]
+        window = self.windows[member]
+        if window.rows + inside.shape[2] < self.options.residual_length + self.options.block_size:
+            if inside.shape[2]:
+                window.append(inside)
+        else:
+            self.pending[member] = torch.cat([window.view(), inside], dim=2) if window.rows else inside
+        self.lengths[member] = past + states.shape[2]
+        if member == len(self.lengths) - 1 and self.pending[member] is not None:
+            self._encode_pending()
+        return everything
+
+    def _encode_pending(self) -> None:
+        options = self.options
+        waiting = self.pending[0].shape[2]
+        # While the window holds residual_length + block_size tokens, its oldest block_size are encoded.
+        encoded = (waiting - options.residual_length) // options.block_size * options.block_size
+        if self.latents is None:
+            dtype = options.latent_dtype or self.pending[0].dtype
+            self.latents = PackedLatents(self.coder.tiers, dtype, options.block_size)
+        self.latents.reserve(self.latents.tokens + encoded)
+        for start in range(0, encoded, _ENCODE_TOKENS):
+            stop = min(start + _ENCODE_TOKENS, encoded)
+            self._encode(torch.stack([dense[:, :, start:stop] for dense in self.pending], dim=1).float())
+        for member, dense in enumerate(self.pending):
+            # A new window, not a shifted one: `rollback` still needs the old one.
+            self.windows[member] = self._new_window()
+            if waiting > encoded:
+                self.windows[member].append(dense[:, :, encoded:])
+        self.pending = [None] * len(self.pending)
+
+    def _encode(self, states: Tensor) -> None:
+        """Append the latents of the next slots: ``[batch, layers, heads, tokens, head_dim]`` float32, post-RoPE."""
+        stop = self.encoded_end + states.shape[3]
+        if self.rope is not None:
+            cos, sin = self.track.rotation(self.rope, self.encoded_end, stop)
+            states = rotate(states, cos[:, None], sin[:, None], self.rope.layout, inverse=True)
+        self.coder.to(states.device)
+        latents = self.coder.encode(states)
+        if not bool(torch.isfinite(latents).all()):
+            raise ValueError(
+                f"{self.coder.side} states of layers {self.coder.layers} must be finite, got NaN or infinity: "
+                "the forward overflowed"
+            )
+        self.latents.append(latents, self.coder.weight)
+        self.encoded_end = stop
+
+    def _assemble(self, member: int, states: Tensor) -> Tensor:
+        """Past states as they are stored, then ``states``, in one new tensor."""
+        past, sinks = self.lengths[member], self.options.num_sink_tokens
+        batch, heads, tokens, head_dim = states.shape
+        everything = states.new_empty(batch, heads, past + tokens, head_dim)
+        everything[:, :, past:] = states
+        if self.windows[member].rows:
+            everything[:, :, self.encoded_end : past] = self.windows[member].view()
+        if self.latents is not None and self.latents.tokens:
+            everything[:, :, sinks : self.encoded_end] = self._reconstruct(member)
+        if self.track.first_real is None:
+            everything[:, :, : min(sinks, past)] = self.sinks[member][:, :, :past]
+        elif sinks:
+            everything[:, :, : min(sinks, past)] = 0
+            row, nth, slot = self._sink_slots(0, past)
+            everything[row, :, slot] = self.sinks[member][row, :, nth]
+        return everything
+
+    def _reconstruct(self, member: int) -> Tensor:
+        """All encoded slots of one layer, ``[batch, heads, tokens, head_dim]`` float32, post-RoPE."""
+        states = self.coder.decode(self.latents.read(), member)
+        if self.rope is not None:
+            cos, sin = self.track.rotation(self.rope, self.options.num_sink_tokens, self.encoded_end)
+            states = rotate(states, cos, sin, self.rope.layout)
+        return states
+
+    def _keep_sinks(self, member: int, states: Tensor, past: int) -> None:
+        sinks = self.options.num_sink_tokens
+        if sinks == 0:
+            return
+        if self.sinks[member] is None:
+            batch, heads, _, head_dim = states.shape
+            self.sinks[member] = states.new_zeros(batch, heads, sinks, head_dim)
+        if self.track.first_real is None:
+            if past < sinks:
+                new = min(sinks - past, states.shape[2])
+                self.sinks[member][:, :, past : past + new] = states[:, :, :new]
+        else:
+            row, nth, slot = self._sink_slots(past, past + states.shape[2])
+            self.sinks[member][row, :, nth] = states[row, :, slot - past]
+
+    def _sink_slots(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Row, number and slot of every sink token that stands in slots ``start`` to ``stop``."""
+        first = self.track.first_real
+        slots = first[:, None] + torch.arange(self.options.num_sink_tokens, device=first.device)
+        row, nth = ((slots >= start) & (slots < stop)).nonzero(as_tuple=True)
+        return row, nth, slots[row, nth]
+
+    def begin(self) -> None:
+        """Note the state before a forward, so that `rollback` can return to it."""
+        windows = [(window, window.rows) for window in self.windows]
+        tokens = 0 if self.latents is None else self.latents.tokens
+        self._before = (list(self.lengths), self.encoded_end, tokens, windows)
+
+    def commit(self) -> None:
+        """The forward ended well: let go of what `rollback` would need."""
+        self._before = None
+
+    def rollback(self) -> None:
+        """Undo the current forward. Sinks need no undoing: those past the length are written again."""
+        if self._before is None:
+            return
+        self.lengths, self.encoded_end, tokens, windows = self._before
+        for window, rows in windows:
+            window.truncate(rows)
+        self.windows = [window for window, _ in windows]
+        self.pending = [None] * len(self.pending)
+        if self.latents is not None:
+            self.latents.truncate(tokens)
+        self._before = None
+
+    def truncate(self, tokens: int) -> None:
+        """Keep the first ``tokens`` slots; a window cropped away refills before anything is encoded."""
+        if tokens == 0:
+            self.clear()
+            return
+        kept = max(tokens - self.encoded_end, 0)
+        for window in self.windows:
+            window.truncate(kept)
+        self.encoded_end = max(min(self.encoded_end, tokens), self.options.num_sink_tokens)
+        if self.latents is not None:
+            self.latents.truncate(self.encoded_end - self.options.num_sink_tokens)
+        self.lengths = [min(length, tokens) for length in self.lengths]
+
+    def map_batch(self, function) -> None:
+        """Apply a change of the batch axis, e.g. ``lambda rows: rows[indices]``, to everything stored."""
+        self.sinks = [None if sink is None else function(sink) for sink in self.sinks]
+        for window in self.windows:
+            window.map_batch(function)
+        if self.latents is not None:
+            self.latents.map_batch(function)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of latents, sinks and windows, unused room included."""
+        sinks = sum(sink.numel() * sink.element_size() for sink in self.sinks if sink is not None)
+        windows = sum(window.nbytes for window in self.windows)
+        pending = sum(dense.numel() * dense.element_size() for dense in self.pending if dense is not None)
+        return sinks + windows + pending + (0 if self.latents is None else self.latents.nbytes)
