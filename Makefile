@@ -1,0 +1,69 @@
+# make demo    calibrate a small real model and compare its full cache with the compressed one
+# make test    run the tests
+# make check   make test, and every slower gate
+# make lint    ruff and mypy only
+# make clean   remove everything that was built, .venv included
+#
+# All packages go into .venv, in the versions of constraints.txt. To choose the interpreter:
+#   make demo PYTHON=python3.12
+# To install PyTorch without CUDA, which is smaller by gigabytes:
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 python3.11,\
+	$(shell $(name) -c 'import sys; sys.version_info >= (3, 11) and print("$(name)")' 2>/dev/null)) python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# What a shell carries over from elsewhere must not leak into the virtual environment.
+unexport PYTHONPATH PYTHONHOME PIP_TARGET PIP_PREFIX
+export PIP_USER := 0
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# An older .venv is used again only if it was made in this folder and still runs.
+ifneq ($(wildcard $(STAMP)),)
+$(shell [ "$$(cat $(STAMP))" = "$(CURDIR)" ] && $(BIN)/python -I -c \
+	'import importlib.metadata as m; m.version("lowrank-cache"); m.version("torch")' 2>/dev/null || rm -f $(STAMP))
+endif
+
+.PHONY: help demo test check gates lint clean
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+$(STAMP): pyproject.toml constraints.txt
+	@rm -f $@
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "lowrank-cache needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || true)." >&2; \
+		echo "Install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@echo "Installing into $(VENV). PyTorch is large: the first time takes some minutes."
+	@$(PYTHON) -m venv --clear $(VENV) || { \
+		echo "'$(PYTHON) -m venv' failed. Debian and Ubuntu need the package python3-venv." >&2; exit 1; }
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[data,dev]'
+	@echo "$(CURDIR)" > $@
+
+demo: $(STAMP)
+	@$(BIN)/lowrank-cache demo $(DEMO_ARGS)
+
+# One thread a worker: with more, the workers fight over the cores and every test takes longer.
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -n 2 $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# What `make check` does beside the tests; .ci/run calls it after `make test`.
+gates: lint
+
+check: test gates
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
