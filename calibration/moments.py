@@ -6,20 +6,26 @@ the states (keys pre-RoPE), jointly over each layer group; their mean; and the s
 but these sums is kept. Mathematics: docs/method.md, "Calibration".
 """
 
+import json
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from lowrank_cache.calibration.query_sensitivity import QueryStatistics, record_queries
 from lowrank_cache.kernels.rope import angle_tables, rotate
 from lowrank_cache.models import SIDES, ModelShape, RopeShape, SideShape, decoder_of, model_shape, rope_buffer
 
 __all__ = ["Group", "Moments", "collect_moments", "layer_groups"]
 
 SKIPPED_TOKENS = 4  # a sequence's first real tokens are attention sinks with outlier keys; the cache keeps them exact
+_COUNTS = ("tokens", "sequences", "loss", "predicted")
 Group = tuple[int, ...]  # adjacent compressible layers
 
 
@@ -67,8 +73,9 @@ class Moments:
         Returns:
             ``[width, width]``, ``[width]``, ``[width, width]``, float64.
         """
-        second = self.second[side, group] / self.tokens
-        mean = self.total[side, group] / self.tokens
+        rows, recorded = self.rows_of(side, group)
+        second = self.second[side, recorded][rows, rows] / self.tokens
+        mean = self.total[side, recorded][rows] / self.tokens
         blocks = [self.sensitivity[side, layer] / self.tokens for layer in group]
         sensitivity = torch.block_diag(*blocks)
         rope = self.side(side, group).rope
@@ -80,8 +87,56 @@ class Moments:
             mean = _frame_average(mean[:, None], head_dim, rope, inv_freq, frame_length)[:, 0]
         return second, mean, sensitivity
 
+    def rows_of(self, side: str, group: Group) -> tuple[slice, Group]:
+        """Where ``group`` lies inside the recorded group that holds it."""
+        for recorded in self.groups[side]:
+            if set(group) <= set(recorded):
+                width = self.side(side, group).width
+                start = recorded.index(group[0]) * width
+                return slice(start, start + len(group) * width), recorded
+        raise ValueError(
+            f"{side} layers {group} were not recorded jointly; these moments hold the groups {self.groups[side]}"
+        )
+
     def side(self, side: str, group: Group) -> SideShape:
         return self.shape.layer(group[0]).side(side)
+
+    def save(self, path: str | Path) -> None:
+        """Write to one safetensors file, so that groups and frames can change without another pass."""
+        tensors = {f"second.{side}.{group[0]}": sums for (side, group), sums in self.second.items()}
+        tensors |= {f"total.{side}.{group[0]}": sums for (side, group), sums in self.total.items()}
+        tensors |= {f"sensitivity.{side}.{layer}": sums for (side, layer), sums in self.sensitivity.items()}
+        tensors |= {f"inv_freq.{source}": table.contiguous() for source, table in self.inv_freq.items()}
+        header = {
+            "shape": self.shape.to_dict(),
+            "groups": self.groups,
+            **{name: getattr(self, name) for name in _COUNTS},
+        }
+        save_file(tensors, str(path), metadata={"moments": json.dumps(header)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Moments":
+        """Read what ``save`` wrote.
+
+        Raises:
+            ValueError: If the file is damaged or holds something else.
+        """
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                header = json.loads(file.metadata()["moments"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+            groups = {side: [tuple(group) for group in header["groups"][side]] for side in SIDES}
+            moments = cls(ModelShape.from_dict(header["shape"]), groups, **{name: header[name] for name in _COUNTS})
+            for side in SIDES:
+                for group in groups[side]:
+                    moments.second[side, group] = tensors.pop(f"second.{side}.{group[0]}")
+                    moments.total[side, group] = tensors.pop(f"total.{side}.{group[0]}")
+                    for layer in group:
+                        moments.sensitivity[side, layer] = tensors.pop(f"sensitivity.{side}.{layer}")
+            moments.inv_freq = {name.removeprefix("inv_freq."): table for name, table in tensors.items()}
+        except (KeyError, TypeError, json.JSONDecodeError, SafetensorError) as error:
+            raise ValueError(f"{path} holds no readable moments: {type(error).__name__}: {error}") from error
+        return moments
 
 
 def layer_groups(shape: ModelShape, side: str, size: int) -> list[Group]:
@@ -100,33 +155,48 @@ def layer_groups(shape: ModelShape, side: str, size: int) -> list[Group]:
 
 
 def collect_moments(
-    model: PreTrainedModel, batches: Iterable, groups: dict[str, list[Group]], *, progress=None
+    model: PreTrainedModel,
+    batches: Iterable,
+    groups: dict[str, list[Group]],
+    *,
+    sensitivity: str = "gradient",
+    progress=None,
 ) -> Moments:
-    """Run ``batches`` through ``model``, forward and backward, and sum up what its cache would hold.
+    """Run ``batches`` through ``model`` and sum up what its cache would hold.
 
     Args:
         model: Left as it was: parameters, ``requires_grad`` flags, mode.
         batches: LongTensors ``[batch, tokens]`` or mappings with ``input_ids`` and ``attention_mask``.
         groups: Per side, from ``layer_groups``.
+        sensitivity: ``"gradient"`` runs a backward pass per batch; ``"query"`` needs none, see
+            ``query_sensitivity``.
         progress: Called with the number of tokens of each finished batch.
 
     Raises:
         RuntimeError: If gradients do not reach the cached states.
         ValueError: If there is not one usable token, or states or gradients are not finite.
     """
+    if sensitivity not in ("gradient", "query"):
+        raise ValueError(f"sensitivity must be 'gradient' or 'query', got {sensitivity!r}")
     shape = model_shape(model)
-    decoder = decoder_of(model)
     moments = Moments(shape, groups)
-    ropes = {side.rope for layer in shape.layers for side in (layer.key, layer.value)} - {None}
-    with _differentiable_inputs(model):
+    statistics = QueryStatistics() if sensitivity == "query" else None
+    longest = 0
+    with _prepared(model, differentiable=statistics is None):
         for input_ids, attention_mask in _tensors(batches, model):
-            _add_batch(moments, model, decoder, ropes, input_ids, attention_mask)
+            if statistics is None:
+                _add_batch(moments, model, input_ids, attention_mask)
+            else:
+                _add_batch_without_gradients(moments, statistics, model, input_ids, attention_mask)
+            longest = max(longest, input_ids.shape[1])
             if progress is not None:
                 progress(input_ids.numel())
     if moments.tokens == 0:
         raise ValueError(
             f"batches held no usable token: each sequence's first {SKIPPED_TOKENS} real tokens are skipped as sinks"
         )
+    if statistics is not None:
+        _finish_query_sensitivity(moments, statistics, longest)
     return moments
 
 
@@ -154,51 +224,127 @@ class _Recorder(DynamicCache):
         return keep
 
 
-def _add_batch(moments: Moments, model, decoder, ropes, input_ids: Tensor, attention_mask: Tensor) -> None:
-    layers = {layer.layer_idx for layer in moments.shape.layers}
-    recorder = _Recorder(model.config.get_text_config(decoder=True), layers)
-    positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+def _add_batch(moments: Moments, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> None:
+    """Forward and backward over one batch, then its rows into the sums."""
+    recorder = _recorder(moments, model)
     with torch.enable_grad():
-        logits = model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=positions,
-            past_key_values=recorder,
-            use_cache=True,
-        ).logits
-        both_real = attention_mask[:, :-1].bool() & attention_mask[:, 1:].bool()
-        labels = torch.where(both_real, input_ids[:, 1:], -100)
-        loss = nn.functional.cross_entropy(
-            logits[:, :-1].float().flatten(0, 1), labels.flatten().to(logits.device), ignore_index=-100, reduction="sum"
-        )
+        loss = _forward(moments, model, recorder, input_ids, attention_mask)
         try:
             loss.backward()
         except (RuntimeError, NotImplementedError) as error:
             raise RuntimeError(
                 f"gradients do not pass through {type(model).__name__} ({error}); calibrate with sensitivity='query'"
             ) from error
+    for side in SIDES:
+        missing = sorted(set(recorder.states[side]) - set(recorder.gradients[side]))
+        if missing:
+            raise RuntimeError(
+                f"no gradient reached the {side} states of layers {missing}; calibrate with sensitivity='query'"
+            )
+    states = _usable_rows(moments, recorder.states, attention_mask)
+    moments.add(states, _usable_rows(moments, recorder.gradients, attention_mask))
+
+
+def _add_batch_without_gradients(
+    moments: Moments, statistics: QueryStatistics, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor
+) -> None:
+    """Forward over one batch: states, queries and residual norms into the sums."""
+    recorder = _recorder(moments, model)
+    seen: dict[int, tuple] = {}
+    hidden: list[Tensor] = []
+    with torch.no_grad(), record_queries(model, seen):
+        _forward(moments, model, recorder, input_ids, attention_mask, hidden)
+    usable = _usable_tokens(attention_mask)
+    for layer in moments.shape.layers:
+        index, rope = layer.layer_idx, layer.key.rope
+        if index not in seen or seen[index][0].shape[3] != layer.key.head_dim:
+            raise NotImplementedError(
+                f"sensitivity='query' needs layer {index} to attend with queries of its keys' head_dim "
+                f"{layer.key.head_dim} through transformers' attention interface; calibrate with sensitivity='gradient'"
+            )
+        queries, statistics.modules[index], statistics.scaling[index] = seen.pop(index)
+        rows = _rows(queries, _positions(attention_mask), usable, rope, moments.inv_freq)
+        statistics.add_queries(index, rows.unflatten(1, (-1, layer.key.head_dim)), layer.key.heads)
+        norms = hidden[index + 1].float().square().sum(-1)[usable.to(hidden[index + 1].device)]
+        statistics.residual[index] = statistics.residual.get(index, 0.0) + norms.sum().item()
+    states = _usable_rows(moments, recorder.states, attention_mask)
+    statistics.tokens += next(iter(states["key"].values())).shape[0]
+    moments.add(states, {side: {} for side in SIDES})
+
+
+def _finish_query_sensitivity(moments: Moments, statistics: QueryStatistics, context: int) -> None:
+    for layer in moments.shape.layers:
+        index = layer.layer_idx
+        value = statistics.value_sensitivity(index, layer.value.heads, layer.value.head_dim)
+        rows, recorded = moments.rows_of("value", (index,))
+        mean = moments.total["value", recorded][rows] / moments.tokens
+        spread = moments.second["value", recorded][rows, rows] / moments.tokens - torch.outer(mean, mean)
+        queries_per_head = statistics.modules[index].num_key_value_groups
+        residual = statistics.mean_residual(index)
+        value_spread = float((value * spread).sum()) * residual / (layer.key.heads * queries_per_head)
+        inv_freq = moments.inv_freq[layer.key.rope.source] if layer.key.rope else None
+        key = statistics.key_sensitivity(index, layer.key.rope, inv_freq, context, value_spread)
+        moments.sensitivity["value", index] = value * moments.tokens
+        moments.sensitivity["key", index] = key * moments.tokens
+
+
+def _recorder(moments: Moments, model: PreTrainedModel) -> _Recorder:
+    layers = {layer.layer_idx for layer in moments.shape.layers}
+    return _Recorder(model.config.get_text_config(decoder=True), layers)
+
+
+def _forward(moments, model, recorder, input_ids: Tensor, attention_mask: Tensor, hidden: list | None = None) -> Tensor:
+    """One forward; returns the summed next-token loss and adds it, and the rotary tables, to ``moments``."""
+    output = model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=_positions(attention_mask),
+        past_key_values=recorder,
+        use_cache=True,
+        output_hidden_states=hidden is not None,
+    )
+    if hidden is not None:
+        hidden.extend(output.hidden_states)
+    both_real = attention_mask[:, :-1].bool() & attention_mask[:, 1:].bool()
+    labels = torch.where(both_real, input_ids[:, 1:], -100).flatten().to(output.logits.device)
+    predictions = output.logits[:, :-1].float().flatten(0, 1)
+    loss = nn.functional.cross_entropy(predictions, labels, ignore_index=-100, reduction="sum")
     if not bool(torch.isfinite(loss)):
-        raise ValueError(f"the loss on a calibration batch must be finite, got {float(loss)}")
-    moments.loss += float(loss)
+        raise ValueError(f"the loss on a calibration batch must be finite, got {loss.item()}")
+    moments.loss += loss.item()
     moments.predicted += int(both_real.sum())
     moments.sequences += input_ids.shape[0]
-    moments.inv_freq.update({rope.source: rope_buffer(decoder, rope.source).detach().double().cpu() for rope in ropes})
-    usable = attention_mask.bool() & (attention_mask.long().cumsum(1) > SKIPPED_TOKENS)
-    states: dict[str, dict[int, Tensor]] = {side: {} for side in SIDES}
-    gradients: dict[str, dict[int, Tensor]] = {side: {} for side in SIDES}
+    decoder = decoder_of(model)
+    for layer in moments.shape.layers:
+        for rope in (layer.key.rope, layer.value.rope):
+            if rope is not None:
+                moments.inv_freq[rope.source] = rope_buffer(decoder, rope.source).detach().double().cpu()
+    return loss
+
+
+def _positions(attention_mask: Tensor) -> Tensor:
+    return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+def _usable_tokens(attention_mask: Tensor) -> Tensor:
+    """``[batch, tokens]`` bool: real tokens that are not sinks."""
+    return attention_mask.bool() & (attention_mask.long().cumsum(1) > SKIPPED_TOKENS)
+
+
+def _usable_rows(moments: Moments, recorded: dict[str, dict[int, Tensor]], attention_mask: Tensor) -> dict:
+    """Per side and layer, ``[usable tokens, layer_width]`` pre-RoPE, taken out of ``recorded``."""
+    positions, usable = _positions(attention_mask), _usable_tokens(attention_mask)
+    rows: dict[str, dict[int, Tensor]] = {side: {} for side in SIDES}
     for layer in moments.shape.layers:
         for side in SIDES:
-            index, rope = layer.layer_idx, layer.side(side).rope
-            if index not in recorder.gradients[side]:
-                raise RuntimeError(
-                    f"no gradient reached the {side} states of layer {index}; calibrate with sensitivity='query'"
+            states, rope = recorded[side].pop(layer.layer_idx), layer.side(side).rope
+            kept = _rows(states, positions, usable, rope, moments.inv_freq)
+            if not bool(torch.isfinite(kept).all()):
+                raise ValueError(
+                    f"{side} states or gradients of layer {layer.layer_idx} must be finite, got NaN or infinity"
                 )
-            for source, kept in ((recorder.states, states), (recorder.gradients, gradients)):
-                rows = _rows(source[side].pop(index), positions, usable, rope, moments.inv_freq)
-                if not bool(torch.isfinite(rows).all()):
-                    raise ValueError(f"{side} states or gradients of layer {index} must be finite, got NaN or infinity")
-                kept[side][index] = rows
-    moments.add(states, gradients)
+            rows[side][layer.layer_idx] = kept
+    return rows
 
 
 def _rows(states: Tensor, positions: Tensor, usable: Tensor, rope: RopeShape | None, inv_freq: dict) -> Tensor:
@@ -211,25 +357,28 @@ def _rows(states: Tensor, positions: Tensor, usable: Tensor, rope: RopeShape | N
 
 
 @contextmanager
-def _differentiable_inputs(model: PreTrainedModel):
-    """Let gradients flow from the embeddings on, without any for parameters; undone at the end."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+def _prepared(model: PreTrainedModel, differentiable: bool):
+    """Eval mode; if asked, gradients from the embeddings on and none for parameters; undone at the end."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()] if differentiable else []
     was_training = model.training
-
-    def require_grad(module, inputs, output):
-        return output.detach().requires_grad_(True)
-
-    handle = model.get_input_embeddings().register_forward_hook(require_grad)
+    hooks = []
+    if differentiable:
+        hooks.append(model.get_input_embeddings().register_forward_hook(_require_gradient))
     model.eval()
     try:
         for parameter, _ in flags:
             parameter.requires_grad_(False)
         yield
     finally:
-        handle.remove()
+        for hook in hooks:
+            hook.remove()
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         model.train(was_training)
+
+
+def _require_gradient(module: nn.Module, inputs, output: Tensor) -> Tensor:
+    return output.detach().requires_grad_(True)
 
 
 def _tensors(batches: Iterable, model: PreTrainedModel):
