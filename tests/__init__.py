@@ -1,0 +1,1 @@
+"""Tests of lowrank_cache; shared parts in ``models`` and ``tolerance``."""

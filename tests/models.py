@@ -1,0 +1,250 @@
+"""Tiny random models of every family the tests use, and the exact cache they are tested with.
+
+Weights are seeded and wide enough (``initializer_range`` about ``hidden ** -0.5``) that attention is
+not uniform and greedy tokens do not tie: with transformers' own small weights a wrong cache would
+still give the right tokens. No model has an end-of-sequence token, so generation always runs on.
+"""
+
+import copy
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+
+from lowrank_cache import LowRankCache, Projections
+from lowrank_cache.calibration import calibrate
+
+__all__ = [
+    "FAMILIES",
+    "REFUSED",
+    "VOCAB",
+    "exact_cache",
+    "full_rank_projections",
+    "random_tokens",
+    "tiny_model",
+]
+
+VOCAB = 128
+SMALL_SIZES = {"residual_length": 4, "num_sink_tokens": 2, "block_size": 3}
+
+_COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.15,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+
+
+def _build(prefix: str, config_class: str | None = None, model_class: str | None = None, **options) -> PreTrainedModel:
+    """The seeded model of ``{prefix}Config`` and ``{prefix}ForCausalLM``, with ``options`` over the common sizes."""
+    config = getattr(transformers, config_class or f"{prefix}Config")(**{**_COMMON, **options})
+    model_type = getattr(transformers, model_class or f"{prefix}ForCausalLM")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = model_type(config).eval()
+        # Biases, norm gains and sink logits start as constants, which would hide a cache that mishandles them.
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.dim() == 1 or name.endswith("sinks"):
+                    parameter.add_(0.3 * torch.randn_like(parameter))
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model.requires_grad_(False)
+
+
+def _rope(rope_type: str, **parameters) -> dict:
+    return {"rope_type": rope_type, "rope_theta": 10000.0, **parameters}
+
+
+def _qwen3_next() -> PreTrainedModel:
+    return _build(
+        "Qwen3Next",
+        num_hidden_layers=4,
+        linear_conv_kernel_dim=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=32,
+    )
+
+
+def _deepseek_v3(**options) -> PreTrainedModel:
+    return _build(
+        "DeepseekV3",
+        **{
+            "num_key_value_heads": 4,
+            "q_lora_rank": 24,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 16,
+            "head_dim": 8,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 2,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "moe_intermediate_size": 32,
+            **options,
+        },
+    )
+
+
+# Supported families: each works in every generation mode that transformers' own DynamicCache works in.
+FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama": lambda: _build("Llama"),
+    "llama-yarn": lambda: _build(
+        "Llama", rope_parameters=_rope("yarn", factor=4.0, original_max_position_embeddings=64)
+    ),
+    "llama-dynamic": lambda: _build(
+        "Llama",
+        max_position_embeddings=24,
+        rope_parameters=_rope("dynamic", factor=2.0, original_max_position_embeddings=24),
+    ),
+    "llama-llama3": lambda: _build(
+        "Llama",
+        rope_parameters=_rope(
+            "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
+        ),
+    ),
+    "mistral": lambda: _build("Mistral", sliding_window=None),
+    "qwen2": lambda: _build("Qwen2"),
+    "qwen3": lambda: _build("Qwen3"),
+    "gemma2": lambda: _build(
+        "Gemma2", num_hidden_layers=4, sliding_window=8, query_pre_attn_scalar=16, attn_implementation="eager"
+    ),
+    "gemma3": lambda: _build(
+        "Gemma3", "Gemma3TextConfig", num_hidden_layers=12, sliding_window=8, query_pre_attn_scalar=16
+    ),
+    "phi3": lambda: _build(
+        "Phi3",
+        original_max_position_embeddings=24,
+        rope_parameters=_rope(
+            "longrope",
+            partial_rotary_factor=0.5,
+            short_factor=[1.0, 1.1, 1.3, 1.6],
+            long_factor=[1.0, 2.0, 4.0, 8.0],
+            original_max_position_embeddings=24,
+        ),
+    ),
+    "glm4": lambda: _build("Glm4", rope_parameters=_rope("default", partial_rotary_factor=0.5)),
+    "cohere2": lambda: _build("Cohere2", num_hidden_layers=4, sliding_window=8, logit_scale=1.0),
+    "olmo2": lambda: _build("Olmo2"),
+    "gpt-oss": lambda: _build(
+        "GptOss",
+        num_hidden_layers=4,
+        sliding_window=8,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        rope_parameters=_rope("yarn", factor=4.0, original_max_position_embeddings=64, truncate=False),
+    ),
+    "qwen3-next": _qwen3_next,
+    "deepseek-v3": _deepseek_v3,
+    "deepseek-v3-yarn": lambda: _deepseek_v3(
+        rope_parameters=_rope("yarn", factor=4.0, original_max_position_embeddings=64, mscale=1.0, mscale_all_dim=1.0)
+    ),
+}
+
+
+def _gpt2() -> PreTrainedModel:
+    return _build("GPT2", model_class="GPT2LMHeadModel", n_embd=64, n_head=4, n_layer=2, n_positions=256)
+
+
+def _encoder_decoder(prefix: str, **options) -> PreTrainedModel:
+    return _build(prefix, model_class=f"{prefix}ForConditionalGeneration", decoder_start_token_id=0, **options)
+
+
+# Models that a LowRankCache refuses when it is made.
+REFUSED: dict[str, Callable[[], PreTrainedModel]] = {
+    "mistral-all-sliding": lambda: _build("Mistral", sliding_window=8),
+    "gpt2": _gpt2,
+    "bloom": lambda: _build("Bloom", n_layer=2, n_head=4),
+    "opt": lambda: _build("OPT", ffn_dim=96, word_embed_proj_dim=64),
+    "qwen2-vl-text": lambda: _qwen2_vl(),
+    "t5": lambda: _encoder_decoder("T5", d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4),
+    "bart": lambda: _encoder_decoder(
+        "Bart",
+        d_model=64,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=96,
+        decoder_ffn_dim=96,
+    ),
+    "mamba": lambda: _build("Mamba", state_size=8, num_hidden_layers=2),
+}
+
+
+def _qwen2_vl() -> PreTrainedModel:
+    text = {**_COMMON, "rope_parameters": _rope("default", mrope_section=[2, 3, 3])}
+    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2}
+    return _build("Qwen2VL", model_class="Qwen2VLForConditionalGeneration", text_config=text, vision_config=vision)
+
+
+@cache
+def _template(family: str) -> PreTrainedModel:
+    return {**FAMILIES, **REFUSED}[family]()
+
+
+def tiny_model(family: str, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None):
+    """A fresh copy of a family's model, so that no test sees the state another left in it."""
+    model = copy.deepcopy(_template(family))
+    if dtype != torch.float32:
+        # Rotary frequencies are float32 in every dtype that from_pretrained loads; Module.to would round them.
+        tables = {name: buffer for name, buffer in model.named_buffers() if "inv_freq" in name}
+        model = model.to(dtype)
+        if dtype != torch.float64:
+            for name, buffer in tables.items():
+                parent, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(parent), leaf, buffer)
+    if attn_implementation is not None:
+        model.set_attn_implementation(attn_implementation)
+    return model
+
+
+def random_tokens(batch: int, tokens: int, seed: int = 0) -> torch.Tensor:
+    """``[batch, tokens]`` token ids, never the pad token 0."""
+    return torch.randint(1, VOCAB, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+@cache
+def _calibrated(family: str, frame_length: int, layer_group_size: int | tuple[int, int]) -> Projections:
+    batches = [random_tokens(4, 20, seed=seed) for seed in (101, 102, 103)]
+    return calibrate(
+        tiny_model(family),
+        batches,
+        method="fisher",
+        frame_length=frame_length,
+        layer_group_size=layer_group_size,
+        progress=False,
+    )
+
+
+def full_rank_projections(
+    family: str, frame_length: int = 1, layer_group_size: int | tuple[int, int] = 1
+) -> Projections:
+    """Full-rank projections calibrated on a family's model; made once per session and options."""
+    return _calibrated(family, frame_length, layer_group_size)
+
+
+def exact_cache(model: nn.Module, projections: Projections, **sizes) -> LowRankCache:
+    """A cache that keeps every channel in the model's dtype, so small that latents are in use after 9 tokens."""
+    options = {**SMALL_SIZES, **sizes}
+    return LowRankCache(model, projections, compression_ratio=1, latent_dtype=None, **options)
