@@ -4,6 +4,7 @@ This is where a method's bases meet a byte budget: methods whose channels carry 
 allocated by ``budget.spend``; methods with a rank weight per basis (Palu) by that weight.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -59,12 +60,15 @@ def plan_stores(
     Raises:
         ValueError: If an argument is out of range or the ratio cannot be reached.
     """
-    if bits is not None and bits not in BIT_WIDTHS:
+    if bits is not None and (not isinstance(bits, int) or bits not in BIT_WIDTHS):
         raise ValueError(f"bits must be one of {BIT_WIDTHS} or None, got {bits!r}")
     stores = projections.stores()
     if ranks is not None:
+        _check_ranks(projections, ranks)
         chosen = [[_rank_of(basis, ranks) for basis in store] for store in stores]
         return [_uniform_plan(store, kept, bits or 16) for store, kept in zip(stores, chosen, strict=True)]
+    if not isinstance(compression_ratio, int | float) or isinstance(compression_ratio, bool):
+        raise TypeError(f"compression_ratio must be a number, got {compression_ratio!r}")
     if not compression_ratio >= 1:
         hint = ""
         if 0 < compression_ratio < 1:
@@ -81,12 +85,21 @@ def plan_stores(
         counts = spend([_costs(store) for store in stores], budget, levels)
         plans = [_loss_plan(store, count) for store, count in zip(stores, counts, strict=True)]
     if all(not plan.tiers for plan in plans):
-        smallest = min(tier_bytes(width, 1) for width in (BIT_WIDTHS if bits is None else (bits,)))
+        reachable = full_bytes_per_token(projections) / _least_bytes(stores, bits)
         raise ValueError(
             f"compression_ratio {compression_ratio:g} leaves {budget:.1f} bytes per token, which stores nothing; "
-            f"the largest reachable ratio is {full_bytes_per_token(projections) / smallest:.4g}"
+            f"the largest reachable ratio is {math.floor(reachable * 100) / 100}"
         )
     return plans
+
+
+def _least_bytes(stores: list[tuple[Basis, ...]], bits: int | None) -> int:
+    """Bytes per token of the smallest plan that stores anything."""
+    weights = [basis.rank_weight for store in stores for basis in store]
+    if all(weight is None for weight in weights):
+        return min(tier_bytes(width, 1) for width in (BIT_WIDTHS if bits is None else (bits,)))
+    # By weight, the heaviest bases get their first channel, all at once.
+    return sum(tier_bytes(bits or 16, sum(basis.rank_weight == max(weights) for basis in store)) for store in stores)
 
 
 def predicted_loss(store: tuple[Basis, ...], plan: StorePlan) -> float:
@@ -149,12 +162,21 @@ def _plan_by_weight(stores: list[tuple[Basis, ...]], budget: float, bits: int) -
     return plans(low)
 
 
+def _check_ranks(projections: Projections, ranks: Ranks) -> None:
+    if isinstance(ranks, int) and not isinstance(ranks, bool):
+        return
+    if not isinstance(ranks, Mapping):
+        raise TypeError(f"ranks must be an integer or a mapping {{layer: (key_rank, value_rank)}}, got {ranks!r}")
+    expected = sorted({basis.layers[0] for basis in projections.bases})
+    if set(ranks) != set(expected):
+        raise ValueError(f"ranks must name the first layer of each layer group, {expected}, got {list(ranks)}")
+    for layer, pair in ranks.items():
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise ValueError(f"ranks[{layer}] must be a pair (key_rank, value_rank), got {pair!r}")
+
+
 def _rank_of(basis: Basis, ranks: Ranks) -> int:
     if isinstance(ranks, Mapping):
-        if basis.layers[0] not in ranks:
-            raise ValueError(
-                f"ranks must name layer {basis.layers[0]}, the first of a layer group, got {sorted(ranks)}"
-            )
         rank = ranks[basis.layers[0]][0 if basis.side == "key" else 1]
     else:
         rank = min(ranks, basis.rank)

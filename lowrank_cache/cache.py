@@ -16,6 +16,7 @@ from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
     Cache,
     CacheLayerMixin,
+    LinearAttentionCacheLayerMixin,
     get_layer_types_and_kwargs,
 )
 
@@ -145,6 +146,8 @@ class LowRankCache(Cache):
         ]
         self._compressed = tuple(layer.layer_idx for layer in shape.layers)
         self._updated: set[int] | None = None  # compressed layers seen in the current forward; None between forwards
+        self._length_before = 0  # cached tokens when the current forward began
+        self._others_before: list[int] = []  # what `_others_progress` was then
         super().__init__(layers=_make_layers(model, shape, self._stores, self._track))
         watch(decoder, self)
 
@@ -164,6 +167,7 @@ class LowRankCache(Cache):
         tokens = arguments.get("input_ids")
         if tokens is None:
             tokens = arguments.get("inputs_embeds")
+        length, progress = self._track.slots, self._others_progress()
         self._track.begin(
             tokens.shape[0],
             tokens.shape[1],
@@ -173,7 +177,12 @@ class LowRankCache(Cache):
         )
         for store in self._stores:
             store.begin()
+        self._length_before, self._others_before = length, progress
         self._updated = set()
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Cached tokens, padding included; during a forward, and after one that failed, those before it."""
+        return super().get_seq_length(layer_idx) if self._updated is None else self._length_before
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
@@ -182,7 +191,9 @@ class LowRankCache(Cache):
         layer = self.layers[layer_idx]
         if not isinstance(layer, LowRankLayer):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        if self._updated is None or layer_idx in self._updated:
+        expected = (self._track.batch, self._track.slots - layer.get_seq_length())
+        announced = self._updated is not None and layer_idx not in self._updated
+        if not announced or (key_states.shape[0], key_states.shape[2]) != expected:
             raise ValueError(
                 f"layer {layer_idx} was updated outside a forward of the model this cache was made for, so the "
                 "positions of its tokens are unknown; make one cache per model"
@@ -204,8 +215,10 @@ class LowRankCache(Cache):
         """If the last forward did not reach every layer, return to the state before it."""
         if self._updated is None:
             return
-        others = [layer for layer in self.layers if not isinstance(layer, LowRankLayer)]
-        if any(layer.is_initialized for layer in others if hasattr(layer, "is_initialized")):
+        linear = [layer for layer in self._other_layers() if isinstance(layer, LinearAttentionCacheLayerMixin)]
+        # Linear layers do not tell whether the failed forward reached them.
+        perhaps = any(state for layer in linear for state in layer.has_previous_state.values())
+        if perhaps or self._others_progress() != self._others_before:
             raise ValueError(
                 "the last forward failed part-way and this model's sliding-window or linear layers cannot be rolled "
                 "back; call cache.reset() and start again"
@@ -267,6 +280,10 @@ class LowRankCache(Cache):
         for store in self._stores:
             store.map_batch(function)
 
+    def _others_progress(self) -> list[int]:
+        """Tokens seen so far by each attention layer that is not compressed."""
+        return [layer.get_seq_length() for layer in self._other_layers() if isinstance(layer, CacheLayerMixin)]
+
     def _other_layers(self) -> list:
         return [layer for layer in self.layers if not isinstance(layer, LowRankLayer)]
 
@@ -321,7 +338,7 @@ def _check_options(residual_length, num_sink_tokens, block_size, latent_dtype) -
         "block_size": (block_size, 1),
     }
     for name, (size, least) in sizes.items():
-        if not isinstance(size, int) or size < least:
+        if not isinstance(size, int) or isinstance(size, bool) or size < least:
             raise ValueError(f"{name} must be an integer of at least {least}, got {size!r}")
     if latent_dtype is not None and not (isinstance(latent_dtype, torch.dtype) and latent_dtype.is_floating_point):
         raise ValueError(f"latent_dtype must be a floating torch.dtype or None, got {latent_dtype!r}")
@@ -333,8 +350,7 @@ _CODERS: "weakref.WeakKeyDictionary[Projections, dict]" = weakref.WeakKeyDiction
 
 def _coders(projections: Projections, compression_ratio, ranks, bits) -> list[Coder]:
     """Truncated bases, made once for each setting of some projections."""
-    frozen = tuple(sorted(ranks.items())) if isinstance(ranks, Mapping) else ranks
-    key = (compression_ratio if ranks is None else None, frozen, bits)
+    key = repr((compression_ratio if ranks is None else None, ranks, bits))
     made = _CODERS.setdefault(projections, {})
     if key not in made:
         plans = plan_stores(projections, compression_ratio, ranks, bits)

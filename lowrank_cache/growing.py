@@ -1,8 +1,9 @@
 """A tensor that grows along one axis without copying itself at every append."""
 
+import torch
 from torch import Tensor
 
-__all__ = ["GrowingTensor"]
+__all__ = ["GrowingTensor", "is_read_only"]
 
 
 class GrowingTensor:
@@ -23,12 +24,12 @@ class GrowingTensor:
         self.rows = 0
         self.buffer: Tensor | None = None
         self._reserved = 0
-        self.copied_bytes = 0  # by growing only; what a test of amortised cost counts
+        self.copied_bytes = 0  # by replacing buffers, not by appending
 
     def append(self, block: Tensor) -> None:
         """Add ``block`` at the end; dtype, device and other axes follow the first block."""
         added = block.shape[self.axis]
-        if self.buffer is None or self.rows + added > self.buffer.shape[self.axis]:
+        if self.buffer is None or self.rows + added > self.buffer.shape[self.axis] or is_read_only(self.buffer):
             self._grow(block, added)
         self.buffer.narrow(self.axis, self.rows, added).copy_(block)
         self.rows += added
@@ -44,10 +45,12 @@ class GrowingTensor:
         shape[self.axis] = needed + max(self.min_room, needed // 8)
         buffer = block.new_empty(shape)
         if self.rows:
-            old = self.view()
-            buffer.narrow(self.axis, 0, self.rows).copy_(old)
-            self.copied_bytes += old.numel() * old.element_size()
+            buffer.narrow(self.axis, 0, self.rows).copy_(self._count(self.view()))
         self.buffer = buffer
+
+    def _count(self, copied: Tensor) -> Tensor:
+        self.copied_bytes += copied.numel() * copied.element_size()
+        return copied
 
     def view(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows ``start`` to ``stop`` as a view of the buffer; empty tensors only after a first append."""
@@ -57,8 +60,12 @@ class GrowingTensor:
     def truncate(self, rows: int) -> None:
         """Keep the first ``rows`` rows; a buffer that is then mostly unused is given back."""
         self.rows = min(self.rows, rows)
-        if self.buffer is not None and self.buffer.shape[self.axis] > self.rows + max(self.min_room, self.rows // 8):
-            self.buffer = self.view().clone() if self.rows else None
+        # Twice the room of a new buffer: speculative decoding appends and crops in turn, and must not copy each time.
+        most = self.rows + 2 * max(self.min_room, self.rows // 8)
+        if self.rows == 0:
+            self.buffer = None
+        elif self.buffer is not None and self.buffer.shape[self.axis] > most:
+            self.buffer = self._count(self.view()).clone()
 
     def map_batch(self, function) -> None:
         """Replace the buffer by ``function(buffer)``, which may change the batch axis only."""
@@ -69,3 +76,8 @@ class GrowingTensor:
     def nbytes(self) -> int:
         """Bytes the buffer occupies, unused room included."""
         return 0 if self.buffer is None else self.buffer.numel() * self.buffer.element_size()
+
+
+def is_read_only(tensor: Tensor) -> bool:
+    """Whether ``tensor`` was made in ``torch.inference_mode`` and may not be written outside of it."""
+    return tensor.is_inference() and not torch.is_inference_mode_enabled()

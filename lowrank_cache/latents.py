@@ -40,6 +40,7 @@ class Coder:
             columns = kept[inside] - start
             channels = inside.nonzero()[:, 0]
             all_heads = basis.heads == tuple(range(heads))
+            width = len(basis.heads) * head_dim
             dropped = torch.ones(basis.rank, dtype=torch.bool)
             dropped[columns] = False
             mean = (basis.offset[dropped] @ basis.up_proj[dropped]).view(len(self.layers), len(basis.heads), head_dim)
@@ -49,7 +50,7 @@ class Coder:
                     None if all_heads else torch.tensor(basis.heads),
                     None if len(channels) == len(kept) else channels,
                     basis.down_proj[:, columns].contiguous(),
-                    basis.up_proj[columns].view(len(columns), len(self.layers), -1).transpose(0, 1).contiguous(),
+                    basis.up_proj[columns].view(len(columns), len(self.layers), width).transpose(0, 1).contiguous(),
                     basis.offset[columns],
                 )
             )

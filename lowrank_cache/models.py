@@ -134,6 +134,7 @@ def model_shape(model: PreTrainedModel) -> ModelShape:
     Raises:
         NotImplementedError: If the model's cache cannot be compressed: no full-attention layer, no
             rotary embedding, M-RoPE, or keys that the probe cannot un-rotate.
+        ValueError: If the model computes NaN or infinite keys or values.
     """
     decoder = decoder_of(model)
     if decoder not in _SHAPES:
@@ -227,7 +228,14 @@ def _observe(model: PreTrainedModel, config, position: int) -> dict[int, tuple[T
         ) from error
     finally:
         model.train(was_training)
-    return {index: (key.float().cpu(), value.float().cpu()) for index, (key, value) in cache.seen.items()}
+    seen = {index: (key.float().cpu(), value.float().cpu()) for index, (key, value) in cache.seen.items()}
+    for index, states in seen.items():
+        if not all(bool(torch.isfinite(state).all()) for state in states):
+            raise ValueError(
+                f"{type(model).__name__}: keys and values of layer {index} must be finite, got NaN or infinity; "
+                "check the model's weights"
+            )
+    return seen
 
 
 def _explain(at_zero: Tensor, rotated: Tensor, frequencies: dict[str, Tensor], dynamic: bool) -> RopeShape | None:

@@ -186,10 +186,11 @@ class PositionTrack:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of positions and row starts."""
+        """Bytes of positions, row starts, frequencies and, inside a forward, rotary tables."""
         rows = [tensor for tensor in (self._next, self.first_real) if tensor is not None]
-        frequencies = [inv_freq for segments in self._segments.values() for _, inv_freq in segments[1:]]
-        return self._positions.nbytes + sum(t.numel() * t.element_size() for t in rows + frequencies)
+        frequencies = [inv_freq for segments in self._segments.values() for _, inv_freq in segments]
+        tables = [table for pair in self._tables.values() for table in pair]
+        return self._positions.nbytes + sum(t.numel() * t.element_size() for t in rows + frequencies + tables)
 
 
 def _real_tokens(attention_mask: Tensor | None, positions: Tensor) -> Tensor:

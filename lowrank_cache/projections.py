@@ -24,7 +24,7 @@ from lowrank_cache.models import ModelShape
 __all__ = ["Basis", "Projections"]
 
 FORMAT_VERSION = 1
-CONFIG_FILE = "config.json"
+CONFIG_FILE = "projections.json"  # not config.json, which ModelHubMixin deletes before it saves
 TENSOR_FILE = "projections.safetensors"
 _TENSORS = ("down_proj", "up_proj", "offset", "loss")
 
@@ -124,6 +124,7 @@ class Projections(
         self.method = method
         self.frame_length = frame_length
         self.provenance = dict(provenance or {})
+        self._hub_mixin_config = None  # else ModelHubMixin would write these arguments to a config.json
         _check_coverage(self.bases, shape)
 
     def stores(self) -> list[tuple[Basis, ...]]:
@@ -176,29 +177,33 @@ class Projections(
             ],
             "tensors_sha256": hashlib.sha256(payload).hexdigest(),
         }
+        config["config_sha256"] = _config_digest(config)
         # Tensors first: a config without its tensors is refused on load, so no half artefact is usable.
         _write_atomically(save_directory / TENSOR_FILE, payload)
         _write_atomically(save_directory / CONFIG_FILE, json.dumps(config, indent=1).encode())
 
     @classmethod
-    def _from_pretrained(
+    def from_pretrained(
         cls,
+        pretrained_model_name_or_path: str | Path,
         *,
-        model_id: str,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
         force_download: bool = False,
-        local_files_only: bool = False,
         token: str | bool | None = None,
-        **unknown,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        revision: str | None = None,
     ) -> "Projections":
-        if unknown:
-            raise TypeError(f"Projections.from_pretrained got unknown arguments {sorted(unknown)}")
-        folder = Path(model_id)
+        """Load what ``save_pretrained`` wrote, from a folder or from a repository on the hub.
+
+        Raises:
+            FileNotFoundError: If a file is missing.
+            ValueError: If a file is damaged, was edited, or has another format version.
+        """
+        folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
             folder = Path(
                 snapshot_download(
-                    model_id,
+                    str(pretrained_model_name_or_path),
                     revision=revision,
                     cache_dir=cache_dir,
                     force_download=force_download,
@@ -215,12 +220,16 @@ def _read(folder: Path) -> Projections:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} holds no projections: {name} is missing")
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text())
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         version = config["format_version"]
         if version != FORMAT_VERSION:
             raise ValueError(
                 f"{folder} has format version {version}, and this release reads version {FORMAT_VERSION}; "
                 "calibrate again or install the release that wrote it"
+            )
+        if _config_digest(config) != config["config_sha256"]:
+            raise ValueError(
+                f"{folder / CONFIG_FILE} is damaged or was edited: its contents do not match config_sha256"
             )
         payload = (folder / TENSOR_FILE).read_bytes()
         digest = hashlib.sha256(payload).hexdigest()
@@ -243,10 +252,16 @@ def _read(folder: Path) -> Projections:
             frame_length=int(config["frame_length"]),
             provenance=config["provenance"],
         )
-    except (KeyError, TypeError, IndexError, AttributeError, safetensors.SafetensorError, UnicodeDecodeError) as error:
+    except (KeyError, TypeError, IndexError, AttributeError, safetensors.SafetensorError) as error:
         raise ValueError(f"{folder} holds damaged projections: {type(error).__name__}: {error}") from error
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{folder / CONFIG_FILE} is not valid JSON: {error}") from error
+
+
+def _config_digest(config: dict) -> str:
+    """SHA-256 of a config but for its own digest; layout and key order do not matter."""
+    others = {key: value for key, value in config.items() if key != "config_sha256"}
+    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
 
 
 def _write_atomically(path: Path, payload: bytes) -> None:
@@ -285,7 +300,7 @@ def _check_coverage(bases: tuple[Basis, ...], shape: ModelShape) -> None:
             expected = list(range(layer.side(side).heads))
             if heads != expected:
                 raise ValueError(
-                    f"bases must cover each of the {len(expected)} {side} heads of layer {index} once, got heads {heads}"
+                    f"bases must cover each {side} head of layer {index} once, heads {expected}, got {heads}"
                 )
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowrank_cache.growing import GrowingTensor
+from lowrank_cache.growing import GrowingTensor, is_read_only
 from lowrank_cache.kernels.rope import rotate
 from lowrank_cache.latents import Coder, PackedLatents
 from lowrank_cache.models import RopeShape
@@ -132,7 +132,7 @@ class LatentStore:
         if self.windows[member].rows:
             everything[:, :, self.encoded_end : past] = self.windows[member].view()
         if self.latents is not None and self.latents.tokens:
-            everything[:, :, sinks : self.encoded_end] = self._reconstruct(member)
+            everything[:, :, sinks : self.encoded_end] = self._reconstruct(member, batch)
         if self.track.first_real is None:
             everything[:, :, : min(sinks, past)] = self.sinks[member][:, :, :past]
         elif sinks:
@@ -141,9 +141,13 @@ class LatentStore:
             everything[row, :, slot] = self.sinks[member][row, :, nth]
         return everything
 
-    def _reconstruct(self, member: int) -> Tensor:
+    def _reconstruct(self, member: int, batch: int) -> Tensor:
         """All encoded slots of one layer, ``[batch, heads, tokens, head_dim]`` float32, post-RoPE."""
-        states = self.coder.decode(self.latents.read(), member)
+        if self.coder.rank:
+            latents = self.latents.read()
+        else:  # nothing is stored: every token is read as the calibration mean
+            latents = self.coder.constant.new_empty(batch, self.latents.tokens, 0)
+        states = self.coder.decode(latents, member)
         if self.rope is not None:
             cos, sin = self.track.rotation(self.rope, self.options.num_sink_tokens, self.encoded_end)
             states = rotate(states, cos, sin, self.rope.layout)
@@ -156,6 +160,8 @@ class LatentStore:
         if self.sinks[member] is None:
             batch, heads, _, head_dim = states.shape
             self.sinks[member] = states.new_zeros(batch, heads, sinks, head_dim)
+        elif is_read_only(self.sinks[member]):
+            self.sinks[member] = self.sinks[member].clone()
         if self.track.first_real is None:
             if past < sinks:
                 new = min(sinks - past, states.shape[2])
@@ -186,6 +192,9 @@ class LatentStore:
         if self._before is None:
             return
         self.lengths, self.encoded_end, tokens, windows = self._before
+        if self.lengths[0] == 0:
+            self.clear()  # the next forward may bring another batch or dtype
+            return
         for window, rows in windows:
             window.truncate(rows)
         self.windows = [window for window, _ in windows]
@@ -219,6 +228,9 @@ class LatentStore:
     def nbytes(self) -> int:
         """Bytes of latents, sinks and windows, unused room included."""
         sinks = sum(sink.numel() * sink.element_size() for sink in self.sinks if sink is not None)
-        windows = sum(window.nbytes for window in self.windows)
+        held = {id(window): window for window in self.windows}
+        if self._before is not None:  # inside a forward, or after one that failed
+            held.update((id(window), window) for window, _ in self._before[3])
+        windows = sum(window.nbytes for window in held.values())
         pending = sum(dense.numel() * dense.element_size() for dense in self.pending if dense is not None)
         return sinks + windows + pending + (0 if self.latents is None else self.latents.nbytes)
