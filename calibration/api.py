@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable
 from importlib.metadata import version
+from math import ceil
+from pathlib import Path
 
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -9,11 +11,13 @@ from transformers import PreTrainedModel
 from lowrank_cache.calibration.fisher import fisher_bases
 from lowrank_cache.calibration.moments import Moments, collect_moments, layer_groups
 from lowrank_cache.calibration.palu import palu_bases
-from lowrank_cache.models import model_shape
+from lowrank_cache.models import SIDES, ModelShape, model_shape
 from lowrank_cache.projections import Projections
 
-__all__ = ["calibrate", "projections_from_moments"]
+__all__ = ["auto_group_size", "calibrate", "projections_from_moments"]
 
+MAX_GROUP_LAYERS = 5
+MAX_GROUP_WIDTH = 4096
 METHODS = {"fisher": fisher_bases, "palu": palu_bases}
 
 
@@ -23,21 +27,30 @@ def calibrate(
     *,
     method: str = "fisher",
     frame_length: int = 1,
-    layer_group_size: int | tuple[int, int] = 1,
+    layer_group_size: int | tuple[int, int] | str = "auto",
+    sensitivity: str = "gradient",
+    save_moments: str | Path | None = None,
+    provenance: dict | None = None,
     progress: bool = True,
 ) -> Projections:
     """Calibrate projections on token batches.
 
     One forward and one backward pass per batch; memory does not grow with their number. Pads and each
-    sequence's first four real tokens are skipped.
+    sequence's first four real tokens are skipped. Equal batches give equal projections.
 
     Args:
         model: The model to compress; it is not changed. Any dtype or quantization gradients pass through.
         batches: Iterable of LongTensors ``[batch, tokens]``, or of mappings with ``input_ids`` and
-            ``attention_mask``. 20,000 tokens are enough for a 135M model.
+            ``attention_mask``; ``recall.mixed_batches`` makes good ones. 20,000 tokens are enough for a
+            135M model.
         method: ``"fisher"`` (default) or ``"palu"``.
         frame_length: Slots per rotary frame in which keys are stored; 1 stores them pre-RoPE.
-        layer_group_size: Adjacent layers that share a latent, for keys and values, or a pair.
+        layer_group_size: Adjacent layers that share a latent: a number, a pair for keys and values, or
+            ``"auto"``, see ``auto_group_size``. Methods other than fisher take ``"auto"`` as 1.
+        sensitivity: ``"gradient"``, or ``"query"`` for models that gradients do not pass through.
+        save_moments: File for the statistics, from which ``projections_from_moments`` makes projections
+            with another method, frame length or smaller groups without another pass.
+        provenance: Facts to record beside those recorded anyway, e.g. the text's name and the seed.
         progress: Show a tqdm bar of tokens.
 
     Returns:
@@ -47,36 +60,88 @@ def calibrate(
         ValueError: If an option is unknown or out of range, or the batches hold no usable or only
             non-finite numbers.
         TypeError: If a batch is not a tensor of token ids.
+        RuntimeError: If gradients do not pass through the model.
         NotImplementedError: If the model's cache cannot be compressed.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {sorted(METHODS)}, got {method!r}")
-    if not isinstance(frame_length, int) or frame_length < 1:
-        raise ValueError(f"frame_length must be an integer of at least 1, got {frame_length!r}")
-    sizes = layer_group_size if isinstance(layer_group_size, tuple) else (layer_group_size, layer_group_size)
-    if len(sizes) != 2 or any(not isinstance(size, int) or size < 1 for size in sizes):
-        raise ValueError(
-            f"layer_group_size must be an integer of at least 1 or a pair of them, got {layer_group_size!r}"
-        )
+    _check_options(method, frame_length)
     shape = model_shape(model)
-    groups = {side: layer_groups(shape, side, size) for side, size in zip(("key", "value"), sizes, strict=True)}
+    sizes = _group_sizes(shape, method, layer_group_size)
+    groups = {side: layer_groups(shape, side, size) for side, size in sizes.items()}
     with tqdm(desc="calibrating", unit=" tokens", disable=None if progress else True) as bar:
-        moments = collect_moments(model, batches, groups, progress=bar.update)
+        moments = collect_moments(model, batches, groups, sensitivity=sensitivity, progress=bar.update)
+    if save_moments is not None:
+        moments.save(save_moments)
+    facts = {
+        "base_model": getattr(model.config, "_name_or_path", None) or None,
+        "base_model_revision": getattr(model.config, "_commit_hash", None),
+        "weights": _weight_format(model),
+        **(provenance or {}),
+    }
     return projections_from_moments(
-        moments, method=method, frame_length=frame_length, base_model=getattr(model.config, "_name_or_path", None)
+        moments, method=method, frame_length=frame_length, layer_group_size=layer_group_size, provenance=facts
     )
 
 
 def projections_from_moments(
-    moments: Moments, *, method: str = "fisher", frame_length: int = 1, base_model: str | None = None
+    moments: Moments,
+    *,
+    method: str = "fisher",
+    frame_length: int = 1,
+    layer_group_size: int | tuple[int, int] | str = "auto",
+    provenance: dict | None = None,
 ) -> Projections:
-    """Derive bases from moments: the part of ``calibrate`` that needs no model."""
-    provenance = {
-        "base_model": base_model or None,
+    """Derive bases from moments: the part of ``calibrate`` that needs no model.
+
+    ``layer_group_size`` must cut each group that the moments were recorded for into whole groups.
+    """
+    _check_options(method, frame_length)
+    sizes = _group_sizes(moments.shape, method, layer_group_size)
+    groups = {side: layer_groups(moments.shape, side, size) for side, size in sizes.items()}
+    facts = {
+        **(provenance or {}),
+        "sensitivity": moments.sensitivity_kind,
         "calibration_tokens": moments.tokens,
         "calibration_sequences": moments.sequences,
         "calibration_loss": moments.loss / max(moments.predicted, 1),
         "versions": {name: version(name) for name in ("lowrank-cache", "torch", "transformers")},
     }
-    bases = METHODS[method](moments, frame_length)
-    return Projections(bases, moments.shape, method=method, frame_length=frame_length, provenance=provenance)
+    bases = METHODS[method](moments, groups, frame_length)
+    return Projections(bases, moments.shape, method=method, frame_length=frame_length, provenance=facts)
+
+
+def auto_group_size(shape: ModelShape, side: str) -> int:
+    """Layers per group under two limits, evened out over the model.
+
+    Every layer of a group reads the group's whole latent, so at a compression ratio r a layer of a group
+    of G reads G / r of the bytes that the full cache's layer reads: at most ``MAX_GROUP_LAYERS`` keeps
+    that below 5/8 at 8x. Bases grow with the square of the group's width, bounded by ``MAX_GROUP_WIDTH``.
+    """
+    width = max(layer.side(side).width for layer in shape.layers)
+    largest = max(1, min(MAX_GROUP_LAYERS, MAX_GROUP_WIDTH // width))
+    layers = len(shape.layers)
+    return ceil(layers / ceil(layers / largest))
+
+
+def _group_sizes(shape: ModelShape, method: str, size: int | tuple[int, int] | str) -> dict[str, int]:
+    if size == "auto":
+        return {side: auto_group_size(shape, side) if method == "fisher" else 1 for side in SIDES}
+    sizes = size if isinstance(size, tuple) else (size, size)
+    if len(sizes) != 2 or any(not isinstance(part, int) or part < 1 for part in sizes):
+        raise ValueError(f"layer_group_size must be 'auto', an integer of at least 1 or a pair of them, got {size!r}")
+    return dict(zip(SIDES, sizes, strict=True))
+
+
+def _check_options(method: str, frame_length: int) -> None:
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {sorted(METHODS)}, got {method!r}")
+    if not isinstance(frame_length, int) or frame_length < 1:
+        raise ValueError(f"frame_length must be an integer of at least 1, got {frame_length!r}")
+
+
+def _weight_format(model: PreTrainedModel) -> str:
+    """How the weights were stored while calibrating: a quantization method, or a dtype."""
+    quantization = getattr(model.config, "quantization_config", None)
+    if quantization is None:
+        return str(model.dtype).removeprefix("torch.")
+    kind = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+    return str(getattr(kind, "value", kind))

@@ -8,7 +8,7 @@ model. Mathematics: docs/method.md, "The fisher basis".
 import torch
 from torch import Tensor
 
-from lowrank_cache.calibration.moments import Moments
+from lowrank_cache.calibration.moments import Group, Moments
 from lowrank_cache.projections import Basis
 
 __all__ = ["fisher_bases", "weighted_basis"]
@@ -19,19 +19,19 @@ SENSITIVITY_FLOOR = 1e-5
 VARIANCE_FLOOR = 1e-8
 
 
-def fisher_bases(moments: Moments, frame_length: int) -> list[Basis]:
+def fisher_bases(moments: Moments, groups: dict[str, list[Group]], frame_length: int) -> list[Basis]:
     """One basis per side and layer group, over all heads of its layers."""
     bases = []
     for side in ("key", "value"):
-        for group in moments.groups[side]:
+        for group in groups[side]:
             second, mean, sensitivity = moments.of_group(side, group, frame_length)
             heads = tuple(range(moments.side(side, group).heads))
             bases.append(Basis(side, group, heads, *weighted_basis(second, mean, sensitivity)))
     return bases
 
 
-def weighted_basis(second: Tensor, mean: Tensor, sensitivity: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Down-projection, up-projection, offset and loss of a sensitivity-weighted basis.
+def weighted_basis(second: Tensor, mean: Tensor, sensitivity: Tensor) -> tuple[Tensor, ...]:
+    """Down-projection, up-projection, offset, loss and constant of a sensitivity-weighted basis.
 
     Args:
         second: ``[width, width]`` float64, second moment of the states, not centred.
@@ -39,7 +39,7 @@ def weighted_basis(second: Tensor, mean: Tensor, sensitivity: Tensor) -> tuple[T
         sensitivity: ``[width, width]`` float64, ``E[g gᵀ]``.
 
     Returns:
-        ``[width, width]``, ``[width, width]``, ``[width]``, ``[width]`` float32, channels of unit variance,
+        ``[width, width]``, ``[width, width]`` and thrice ``[width]``, float32, channels of unit variance,
         sorted by loss; see ``projections.Basis``.
     """
     values, vectors = torch.linalg.eigh(sensitivity)
@@ -62,4 +62,5 @@ def unit_variance(down: Tensor, up: Tensor, second: Tensor, mean: Tensor, price:
     order = variance.argsort(descending=True)
     scale = variance.sqrt()[order]
     down, up, offset = down[:, order] / scale, up[order] * scale[:, None], offset[order] / scale
-    return down.float(), up.float(), offset.float(), (price * scale.square()).float()
+    loss = price * scale.square()
+    return down.float(), up.float(), offset.float(), loss.float(), torch.zeros(len(mean))

@@ -25,7 +25,7 @@ from lowrank_cache.models import SIDES, ModelShape, RopeShape, SideShape, decode
 __all__ = ["Group", "Moments", "collect_moments", "layer_groups"]
 
 SKIPPED_TOKENS = 4  # a sequence's first real tokens are attention sinks with outlier keys; the cache keeps them exact
-_COUNTS = ("tokens", "sequences", "loss", "predicted")
+_COUNTS = ("tokens", "sequences", "loss", "predicted", "sensitivity_kind")
 Group = tuple[int, ...]  # adjacent compressible layers
 
 
@@ -41,6 +41,7 @@ class Moments:
         sensitivity: ``[layer_width, layer_width]`` per (side, layer): sum of ``g gᵀ``.
         inv_freq: Inverse frequencies per rope source.
         loss: Summed next-token loss over ``predicted`` tokens, in nats.
+        sensitivity_kind: ``"gradient"`` or ``"query"``.
     """
 
     shape: ModelShape
@@ -53,6 +54,7 @@ class Moments:
     sequences: int = 0
     loss: float = 0.0
     predicted: int = 0
+    sensitivity_kind: str = "gradient"
 
     def add(self, states: dict[str, dict[int, Tensor]], gradients: dict[str, dict[int, Tensor]]) -> None:
         """Add the tokens of one batch: per side and layer ``[tokens, layer_width]``, pre-RoPE."""
@@ -179,7 +181,7 @@ def collect_moments(
     if sensitivity not in ("gradient", "query"):
         raise ValueError(f"sensitivity must be 'gradient' or 'query', got {sensitivity!r}")
     shape = model_shape(model)
-    moments = Moments(shape, groups)
+    moments = Moments(shape, groups, sensitivity_kind=sensitivity)
     statistics = QueryStatistics() if sensitivity == "query" else None
     longest = 0
     with _prepared(model, differentiable=statistics is None):

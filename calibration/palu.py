@@ -8,7 +8,7 @@ cache sees, so no weight is needed. Source: Palu (arXiv:2407.21118), G-LRD.
 import torch
 
 from lowrank_cache.calibration.fisher import unit_variance
-from lowrank_cache.calibration.moments import Moments
+from lowrank_cache.calibration.moments import Group, Moments
 from lowrank_cache.projections import Basis
 
 __all__ = ["head_groups", "palu_bases"]
@@ -19,7 +19,9 @@ def head_groups(heads: int, size: int) -> list[tuple[int, ...]]:
     return [tuple(range(start, min(start + size, heads))) for start in range(0, heads, size)]
 
 
-def palu_bases(moments: Moments, frame_length: int, head_group_size: int = 4) -> list[Basis]:
+def palu_bases(
+    moments: Moments, groups: dict[str, list[Group]], frame_length: int, head_group_size: int = 4
+) -> list[Basis]:
     """One basis per head group, keys and values alike.
 
     Rank weights follow Palu's: proportional to the mean root of the Fisher information, here of the
@@ -27,7 +29,7 @@ def palu_bases(moments: Moments, frame_length: int, head_group_size: int = 4) ->
     """
     bases = []
     for side in ("key", "value"):
-        for group in moments.groups[side]:
+        for group in groups[side]:
             second, mean, sensitivity = moments.of_group(side, group, frame_length)
             shape = moments.side(side, group)
             for heads in head_groups(shape.heads, head_group_size):

@@ -74,6 +74,11 @@ def plan_stores(
         if 0 < compression_ratio < 1:
             hint = f"; if this is a fraction removed (kvpress's convention), pass {1 / (1 - compression_ratio):.3g}"
         raise ValueError(f"compression_ratio must be at least 1, got {compression_ratio}{hint}")
+    if compression_ratio < projections.min_compression_ratio:
+        raise ValueError(
+            f"compression_ratio must be at least {projections.min_compression_ratio:g}, for which these projections "
+            f"were truncated, got {compression_ratio:g}; load them at full rank"
+        )
     budget = full_bytes_per_token(projections) / compression_ratio
     if compression_ratio == 1:
         # Keep everything: the row padding of odd widths must not push a channel out.

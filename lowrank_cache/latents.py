@@ -43,8 +43,8 @@ class Coder:
             width = len(basis.heads) * head_dim
             dropped = torch.ones(basis.rank, dtype=torch.bool)
             dropped[columns] = False
-            mean = (basis.offset[dropped] @ basis.up_proj[dropped]).view(len(self.layers), len(basis.heads), head_dim)
-            constant[:, list(basis.heads)] = mean
+            mean = basis.constant + basis.offset[dropped] @ basis.up_proj[dropped]
+            constant[:, list(basis.heads)] = mean.view(len(self.layers), len(basis.heads), head_dim)
             self.blocks.append(
                 _Block(
                     None if all_heads else torch.tensor(basis.heads),

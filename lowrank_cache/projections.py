@@ -10,13 +10,13 @@ import json
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import safetensors
 import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
-from safetensors.torch import load, save
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from lowrank_cache.models import ModelShape
@@ -26,7 +26,7 @@ __all__ = ["Basis", "Projections"]
 FORMAT_VERSION = 1
 CONFIG_FILE = "projections.json"  # not config.json, which ModelHubMixin deletes before it saves
 TENSOR_FILE = "projections.safetensors"
-_TENSORS = ("down_proj", "up_proj", "offset", "loss")
+_TENSORS = ("down_proj", "up_proj", "offset", "loss", "constant")
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,9 @@ class Basis:
     """Down- and up-projection of one side (key or value) of a layer group, for some of its heads.
 
     With ``x`` the states of one token, ``[width]``, layers outermost, then ``heads``, then head_dim:
-    ``z = x @ down_proj`` is its latent, of unit variance per channel, and ``x ≈ z @ up_proj``. Keys
-    are in their rotary frame (docs/method.md). Channels are sorted by ``loss``, descending.
+    ``z = x @ down_proj`` is its latent, of unit variance per channel, and ``x ≈ z @ up_proj +
+    constant``. Keys are in their rotary frame (docs/method.md). Channels are sorted by ``loss``,
+    descending.
 
     Attributes:
         side: ``"key"`` or ``"value"``: which argument of ``Cache.update``.
@@ -45,6 +46,8 @@ class Basis:
         up_proj: ``[rank, width]`` float32.
         offset: ``[rank]`` float32, mean of each latent channel.
         loss: ``[rank]`` float32, predicted loss per unit of squared latent error, in nats a token.
+        constant: ``[width]`` float32, mean of what the channels cut away by ``truncate`` held; zero at
+            full rank.
         rank_weight: For methods that set ranks by projection and not by channel (Palu): this basis'
             share; None where ``loss`` decides.
     """
@@ -56,13 +59,14 @@ class Basis:
     up_proj: Tensor
     offset: Tensor
     loss: Tensor
+    constant: Tensor
     rank_weight: float | None = None
 
     def __post_init__(self):
         if self.side not in ("key", "value"):
             raise ValueError(f"side must be 'key' or 'value', got {self.side!r}")
         width, rank = self.down_proj.shape
-        expected = {"up_proj": (rank, width), "offset": (rank,), "loss": (rank,)}
+        expected = {"up_proj": (rank, width), "offset": (rank,), "loss": (rank,), "constant": (width,)}
         for name, shape in expected.items():
             tensor = getattr(self, name)
             if tuple(tensor.shape) != shape:
@@ -88,6 +92,17 @@ class Basis:
     def nbytes(self) -> int:
         return sum(getattr(self, name).numel() * getattr(self, name).element_size() for name in _TENSORS)
 
+    def truncate(self, rank: int) -> "Basis":
+        """A copy with the first ``rank`` channels; the others are read as their mean."""
+        return replace(
+            self,
+            down_proj=self.down_proj[:, :rank].clone(),
+            up_proj=self.up_proj[:rank].clone(),
+            offset=self.offset[:rank].clone(),
+            loss=self.loss[:rank].clone(),
+            constant=self.constant + self.offset[rank:] @ self.up_proj[rank:],
+        )
+
 
 class Projections(
     ModelHubMixin,
@@ -103,6 +118,8 @@ class Projections(
         method: Name of the calibration method.
         frame_length: Slots per rotary frame of the keys; 1 stores pre-RoPE keys.
         provenance: JSON-able facts: versions, base model, calibration tokens, seed.
+        min_compression_ratio: The ratio for which the bases were truncated; 1 at full rank. Channels for
+            smaller ratios are missing.
 
     Raises:
         ValueError: If a head is covered twice or not at all, or a basis does not fit ``shape``.
@@ -116,6 +133,7 @@ class Projections(
         method: str,
         frame_length: int = 1,
         provenance: dict | None = None,
+        min_compression_ratio: float = 1.0,
     ):
         if frame_length < 1:
             raise ValueError(f"frame_length must be at least 1, got {frame_length}")
@@ -124,6 +142,7 @@ class Projections(
         self.method = method
         self.frame_length = frame_length
         self.provenance = dict(provenance or {})
+        self.min_compression_ratio = float(min_compression_ratio)
         self._hub_mixin_config = None  # else ModelHubMixin would write these arguments to a config.json
         _check_coverage(self.bases, shape)
 
@@ -136,8 +155,33 @@ class Projections(
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all bases held here, full rank."""
+        """Bytes of all bases held here."""
         return sum(basis.nbytes for basis in self.bases)
+
+    def truncate(self, compression_ratio: float) -> "Projections":
+        """A copy that holds only what ``LowRankCache`` needs at this ratio or a larger one.
+
+        Raises:
+            ValueError: If the ratio is below the one these projections were truncated for, or unreachable.
+        """
+        from lowrank_cache.allocation import plan_stores  # allocation reads projections; only this call looks back
+
+        ranks: dict[int, int] = {}
+        for store, plan in zip(self.stores(), plan_stores(self, compression_ratio), strict=True):
+            kept = {channel for _, channels in plan.tiers for channel in channels}
+            start = 0
+            for basis in store:
+                # Kept channels are each basis' first ones, whatever the allocation.
+                ranks[id(basis)] = sum(start <= channel < start + basis.rank for channel in kept)
+                start += basis.rank
+        return Projections(
+            [basis.truncate(ranks[id(basis)]) for basis in self.bases],
+            self.shape,
+            method=self.method,
+            frame_length=self.frame_length,
+            provenance=self.provenance,
+            min_compression_ratio=compression_ratio,
+        )
 
     def check_model(self, shape: ModelShape) -> None:
         """Raise ValueError, naming the first difference, if ``shape`` is not that of these projections."""
@@ -164,6 +208,7 @@ class Projections(
             "method": self.method,
             "frame_length": self.frame_length,
             "provenance": self.provenance,
+            "min_compression_ratio": self.min_compression_ratio,
             "model_shape": self.shape.to_dict(),
             "model_fingerprint": self.shape.fingerprint,
             "bases": [
@@ -192,8 +237,13 @@ class Projections(
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         revision: str | None = None,
+        compression_ratio: float | None = None,
     ) -> "Projections":
         """Load what ``save_pretrained`` wrote, from a folder or from a repository on the hub.
+
+        Args:
+            compression_ratio: Load only what this ratio or a larger one needs, see ``truncate``. The file
+                is mapped, not read whole, so bases that are cut away take no memory.
 
         Raises:
             FileNotFoundError: If a file is missing.
@@ -212,7 +262,8 @@ class Projections(
                     allow_patterns=[CONFIG_FILE, TENSOR_FILE],
                 )
             )
-        return _read(folder)
+        projections = _read(folder)
+        return projections if compression_ratio is None else projections.truncate(compression_ratio)
 
 
 def _read(folder: Path) -> Projections:
@@ -231,14 +282,14 @@ def _read(folder: Path) -> Projections:
             raise ValueError(
                 f"{folder / CONFIG_FILE} is damaged or was edited: its contents do not match config_sha256"
             )
-        payload = (folder / TENSOR_FILE).read_bytes()
-        digest = hashlib.sha256(payload).hexdigest()
+        with open(folder / TENSOR_FILE, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != config["tensors_sha256"]:
             raise ValueError(
                 f"{folder / TENSOR_FILE} is damaged: its SHA-256 is {digest}, {CONFIG_FILE} expects "
                 f"{config['tensors_sha256']}"
             )
-        tensors = load(payload)
+        tensors = load_file(folder / TENSOR_FILE)  # mapped: pages are read when used
         bases = []
         for index, fields in enumerate(config["bases"]):
             layers, heads = tuple(map(int, fields["layers"])), tuple(map(int, fields["heads"]))
@@ -251,6 +302,7 @@ def _read(folder: Path) -> Projections:
             method=str(config["method"]),
             frame_length=int(config["frame_length"]),
             provenance=config["provenance"],
+            min_compression_ratio=float(config["min_compression_ratio"]),
         )
     except (KeyError, TypeError, IndexError, AttributeError, safetensors.SafetensorError) as error:
         raise ValueError(f"{folder} holds damaged projections: {type(error).__name__}: {error}") from error

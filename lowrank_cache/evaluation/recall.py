@@ -42,9 +42,11 @@ def lookup_samples(tokenizer, count: int, entries: int = 22, seed: int = 0) -> l
         draw = random.Random(seed * 1_000_003 + index)
         names = draw.sample([f"{colour} {animal}" for colour in _COLOURS for animal in _ANIMALS], entries)
         codes = {name: str(draw.randrange(10000, 100000)) for name in names}
-        facts = "".join(f"Agent {name} was given the secret access code {code} this morning.\n" for name, code in codes.items())
+        facts = "".join(
+            f"Agent {name} was given the secret code {code} this morning.\n" for name, code in codes.items()
+        )
         asked = draw.choice(names)
-        prompt = f"Read the list of agents and their codes.\n\n{facts}\nThe secret access code that was given to agent {asked} is"
+        prompt = f"Read the list of agents and codes.\n\n{facts}\nThe secret code that was given to agent {asked} is"
         samples.append(_sample(tokenizer, prompt, f" {codes[asked]}"))
     return samples
 
@@ -56,7 +58,7 @@ def needle_samples(tokenizer, haystack: Tensor, count: int, tokens: int, seed: i
         draw = random.Random(seed * 1_000_003 + index)
         name, code = f"{draw.choice(_COLOURS)} {draw.choice(_ANIMALS)}", str(draw.randrange(10000, 100000))
         fact = torch.tensor(tokenizer(f"\nThe vault of the {name} opens with the number {code}.\n")["input_ids"])
-        question = f"\nQuestion: which number opens the vault of the {name}? Answer: the vault of the {name} opens with the number"
+        question = f"\nWhich number opens the vault of the {name}? The vault of the {name} opens with the number"
         asked = torch.tensor(tokenizer(question)["input_ids"])
         room = tokens - len(fact) - len(asked)
         start = draw.randrange(0, max(1, len(haystack) - room))
