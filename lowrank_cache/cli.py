@@ -1,0 +1,117 @@
+"""The ``lowrank-cache`` command: ``demo``, ``calibrate``, ``inspect``.
+
+Arguments and messages only; what the commands do lives in ``evaluation`` and ``calibration``, which
+are imported inside the commands because they load torch and transformers.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    help="A KV cache of quantized low-rank latents for Hugging Face transformers.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+DataOption = Annotated[
+    Path | None, typer.Option(help="UTF-8 text file to use instead of WikiText-2 or Python's own documentation.")
+]
+
+
+@contextmanager
+def _errors_as_messages() -> Iterator[None]:
+    """Print what is wrong with an input or the machine as one message; let a bug keep its traceback."""
+    from lowrank_cache.evaluation.model_source import DownloadError
+
+    try:
+        yield
+    except (ValueError, NotImplementedError, ImportError, OSError, DownloadError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+@app.command()
+def demo(
+    data: DataOption = None,
+    out: Annotated[Path, typer.Option(help="Folder for the projections.")] = Path("artefacts/demo"),
+    ratio: Annotated[float, typer.Option(help="Target compression ratio per token in latents.")] = 8.0,
+) -> None:
+    """Calibrate a small real model, then generate with its full cache and with the compressed one."""
+    with _errors_as_messages():
+        from lowrank_cache.evaluation.demo import DemoSettings, run_demo
+
+        run_demo(out, data, DemoSettings(compression_ratio=ratio))
+
+
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help="Name on the hub, or folder, of a decoder-only model.")],
+    out: Annotated[Path, typer.Option(help="Folder for the projections.")],
+    data: DataOption = None,
+    tokens: Annotated[int, typer.Option(help="Calibration tokens, rounded down to whole windows.")] = 20_000,
+    window: Annotated[int, typer.Option(help="Tokens per calibration sequence.")] = 512,
+    recall_share: Annotated[float, typer.Option(help="Fraction of sequences that are generated look-ups.")] = 0.5,
+    method: Annotated[str | None, typer.Option(help="How bases are found; see docs/method.md.")] = None,
+    frame_length: Annotated[int | None, typer.Option(help="Tokens per rotary frame; 1 stores pre-RoPE keys.")] = None,
+    layer_group_size: Annotated[
+        str | None, typer.Option(help="Adjacent layers that share a latent: a number, or KEYS,VALUES.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Dtype of the model: auto, float32, bfloat16, float16.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="Torch device; the GPU if there is one.")] = None,
+) -> None:
+    """Calibrate projections for MODEL on text and save them."""
+    with _errors_as_messages():
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from lowrank_cache.calibration import calibrate as calibrate_model
+        from lowrank_cache.calibration.recall import mixed_batches
+        from lowrank_cache.evaluation.text_source import load_text
+
+        given = {"method": method, "frame_length": frame_length, "layer_group_size": _group_size(layer_group_size)}
+        options = {name: value for name, value in given.items() if value is not None}
+        text, source = load_text(data)
+        typer.echo(f"Text: {source}")
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+        loaded = loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+        batches = mixed_batches(tokenizer, text, tokens=tokens, window=window, recall_share=recall_share)
+        calibrate_model(loaded, batches, **options).save_pretrained(out)
+        typer.echo(f"Saved to {out}. 'lowrank-cache inspect {out}' describes it.")
+
+
+def _group_size(given: str | None) -> int | str | tuple[int, ...] | None:
+    """``"5"`` → 5, ``"2,5"`` → (2, 5); other words are left to ``calibrate`` to judge."""
+    if given is None:
+        return None
+    parts = given.split(",")
+    if not all(part.strip().isdigit() for part in parts):
+        return given
+    sizes = tuple(int(part) for part in parts)
+    return sizes[0] if len(sizes) == 1 else sizes
+
+
+@app.command()
+def inspect(
+    projections: Annotated[str, typer.Argument(help="Folder or hub repository of projections.")],
+    ratio: Annotated[float, typer.Option(help="Target compression ratio per token in latents.")] = 8.0,
+) -> None:
+    """Show what PROJECTIONS store at a ratio: ranks and bits per layer, predicted loss, bytes."""
+    with _errors_as_messages():
+        from rich.console import Console
+
+        from lowrank_cache import Projections
+        from lowrank_cache.evaluation.inspection import inspect_projections
+
+        loaded = Projections.from_pretrained(projections)
+        inspection = inspect_projections(loaded, ratio)
+        console = Console()
+        console.print(f"{loaded.method}, frames of {loaded.frame_length}, for {loaded.shape.model_type}")
+        console.print(inspection.table())
+        console.print(inspection.summary())

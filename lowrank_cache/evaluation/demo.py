@@ -1,0 +1,207 @@
+"""The demo: calibrate on a real model, then generate with the full cache and with the compressed one."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
+
+from lowrank_cache import LowRankCache, Projections
+from lowrank_cache.calibration import calibrate
+from lowrank_cache.calibration.recall import mixed_batches
+from lowrank_cache.evaluation.model_source import demo_model
+from lowrank_cache.evaluation.text_source import load_text
+
+__all__ = ["DemoRun", "DemoSettings", "generate_timed", "run_demo"]
+
+QUESTION = "Summarize the text above in three sentences."
+_HELD_OUT = 0.2  # the last part of the text, which calibration does not see
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """Sizes of the demo.
+
+    Attributes:
+        compression_ratio: Target per token in latents.
+        calibration_tokens: Rounded down to whole windows.
+        window: Tokens per calibration sequence.
+        prompt_tokens: Tokens of text in the prompt, the question apart.
+        new_tokens: Most tokens to generate.
+    """
+
+    compression_ratio: float = 8.0
+    calibration_tokens: int = 4096
+    window: int = 512
+    prompt_tokens: int = 1800
+    new_tokens: int = 64
+
+
+@dataclass(frozen=True)
+class DemoRun:
+    """What one ``generate`` produced and cost.
+
+    Attributes:
+        token_ids: ``[new_tokens]``.
+        prefill_seconds: Until the first new token.
+        decode_seconds: From the first new token to the last.
+        cache: As the run left it.
+    """
+
+    token_ids: Tensor
+    prefill_seconds: float
+    decode_seconds: float
+    cache: Cache
+
+    @property
+    def seconds_per_token(self) -> float:
+        """Mean time of a decoded token; the first one is part of the prefill."""
+        return self.decode_seconds / max(len(self.token_ids) - 1, 1)
+
+
+class _Clock(BaseStreamer):
+    """Notes when ``generate`` hands over the prompt and each new token."""
+
+    def __init__(self):
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing to flush."""
+
+
+def generate_timed(model: PreTrainedModel, inputs: dict[str, Tensor], cache: Cache, new_tokens: int) -> DemoRun:
+    """Generate greedily, with the time to the first token apart from the rest."""
+    clock = _Clock()
+    prompt_length = inputs["input_ids"].shape[1]
+    start = time.perf_counter()
+    output = model.generate(
+        **inputs,
+        past_key_values=cache,
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        streamer=clock,
+        pad_token_id=model.generation_config.eos_token_id,
+    )
+    first, last = clock.times[1], clock.times[-1]  # the first call of `put` brings the prompt
+    return DemoRun(output[0, prompt_length:], first - start, last - first, cache)
+
+
+def run_demo(
+    out: str | Path,
+    data: str | Path | None = None,
+    settings: DemoSettings | None = None,
+    console: Console | None = None,
+) -> None:
+    """Get the model, calibrate, save projections to ``out``, generate twice, and print a comparison.
+
+    Args:
+        out: Folder for the projections.
+        data: Text file to calibrate on and to prompt with, instead of the source ``load_text`` finds.
+        settings: Sizes; None for the defaults.
+        console: Where to print; None for standard output.
+
+    Raises:
+        ValueError: If the text is too short.
+        DownloadError: If the model cannot be had.
+    """
+    settings, console = settings or DemoSettings(), console or Console()
+    model, tokenizer, model_name = demo_model(console.print)
+    text, text_name = load_text(data)
+    console.print(f"Model: {model_name}\nText:  {text_name}")
+    cut = round(len(text) * (1 - _HELD_OUT))
+    projections = _calibrated(model, tokenizer, text[:cut], settings, console)
+    projections.save_pretrained(out)
+    inputs = _prompt(tokenizer, text[cut:], settings.prompt_tokens)
+    caches: dict[str, Callable[[], Cache]] = {
+        "full cache": lambda: DynamicCache(config=model.config),
+        "low-rank cache": lambda: LowRankCache(
+            model, Projections.from_pretrained(out), compression_ratio=settings.compression_ratio
+        ),
+    }
+    runs = {}
+    for name, make_cache in caches.items():
+        console.print(f"Generating with the {name}: a prompt of {inputs['input_ids'].shape[1]} tokens.")
+        runs[name] = generate_timed(model, inputs, make_cache(), settings.new_tokens)
+    full, low_rank = runs.values()
+    console.print(_comparison(tokenizer, full, low_rank))
+    _remarks(console, full, low_rank)
+    console.print(f"The projections are in {Path(out).resolve()}; 'lowrank-cache inspect {out}' describes them.")
+
+
+def _calibrated(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    settings: DemoSettings,
+    console: Console,
+) -> Projections:
+    console.print(f"Calibrating on up to {settings.calibration_tokens} tokens.")
+    # Only what is used is tokenized; 12 characters a token is more than any prose has.
+    prose = text[: 12 * settings.calibration_tokens]
+    batches = mixed_batches(tokenizer, prose, tokens=settings.calibration_tokens, window=settings.window)
+    return calibrate(model, batches)
+
+
+def _prompt(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int) -> dict[str, Tensor]:
+    token_ids = tokenizer(text[: 12 * tokens])["input_ids"][:tokens]
+    message = f"{tokenizer.decode(token_ids)}\n\n{QUESTION}"
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": message}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+
+
+def _comparison(tokenizer: PreTrainedTokenizerBase, full: DemoRun, low_rank: DemoRun) -> Table:
+    cache = low_rank.cache
+    assert isinstance(cache, LowRankCache)
+    tokens, occupied = cache.get_seq_length(), tensor_bytes(full.cache)
+    rows = [
+        ("text", *(tokenizer.decode(run.token_ids, skip_special_tokens=True).strip() for run in (full, low_rank))),
+        ("tokens in the cache", f"{full.cache.get_seq_length():,}", f"{tokens:,}"),
+        ("bytes at 16 bits a number", f"{cache.full_bytes():,}", ""),
+        ("bytes of its tensors", f"{occupied:,}", f"{cache.stored_bytes():,}"),
+        ("ratio to 16 bits", "", f"{cache.compression_ratio():.2f}x"),
+        ("ratio to the full cache's tensors", "", f"{occupied / cache.stored_bytes():.2f}x"),
+        ("target ratio per token in latents", "", f"{cache.target_compression_ratio:.2f}x"),
+        ("bytes of the bases, once per model", "", f"{cache.projection_bytes():,}"),
+        ("prefill, first token included", *(f"{run.prefill_seconds:.2f} s" for run in (full, low_rank))),
+        ("decode, per token", *(f"{1000 * run.seconds_per_token:.0f} ms" for run in (full, low_rank))),
+    ]
+    table = Table(show_lines=True)
+    table.add_column("", no_wrap=True)
+    table.add_column("full cache", ratio=1)
+    table.add_column("low-rank cache", ratio=1)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _remarks(console: Console, full: DemoRun, low_rank: DemoRun) -> None:
+    cache = low_rank.cache
+    assert isinstance(cache, LowRankCache)
+    length = min(len(full.token_ids), len(low_rank.token_ids))
+    same = int((full.token_ids[:length] == low_rank.token_ids[:length]).long().cumprod(0).sum())
+    console.print(f"The first {same} of {length} generated tokens are the same.")
+    console.print(
+        "The ratio of a short context stays below the target: sink tokens and the window of recent tokens are kept "
+        f"exactly, in the model's own {str(full.cache.layers[0].keys.dtype).removeprefix('torch.')}."
+    )
+    slower = low_rank.seconds_per_token / full.seconds_per_token
+    if slower > 1:
+        console.print(
+            f"Decoding with the low-rank cache took {slower:.1f} times as long: each step rebuilds all past keys and "
+            "values from their latents."
+        )
+
+
+def tensor_bytes(cache: Cache) -> int:
+    """Bytes of the keys and values that a stock cache holds."""
+    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
