@@ -133,9 +133,11 @@ class LatentStore:
             everything[:, :, self.encoded_end : past] = self.windows[member].view()
         if self.latents is not None and self.latents.tokens:
             everything[:, :, sinks : self.encoded_end] = self._reconstruct(member, batch)
+        if sinks == 0:
+            return everything
         if self.track.first_real is None:
             everything[:, :, : min(sinks, past)] = self.sinks[member][:, :, :past]
-        elif sinks:
+        else:
             everything[:, :, : min(sinks, past)] = 0
             row, nth, slot = self._sink_slots(0, past)
             everything[row, :, slot] = self.sinks[member][row, :, nth]

@@ -59,6 +59,8 @@ def _build(prefix: str, config_class: str | None = None, model_class: str | None
             for name, parameter in model.named_parameters():
                 if parameter.dim() == 1 or name.endswith("sinks"):
                     parameter.add_(0.3 * torch.randn_like(parameter))
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")  # the grouped product knows no float64
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model.requires_grad_(False)
@@ -203,7 +205,9 @@ def _template(family: str) -> PreTrainedModel:
     return {**FAMILIES, **REFUSED}[family]()
 
 
-def tiny_model(family: str, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None):
+def tiny_model(
+    family: str, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None
+) -> PreTrainedModel:
     """A fresh copy of a family's model, so that no test sees the state another left in it."""
     model = copy.deepcopy(_template(family))
     if dtype != torch.float32:
@@ -214,9 +218,21 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float32, attn_implementat
             for name, buffer in tables.items():
                 parent, _, leaf = name.rpartition(".")
                 setattr(model.get_submodule(parent), leaf, buffer)
+    if dtype == torch.float64:
+        for module in model.modules():
+            if hasattr(module, "layer_idx"):
+                module.register_forward_pre_hook(_clamp_mask, with_kwargs=True)
     if attn_implementation is not None:
         model.set_attn_implementation(attn_implementation)
     return model
+
+
+def _clamp_mask(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Keep float64's lowest number, which masks padding, finite in the float32 softmax of eager attention."""
+    mask = kwargs.get("attention_mask")
+    if mask is not None and mask.is_floating_point():
+        kwargs["attention_mask"] = mask.clamp(min=torch.finfo(torch.float32).min)
+    return args, kwargs
 
 
 def random_tokens(batch: int, tokens: int, seed: int = 0) -> torch.Tensor:
