@@ -7,7 +7,7 @@ are imported inside the commands because they load torch and transformers.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -60,7 +60,7 @@ def calibrate(
     method: Annotated[str | None, typer.Option(help="How bases are found; see docs/method.md.")] = None,
     frame_length: Annotated[int | None, typer.Option(help="Tokens per rotary frame; 1 stores pre-RoPE keys.")] = None,
     layer_group_size: Annotated[
-        str | None, typer.Option(help="Adjacent layers that share a latent: a number, or KEYS,VALUES.")
+        str | None, typer.Option(help="Adjacent layers that share a latent: a number, KEYS,VALUES, or auto.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="Dtype of the model: auto, float32, bfloat16, float16.")] = "auto",
     device: Annotated[str | None, typer.Option(help="Torch device; the GPU if there is one.")] = None,
@@ -74,15 +74,19 @@ def calibrate(
         from lowrank_cache.calibration.recall import mixed_batches
         from lowrank_cache.evaluation.text_source import load_text
 
-        given = {"method": method, "frame_length": frame_length, "layer_group_size": _group_size(layer_group_size)}
+        given: dict[str, Any] = {
+            "method": method,
+            "frame_length": frame_length,
+            "layer_group_size": _group_size(layer_group_size),
+        }
         options = {name: value for name, value in given.items() if value is not None}
         text, source = load_text(data)
         typer.echo(f"Text: {source}")
         tokenizer = AutoTokenizer.from_pretrained(model)
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-        loaded = loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+        loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+        loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
         batches = mixed_batches(tokenizer, text, tokens=tokens, window=window, recall_share=recall_share)
-        calibrate_model(loaded, batches, **options).save_pretrained(out)
+        calibrate_model(loaded, batches, provenance={"text": source}, **options).save_pretrained(out)
         typer.echo(f"Saved to {out}. 'lowrank-cache inspect {out}' describes it.")
 
 

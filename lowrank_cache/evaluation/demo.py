@@ -1,14 +1,14 @@
 """The demo: calibrate on a real model, then generate with the full cache and with the compressed one."""
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from lowrank_cache import LowRankCache, Projections
@@ -50,13 +50,11 @@ class DemoRun:
         token_ids: ``[new_tokens]``.
         prefill_seconds: Until the first new token.
         decode_seconds: From the first new token to the last.
-        cache: As the run left it.
     """
 
     token_ids: Tensor
     prefill_seconds: float
     decode_seconds: float
-    cache: Cache
 
     @property
     def seconds_per_token(self) -> float:
@@ -67,7 +65,7 @@ class DemoRun:
 class _Clock(BaseStreamer):
     """Notes when ``generate`` hands over the prompt and each new token."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.times: list[float] = []
 
     def put(self, value: Tensor) -> None:
@@ -77,21 +75,20 @@ class _Clock(BaseStreamer):
         """Nothing to flush."""
 
 
-def generate_timed(model: PreTrainedModel, inputs: dict[str, Tensor], cache: Cache, new_tokens: int) -> DemoRun:
+def generate_timed(model: PreTrainedModel, inputs: BatchEncoding, cache: Cache, new_tokens: int) -> DemoRun:
     """Generate greedily, with the time to the first token apart from the rest."""
     clock = _Clock()
     prompt_length = inputs["input_ids"].shape[1]
     start = time.perf_counter()
-    output = model.generate(
+    output = model.generate(  # type: ignore[operator]  # nn.Module.__getattr__ stands before it
         **inputs,
         past_key_values=cache,
         max_new_tokens=new_tokens,
         do_sample=False,
         streamer=clock,
-        pad_token_id=model.generation_config.eos_token_id,
     )
     first, last = clock.times[1], clock.times[-1]  # the first call of `put` brings the prompt
-    return DemoRun(output[0, prompt_length:], first - start, last - first, cache)
+    return DemoRun(output[0, prompt_length:], first - start, last - first)
 
 
 def run_demo(
@@ -117,22 +114,19 @@ def run_demo(
     text, text_name = load_text(data)
     console.print(f"Model: {model_name}\nText:  {text_name}")
     cut = round(len(text) * (1 - _HELD_OUT))
-    projections = _calibrated(model, tokenizer, text[:cut], settings, console)
+    projections = _calibrated(model, tokenizer, text[:cut], text_name, settings, console)
     projections.save_pretrained(out)
     inputs = _prompt(tokenizer, text[cut:], settings.prompt_tokens)
-    caches: dict[str, Callable[[], Cache]] = {
-        "full cache": lambda: DynamicCache(config=model.config),
-        "low-rank cache": lambda: LowRankCache(
-            model, Projections.from_pretrained(out), compression_ratio=settings.compression_ratio
-        ),
-    }
-    runs = {}
-    for name, make_cache in caches.items():
-        console.print(f"Generating with the {name}: a prompt of {inputs['input_ids'].shape[1]} tokens.")
-        runs[name] = generate_timed(model, inputs, make_cache(), settings.new_tokens)
-    full, low_rank = runs.values()
-    console.print(_comparison(tokenizer, full, low_rank))
-    _remarks(console, full, low_rank)
+    full_cache = DynamicCache(config=model.config)
+    # Loaded for this ratio only, as a deployment would: what other ratios need takes no memory.
+    loaded = Projections.from_pretrained(out, compression_ratio=settings.compression_ratio)
+    low_rank_cache = LowRankCache(model, loaded, compression_ratio=settings.compression_ratio)
+    runs = []
+    for name, cache in (("full", full_cache), ("low-rank", low_rank_cache)):
+        console.print(f"Generating with the {name} cache: a prompt of {inputs['input_ids'].shape[1]} tokens.")
+        runs.append(generate_timed(model, inputs, cache, settings.new_tokens))
+    console.print(_comparison(tokenizer, runs, full_cache, low_rank_cache))
+    _remarks(console, runs[0], runs[1], full_cache)
     console.print(f"The projections are in {Path(out).resolve()}; 'lowrank-cache inspect {out}' describes them.")
 
 
@@ -140,6 +134,7 @@ def _calibrated(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     text: str,
+    text_name: str,
     settings: DemoSettings,
     console: Console,
 ) -> Projections:
@@ -147,32 +142,34 @@ def _calibrated(
     # Only what is used is tokenized; 12 characters a token is more than any prose has.
     prose = text[: 12 * settings.calibration_tokens]
     batches = mixed_batches(tokenizer, prose, tokens=settings.calibration_tokens, window=settings.window)
-    return calibrate(model, batches)
+    return calibrate(model, batches, provenance={"text": text_name})
 
 
-def _prompt(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int) -> dict[str, Tensor]:
+def _prompt(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int) -> BatchEncoding:
     token_ids = tokenizer(text[: 12 * tokens])["input_ids"][:tokens]
     message = f"{tokenizer.decode(token_ids)}\n\n{QUESTION}"
-    return tokenizer.apply_chat_template(
+    inputs = tokenizer.apply_chat_template(
         [{"role": "user", "content": message}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
+    return cast(BatchEncoding, inputs)
 
 
-def _comparison(tokenizer: PreTrainedTokenizerBase, full: DemoRun, low_rank: DemoRun) -> Table:
-    cache = low_rank.cache
-    assert isinstance(cache, LowRankCache)
-    tokens, occupied = cache.get_seq_length(), tensor_bytes(full.cache)
+def _comparison(
+    tokenizer: PreTrainedTokenizerBase, runs: list[DemoRun], full_cache: DynamicCache, cache: LowRankCache
+) -> Table:
+    occupied = tensor_bytes(full_cache)
+    texts = tokenizer.batch_decode([run.token_ids.tolist() for run in runs], skip_special_tokens=True)
     rows = [
-        ("text", *(tokenizer.decode(run.token_ids, skip_special_tokens=True).strip() for run in (full, low_rank))),
-        ("tokens in the cache", f"{full.cache.get_seq_length():,}", f"{tokens:,}"),
+        ("text", *(text.strip() for text in texts)),
+        ("tokens in the cache", f"{full_cache.get_seq_length():,}", f"{cache.get_seq_length():,}"),
         ("bytes at 16 bits a number", f"{cache.full_bytes():,}", ""),
         ("bytes of its tensors", f"{occupied:,}", f"{cache.stored_bytes():,}"),
         ("ratio to 16 bits", "", f"{cache.compression_ratio():.2f}x"),
         ("ratio to the full cache's tensors", "", f"{occupied / cache.stored_bytes():.2f}x"),
         ("target ratio per token in latents", "", f"{cache.target_compression_ratio:.2f}x"),
         ("bytes of the bases, once per model", "", f"{cache.projection_bytes():,}"),
-        ("prefill, first token included", *(f"{run.prefill_seconds:.2f} s" for run in (full, low_rank))),
-        ("decode, per token", *(f"{1000 * run.seconds_per_token:.0f} ms" for run in (full, low_rank))),
+        ("prefill, first token included", *(f"{run.prefill_seconds:.2f} s" for run in runs)),
+        ("decode, per token", *(f"{1000 * run.seconds_per_token:.0f} ms" for run in runs)),
     ]
     table = Table(show_lines=True)
     table.add_column("", no_wrap=True)
@@ -183,15 +180,14 @@ def _comparison(tokenizer: PreTrainedTokenizerBase, full: DemoRun, low_rank: Dem
     return table
 
 
-def _remarks(console: Console, full: DemoRun, low_rank: DemoRun) -> None:
-    cache = low_rank.cache
-    assert isinstance(cache, LowRankCache)
+def _remarks(console: Console, full: DemoRun, low_rank: DemoRun, full_cache: DynamicCache) -> None:
     length = min(len(full.token_ids), len(low_rank.token_ids))
     same = int((full.token_ids[:length] == low_rank.token_ids[:length]).long().cumprod(0).sum())
+    keys, *_ = next(iter(full_cache))
     console.print(f"The first {same} of {length} generated tokens are the same.")
     console.print(
         "The ratio of a short context stays below the target: sink tokens and the window of recent tokens are kept "
-        f"exactly, in the model's own {str(full.cache.layers[0].keys.dtype).removeprefix('torch.')}."
+        f"exactly, in the model's own {str(keys.dtype).removeprefix('torch.')}."
     )
     slower = low_rank.seconds_per_token / full.seconds_per_token
     if slower > 1:
@@ -201,7 +197,6 @@ def _remarks(console: Console, full: DemoRun, low_rank: DemoRun) -> None:
         )
 
 
-def tensor_bytes(cache: Cache) -> int:
-    """Bytes of the keys and values that a stock cache holds."""
-    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+def tensor_bytes(cache: DynamicCache) -> int:
+    """Bytes of the keys and values that a full cache holds."""
+    return sum(tensor.numel() * tensor.element_size() for keys, values, *_ in cache for tensor in (keys, values))
