@@ -16,7 +16,13 @@ from transformers import DynamicCache
 from lowrank_cache import Projections
 from tests.models import full_rank_projections, random_tokens, tiny_model
 
-__all__ = ["REFERENCE_FACTOR", "assert_within_reference_error", "noise_gain", "rounding_band"]
+__all__ = [
+    "REFERENCE_FACTOR",
+    "assert_equal_up_to_rotation_rounding",
+    "assert_within_reference_error",
+    "noise_gain",
+    "rounding_band",
+]
 
 # Maxima over a few thousand logits of two independent rounding errors of equal size differ by less than this.
 REFERENCE_FACTOR = 2.0
@@ -89,3 +95,15 @@ def rounding_band(family: str, frame_length: int = 1, layer_group_size: int | tu
         model = tiny_model(family, torch.float64)
         logits.append(model(tokens, past_key_values=_NoisyCache(model.config, size)).logits)
     return REFERENCE_FACTOR * float((logits[1] - logits[0]).abs().max())
+
+
+def assert_equal_up_to_rotation_rounding(actual: Tensor, expected: Tensor) -> None:
+    """Fail unless numbers agree that only a float32 rotation and its inverse separate.
+
+    Rotary tables and products are rounded a dozen times, each by half a unit in the last place of the largest
+    number at most.
+    """
+    assert actual.shape == expected.shape
+    allowed = 12 * FLOAT32_ROUNDING * 2**0.5 * float(expected.abs().max())
+    error = float((actual - expected).abs().max())
+    assert error <= allowed, f"numbers differ by {error:.3g}, a rotation and its inverse explain {allowed:.3g}"
