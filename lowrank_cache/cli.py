@@ -1,7 +1,6 @@
 """The ``lowrank-cache`` command: ``demo``, ``calibrate``, ``inspect``.
 
-Arguments and messages only; what the commands do lives in ``evaluation`` and ``calibration``, which
-are imported inside the commands because they load torch and transformers.
+Arguments and messages only; what the commands do lives in ``evaluation`` and ``calibration``.
 """
 
 from collections.abc import Iterator
@@ -9,7 +8,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lowrank_cache import Projections, calibration
+from lowrank_cache.calibration.recall import mixed_batches
+from lowrank_cache.evaluation.demo import DemoSettings, run_demo
+from lowrank_cache.evaluation.inspection import inspect_projections
+from lowrank_cache.evaluation.model_source import DownloadError
+from lowrank_cache.evaluation.text_source import load_text
 
 __all__ = ["app"]
 
@@ -27,8 +36,6 @@ DataOption = Annotated[
 @contextmanager
 def _errors_as_messages() -> Iterator[None]:
     """Print what is wrong with an input or the machine as one message; let a bug keep its traceback."""
-    from lowrank_cache.evaluation.model_source import DownloadError
-
     try:
         yield
     except (ValueError, NotImplementedError, ImportError, OSError, DownloadError) as error:
@@ -44,8 +51,6 @@ def demo(
 ) -> None:
     """Calibrate a small real model, then generate with its full cache and with the compressed one."""
     with _errors_as_messages():
-        from lowrank_cache.evaluation.demo import DemoSettings, run_demo
-
         run_demo(out, data, DemoSettings(compression_ratio=ratio))
 
 
@@ -67,13 +72,6 @@ def calibrate(
 ) -> None:
     """Calibrate projections for MODEL on text and save them."""
     with _errors_as_messages():
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        from lowrank_cache.calibration import calibrate as calibrate_model
-        from lowrank_cache.calibration.recall import mixed_batches
-        from lowrank_cache.evaluation.text_source import load_text
-
         given: dict[str, Any] = {
             "method": method,
             "frame_length": frame_length,
@@ -86,7 +84,7 @@ def calibrate(
         loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
         loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
         batches = mixed_batches(tokenizer, text, tokens=tokens, window=window, recall_share=recall_share)
-        calibrate_model(loaded, batches, provenance={"text": source}, **options).save_pretrained(out)
+        calibration.calibrate(loaded, batches, provenance={"text": source}, **options).save_pretrained(out)
         typer.echo(f"Saved to {out}. 'lowrank-cache inspect {out}' describes it.")
 
 
@@ -108,11 +106,8 @@ def inspect(
 ) -> None:
     """Show what PROJECTIONS store at a ratio: ranks and bits per layer, predicted loss, bytes."""
     with _errors_as_messages():
-        from rich.console import Console
-
-        from lowrank_cache import Projections
-        from lowrank_cache.evaluation.inspection import inspect_projections
-
+        if not Path(projections).is_dir() and projections.count("/") != 1:
+            raise ValueError(f"PROJECTIONS must be a folder or a repository OWNER/NAME on the hub, got {projections!r}")
         loaded = Projections.from_pretrained(projections)
         inspection = inspect_projections(loaded, ratio)
         console = Console()

@@ -90,37 +90,39 @@ class LatentStore:
 
     def _encode_pending(self) -> None:
         options = self.options
-        waiting = self.pending[0].shape[2]
+        pending = [dense for dense in self.pending if dense is not None]  # of every layer of the group
+        waiting = pending[0].shape[2]
         # While the window holds residual_length + block_size tokens, its oldest block_size are encoded.
         encoded = (waiting - options.residual_length) // options.block_size * options.block_size
         if self.latents is None:
-            dtype = options.latent_dtype or self.pending[0].dtype
+            dtype = options.latent_dtype or pending[0].dtype
             self.latents = PackedLatents(self.coder.tiers, dtype, options.block_size)
         self.latents.reserve(self.latents.tokens + encoded)
         for start in range(0, encoded, _ENCODE_TOKENS):
             stop = min(start + _ENCODE_TOKENS, encoded)
-            self._encode(torch.stack([dense[:, :, start:stop] for dense in self.pending], dim=1).float())
-        for member, dense in enumerate(self.pending):
+            states = torch.stack([dense[:, :, start:stop] for dense in pending], dim=1).float()
+            self._encode(self.latents, states)
+        for member, dense in enumerate(pending):
             # A new window, not a shifted one: `rollback` still needs the old one.
             self.windows[member] = self._new_window()
             if waiting > encoded:
                 self.windows[member].append(dense[:, :, encoded:])
         self.pending = [None] * len(self.pending)
 
-    def _encode(self, states: Tensor) -> None:
+    def _encode(self, latents: PackedLatents, states: Tensor) -> None:
         """Append the latents of the next slots: ``[batch, layers, heads, tokens, head_dim]`` float32, post-RoPE."""
         stop = self.encoded_end + states.shape[3]
         if self.rope is not None:
             cos, sin = self.track.rotation(self.rope, self.encoded_end, stop)
             states = rotate(states, cos[:, None], sin[:, None], self.rope.layout, inverse=True)
         self.coder.to(states.device)
-        latents = self.coder.encode(states)
-        if not bool(torch.isfinite(latents).all()):
+        encoded = self.coder.encode(states)
+        if not bool(torch.isfinite(encoded).all()):
             raise ValueError(
                 f"{self.coder.side} states of layers {self.coder.layers} must be finite, got NaN or infinity: "
                 "the forward overflowed"
             )
-        self.latents.append(latents, self.coder.weight)
+        latents.append(encoded, self.coder.weight)
         self.encoded_end = stop
 
     def _assemble(self, member: int, states: Tensor) -> Tensor:
@@ -132,23 +134,24 @@ class LatentStore:
         if self.windows[member].rows:
             everything[:, :, self.encoded_end : past] = self.windows[member].view()
         if self.latents is not None and self.latents.tokens:
-            everything[:, :, sinks : self.encoded_end] = self._reconstruct(member, batch)
-        if sinks == 0:
+            everything[:, :, sinks : self.encoded_end] = self._reconstruct(self.latents, member, batch)
+        kept, first_real = self.sinks[member], self.track.first_real
+        if kept is None:  # there are no sink tokens
             return everything
-        if self.track.first_real is None:
-            everything[:, :, : min(sinks, past)] = self.sinks[member][:, :, :past]
+        if first_real is None:
+            everything[:, :, : min(sinks, past)] = kept[:, :, :past]
         else:
             everything[:, :, : min(sinks, past)] = 0
-            row, nth, slot = self._sink_slots(0, past)
-            everything[row, :, slot] = self.sinks[member][row, :, nth]
+            row, nth, slot = self._sink_slots(first_real, 0, past)
+            everything[row, :, slot] = kept[row, :, nth]
         return everything
 
-    def _reconstruct(self, member: int, batch: int) -> Tensor:
+    def _reconstruct(self, packed: PackedLatents, member: int, batch: int) -> Tensor:
         """All encoded slots of one layer, ``[batch, heads, tokens, head_dim]`` float32, post-RoPE."""
         if self.coder.rank:
-            latents = self.latents.read()
+            latents = packed.read()
         else:  # nothing is stored: every token is read as the calibration mean
-            latents = self.coder.constant.new_empty(batch, self.latents.tokens, 0)
+            latents = self.coder.constant.new_empty(batch, packed.tokens, 0)
         states = self.coder.decode(latents, member)
         if self.rope is not None:
             cos, sin = self.track.rotation(self.rope, self.options.num_sink_tokens, self.encoded_end)
@@ -159,23 +162,24 @@ class LatentStore:
         sinks = self.options.num_sink_tokens
         if sinks == 0:
             return
-        if self.sinks[member] is None:
+        kept, first_real = self.sinks[member], self.track.first_real
+        if kept is None:
             batch, heads, _, head_dim = states.shape
-            self.sinks[member] = states.new_zeros(batch, heads, sinks, head_dim)
-        elif is_read_only(self.sinks[member]):
-            self.sinks[member] = self.sinks[member].clone()
-        if self.track.first_real is None:
+            kept = states.new_zeros(batch, heads, sinks, head_dim)
+        elif is_read_only(kept):
+            kept = kept.clone()
+        self.sinks[member] = kept
+        if first_real is None:
             if past < sinks:
                 new = min(sinks - past, states.shape[2])
-                self.sinks[member][:, :, past : past + new] = states[:, :, :new]
+                kept[:, :, past : past + new] = states[:, :, :new]
         else:
-            row, nth, slot = self._sink_slots(past, past + states.shape[2])
-            self.sinks[member][row, :, nth] = states[row, :, slot - past]
+            row, nth, slot = self._sink_slots(first_real, past, past + states.shape[2])
+            kept[row, :, nth] = states[row, :, slot - past]
 
-    def _sink_slots(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _sink_slots(self, first_real: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
         """Row, number and slot of every sink token that stands in slots ``start`` to ``stop``."""
-        first = self.track.first_real
-        slots = first[:, None] + torch.arange(self.options.num_sink_tokens, device=first.device)
+        slots = first_real[:, None] + torch.arange(self.options.num_sink_tokens, device=first_real.device)
         row, nth = ((slots >= start) & (slots < stop)).nonzero(as_tuple=True)
         return row, nth, slots[row, nth]
 
