@@ -304,7 +304,7 @@ class LowRankCache(Cache):
         return (
             self._track.nbytes
             + sum(store.nbytes for store in self._stores)
-            + sum(tensor.numel() * tensor.element_size() for tensor in self._other_states())
+            + sum(_storage_bytes(self._other_states()))
         )
 
     def full_bytes(self) -> int:
@@ -329,6 +329,12 @@ class LowRankCache(Cache):
         """Keys and values of the attention layers that are not compressed."""
         tensors = [getattr(layer, name, None) for layer in self._other_layers() for name in ("keys", "values")]
         return [tensor for tensor in tensors if isinstance(tensor, Tensor)]
+
+
+def _storage_bytes(tensors: list[Tensor]) -> list[int]:
+    """Bytes of the storages behind ``tensors``: a sliding layer keeps a view of what it was last given."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
+    return [storage.nbytes() for storage in storages.values()]
 
 
 def _check_options(residual_length, num_sink_tokens, block_size, latent_dtype) -> StoreOptions:
