@@ -1,0 +1,245 @@
+"""The quality table: perplexity and recall of many caches on one model, in one run, resumable.
+
+Every row is one configuration: its size, perplexity and recall are measured together. Results are kept
+per row in a JSON Lines file, so that a run that was cut goes on where it stopped.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from lowrank_cache import LowRankCache, Projections
+from lowrank_cache.allocation import full_bytes_per_token, plan_stores
+from lowrank_cache.evaluation.baselines import BASELINES, make_baseline, tensor_bytes
+from lowrank_cache.evaluation.perplexity import stream, windows_of
+from lowrank_cache.evaluation.recall import lookup_samples, needle_samples, score_recall
+
+__all__ = ["QualityRow", "QualitySettings", "markdown", "measure"]
+
+
+@dataclass(frozen=True)
+class QualitySettings:
+    """What is measured, and how.
+
+    Attributes:
+        windows: Windows of evaluation text, evenly spaced; None for all.
+        window: Tokens per window.
+        chunk: Tokens per forward.
+        lookups: Key–value look-ups among ``entries``.
+        needles: Needles in ``needle_tokens`` tokens of prose.
+        residual_length, num_sink_tokens, block_size: Of every LowRankCache.
+    """
+
+    windows: int | None = None
+    window: int = 1024
+    chunk: int = 32
+    batch: int = 8
+    lookups: int = 64
+    entries: int = 22
+    needles: int = 0
+    needle_tokens: int = 2048
+    residual_length: int = 32
+    num_sink_tokens: int = 4
+    block_size: int = 32
+
+
+@dataclass(frozen=True)
+class QualityRow:
+    """One cache.
+
+    Attributes:
+        name: Of the configuration.
+        latent_ratio: Full bytes per token at 16 bits over latent bytes per token; None for baselines.
+        real_ratio: Full bytes over stored bytes at the end of a window.
+        dynamic_ratio: Bytes of the measured ``DynamicCache`` over stored bytes, at the end of a window.
+        projection_bytes: Of the truncated bases.
+        losses: Mean loss of each window, nats.
+        lookup_losses, lookup_exact, needle_losses, needle_exact: Per sample.
+    """
+
+    name: str
+    latent_ratio: float | None
+    real_ratio: float
+    dynamic_ratio: float
+    projection_bytes: int
+    losses: list[float]
+    lookup_losses: list[float]
+    lookup_exact: list[float]
+    needle_losses: list[float]
+    needle_exact: list[float]
+
+
+def measure(
+    model: PreTrainedModel,
+    tokenizer,
+    text: str,
+    configurations: dict[str, tuple[Projections | None, dict]],
+    settings: QualitySettings,
+    results: Path,
+    progress: Callable[[str], object] = print,
+) -> list[QualityRow]:
+    """Measure every configuration that ``results`` does not hold yet.
+
+    Args:
+        text: Evaluation text; never the one calibrated on.
+        configurations: By row name: projections and further arguments of ``LowRankCache``, or None for a
+            name in ``BASELINES``. ``"full"`` is always measured, first.
+        results: JSON Lines file, one row a line; its first line holds the settings.
+        progress: Called with a line of text before each row.
+
+    Raises:
+        ValueError: If ``results`` was made with other settings.
+    """
+    ids = torch.tensor(tokenizer(text)["input_ids"])
+    windows = windows_of(ids, settings.window, settings.windows)
+    done = _resume(results, settings)
+    rows = []
+    for name in ["full", *(name for name in configurations if name != "full")]:
+        if name not in done:
+            progress(f"measuring {name}")
+            projections, options = configurations.get(name, (None, {}))
+            try:
+                make_cache, ratio, bases = _factory(name, projections, options, model, settings)
+                done[name] = _measure_row(name, model, tokenizer, ids, windows, make_cache, ratio, bases, settings)
+            except ImportError as error:
+                progress(f"skipped {name}: {error}")
+                continue
+            with open(results, "a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(done[name])) + "\n")
+        rows.append(done[name])
+    return rows
+
+
+def _resume(results: Path, settings: QualitySettings) -> dict[str, QualityRow]:
+    header = {"settings": asdict(settings)}
+    if not results.exists():
+        results.parent.mkdir(parents=True, exist_ok=True)
+        results.write_text(json.dumps(header) + "\n", encoding="utf-8")
+        return {}
+    lines = results.read_text(encoding="utf-8").splitlines()
+    if json.loads(lines[0]) != header:
+        raise ValueError(f"{results} was made with other settings: {lines[0]}; remove it or name another file")
+    return {row["name"]: QualityRow(**row) for row in map(json.loads, lines[1:])}
+
+
+def _factory(name, projections, options, model, settings) -> tuple[Callable[[], Cache], float | None, int]:
+    if projections is None:
+        if name not in BASELINES:
+            raise ValueError(f"configuration {name!r} has no projections and is no baseline of {BASELINES}")
+        make_baseline(name, model, settings.residual_length)  # fails here, before anything is measured
+        return lambda: make_baseline(name, model, settings.residual_length), None, 0
+    sizes = {
+        "residual_length": settings.residual_length,
+        "num_sink_tokens": settings.num_sink_tokens,
+        "block_size": settings.block_size,
+    }
+    plans = plan_stores(
+        projections, **{k: v for k, v in options.items() if k in ("compression_ratio", "ranks", "bits")}
+    )
+    ratio = full_bytes_per_token(projections) / sum(plan.bytes_per_token for plan in plans)
+    bases = LowRankCache(model, projections, **sizes, **options).projection_bytes()
+    return lambda: LowRankCache(model, projections, **sizes, **options), ratio, bases
+
+
+def _measure_row(
+    name, model, tokenizer, ids: Tensor, windows: Tensor, make_cache, ratio, bases, settings
+) -> QualityRow:
+    caches: list[Cache] = []
+
+    def remembered() -> Cache:
+        caches[:] = [make_cache()]
+        return caches[0]
+
+    result = stream(model, windows, remembered, chunk=settings.chunk, batch=settings.batch)
+    stored = tensor_bytes(caches[0])
+    rows = windows.shape[0] % settings.batch or min(settings.batch, windows.shape[0])
+    full, dynamic = _full_bytes(model, rows, settings.window)
+    score = {}
+    tasks = {
+        "lookup": lookup_samples(tokenizer, settings.lookups, settings.entries),
+        "needle": needle_samples(tokenizer, ids, settings.needles, settings.needle_tokens),
+    }
+    for task, samples in tasks.items():
+        if samples:
+            score[task] = score_recall(model, samples, make_cache, chunk=settings.chunk, batch=settings.batch)
+    return QualityRow(
+        name=name,
+        latent_ratio=ratio,
+        real_ratio=full / stored,
+        dynamic_ratio=dynamic / stored,
+        projection_bytes=bases,
+        losses=result.losses.mean(1).tolist(),
+        lookup_losses=score["lookup"].loss.tolist() if "lookup" in score else [],
+        lookup_exact=score["lookup"].exact.tolist() if "lookup" in score else [],
+        needle_losses=score["needle"].loss.tolist() if "needle" in score else [],
+        needle_exact=score["needle"].exact.tolist() if "needle" in score else [],
+    )
+
+
+@torch.no_grad()
+def _full_bytes(model: PreTrainedModel, rows: int, tokens: int) -> tuple[int, int]:
+    """Bytes of the full cache at 16 bits, and of ``DynamicCache`` as it is, for ``rows`` windows."""
+    cache = DynamicCache(config=model.config)
+    model(input_ids=torch.zeros(1, tokens, dtype=torch.long, device=model.device), past_key_values=cache)
+    numbers = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+    return 2 * numbers * rows, tensor_bytes(cache) * rows
+
+
+def markdown(rows: list[QualityRow]) -> str:
+    """A Markdown table; differences to the full cache with 95 % intervals over windows or samples."""
+    lines = [
+        "| cache | ratio in latents | real ratio | to DynamicCache | perplexity ratio | look-up loss, nats | exact "
+        "| needle loss, nats | exact | bases, MB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    lines.extend("| " + " | ".join(cells) + " |" for cells in _cells(rows))
+    return "\n".join(lines)
+
+
+def _cells(rows: list[QualityRow]) -> Iterator[list[str]]:
+    full = rows[0]
+    for row in rows:
+        ratio = "–" if row.latent_ratio is None else f"{row.latent_ratio:.2f}x"
+        yield [
+            row.name,
+            ratio,
+            f"{row.real_ratio:.2f}x",
+            f"{row.dynamic_ratio:.2f}x",
+            f"{math.exp(_mean(full.losses)):.3f}" if row is full else _perplexity_ratio(row.losses, full.losses),
+            _difference(row.lookup_losses, full.lookup_losses, row is full),
+            f"{_mean(row.lookup_exact):.2f}" if row.lookup_exact else "–",
+            _difference(row.needle_losses, full.needle_losses, row is full),
+            f"{_mean(row.needle_exact):.2f}" if row.needle_exact else "–",
+            f"{row.projection_bytes / 1e6:.1f}",
+        ]
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _interval(values: list[float], baseline: list[float]) -> tuple[float, float]:
+    """Mean paired difference and half of its 95 % interval."""
+    differences = torch.tensor(values, dtype=torch.float64) - torch.tensor(baseline, dtype=torch.float64)
+    spread = float(differences.std()) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
+    return float(differences.mean()), 1.96 * spread
+
+
+def _perplexity_ratio(losses: list[float], baseline: list[float]) -> str:
+    mean, half = _interval(losses, baseline)
+    return f"x{math.exp(mean):.4f} ± {half:.4f}"
+
+
+def _difference(losses: list[float], baseline: list[float], is_full: bool) -> str:
+    if not losses:
+        return "–"
+    if is_full:
+        return f"{_mean(losses):.3f}"
+    mean, half = _interval(losses, baseline)
+    return f"{mean:+.3f} ± {half:.3f}"
