@@ -133,7 +133,7 @@ def model_shape(model: PreTrainedModel) -> ModelShape:
 
     Raises:
         NotImplementedError: If the model's cache cannot be compressed: no full-attention layer, no
-            rotary embedding, M-RoPE, or keys that the probe cannot un-rotate.
+            rotary embedding, ALiBi, M-RoPE, or keys that the probe cannot un-rotate.
         ValueError: If the model computes NaN or infinite keys or values.
     """
     decoder = decoder_of(model)
@@ -176,10 +176,13 @@ def _probe(model: PreTrainedModel, decoder: nn.Module) -> ModelShape:
         )
     if _uses_mrope(config):
         raise NotImplementedError(f"{name} uses M-RoPE (several positions per token), which is not supported")
+    if getattr(config, "alibi", False):
+        raise NotImplementedError(f"{name} uses ALiBi; only rotary decoders are supported")
     sources = _rope_sources(decoder)
     if not sources:
         raise NotImplementedError(
-            f"{name} has no rotary position embedding (learned positions or ALiBi?); only rotary decoders are supported"
+            f"{name} has no rotary position embedding with inverse frequencies to read (learned positions, ALiBi or "
+            "precomputed tables?); only rotary decoders are supported"
         )
     before = _observe(model, config, 0)
     after = _observe(model, config, PROBE_POSITION)
@@ -207,7 +210,7 @@ def _probe(model: PreTrainedModel, decoder: nn.Module) -> ModelShape:
 def _observe(model: PreTrainedModel, config, position: int) -> dict[int, tuple[Tensor, Tensor]]:
     """One token at ``position`` through the model: what each layer handed to the cache, on CPU."""
     cache = _ProbeCache(config)
-    device = model.get_input_embeddings().weight.device
+    device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]  # nn.Module.__getattr__
     if device.type == "meta":  # accelerate keeps offloaded weights on meta and moves inputs itself
         device = torch.device("cpu")
     token = torch.full((1, 1), min(7, config.vocab_size - 1), dtype=torch.long, device=device)
@@ -246,7 +249,7 @@ def _explain(at_zero: Tensor, rotated: Tensor, frequencies: dict[str, Tensor], d
     """
     scale = at_zero.norm().clamp(min=1e-6)
     tolerance = 0.02  # bfloat16 rounding of keys and tables stays below 0.01; a wrong layout is above 0.5
-    errors = {None: float((rotated - at_zero).norm() / scale)}
+    errors: dict[RopeShape | None, float] = {None: float((rotated - at_zero).norm() / scale)}
     position = torch.tensor([PROBE_POSITION])
     for source, inv_freq in frequencies.items():
         if 2 * len(inv_freq) > at_zero.shape[-1]:

@@ -19,6 +19,7 @@ from lowrank_cache.calibration import calibrate
 
 __all__ = [
     "FAMILIES",
+    "MORE_FAMILIES",
     "REFUSED",
     "VOCAB",
     "exact_cache",
@@ -47,9 +48,11 @@ _COMMON = {
 }
 
 
-def _build(prefix: str, config_class: str | None = None, model_class: str | None = None, **options) -> PreTrainedModel:
+def _build(
+    prefix: str, config_class: str | None = None, model_class: str | None = None, common: dict = _COMMON, **options
+) -> PreTrainedModel:
     """The seeded model of ``{prefix}Config`` and ``{prefix}ForCausalLM``, with ``options`` over the common sizes."""
-    config = getattr(transformers, config_class or f"{prefix}Config")(**{**_COMMON, **options})
+    config = getattr(transformers, config_class or f"{prefix}Config")(**{**common, **options})
     model_type = getattr(transformers, model_class or f"{prefix}ForCausalLM")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -164,6 +167,89 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
 }
 
 
+def _deepseek_v2() -> PreTrainedModel:
+    return _build(
+        "DeepseekV2",
+        num_key_value_heads=4,
+        q_lora_rank=24,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=16,
+        v_head_dim=16,
+        head_dim=8,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=2,
+        topk_group=1,
+        first_k_dense_replace=1,
+        moe_intermediate_size=32,
+    )
+
+
+def _gemma3n() -> PreTrainedModel:
+    return _build(
+        "Gemma3n",
+        "Gemma3nTextConfig",
+        num_hidden_layers=6,
+        num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        sliding_window=8,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=VOCAB,
+        intermediate_size=[96] * 6,
+        activation_sparsity_pattern=[0.0] * 6,
+        laurel_rank=8,
+    )
+
+
+def _longcat_flash() -> PreTrainedModel:
+    return _build(
+        "LongcatFlash",
+        num_hidden_layers=4,
+        num_layers=2,
+        num_key_value_heads=4,
+        q_lora_rank=24,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=16,
+        v_head_dim=16,
+        head_dim=8,
+        n_routed_experts=4,
+        moe_topk=2,
+        expert_ffn_hidden_size=32,
+        ffn_hidden_size=64,
+        zero_expert_num=1,
+    )
+
+
+def _falcon(**options) -> PreTrainedModel:
+    sizes = {name: size for name, size in _COMMON.items() if name != "head_dim"}  # Falcon derives it
+    return _build("Falcon", common=sizes, new_decoder_architecture=True, num_kv_heads=2, **options)
+
+
+# More families, tested in fewer modes: each has something that the families above have not.
+MORE_FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
+    "smollm3": lambda: _build("SmolLM3", num_hidden_layers=4),  # every fourth layer without rotary embedding
+    "deepseek-v2": _deepseek_v2,  # MLA, rotation by complex numbers
+    "longcat-flash": _longcat_flash,  # two MLA caches per layer
+    "gemma3n": _gemma3n,  # later layers read the keys of earlier ones
+    "llama4": lambda: _build(  # chunked attention
+        "Llama4",
+        "Llama4TextConfig",
+        num_hidden_layers=4,
+        num_local_experts=2,
+        intermediate_size_mlp=96,
+        attention_chunk_size=8,
+    ),
+    "lfm2": lambda: _build(  # convolution layers
+        "Lfm2", num_hidden_layers=4, layer_types=["conv", "full_attention", "conv", "full_attention"]
+    ),
+    "falcon": _falcon,
+    "ernie4_5": lambda: _build("Ernie4_5"),
+    "granite": lambda: _build("Granite"),
+}
+
+
 def _gpt2() -> PreTrainedModel:
     return _build("GPT2", model_class="GPT2LMHeadModel", n_embd=64, n_head=4, n_layer=2, n_positions=256)
 
@@ -190,6 +276,10 @@ REFUSED: dict[str, Callable[[], PreTrainedModel]] = {
         encoder_ffn_dim=96,
         decoder_ffn_dim=96,
     ),
+    "falcon-alibi": lambda: _falcon(alibi=True),
+    "gptj": lambda: _build("GPTJ", n_embd=64, n_head=4, n_layer=2, rotary_dim=8, n_positions=256),
+    "nanochat": lambda: _build("NanoChat"),
+    "recurrent-gemma": lambda: _build("RecurrentGemma", lru_width=64, attention_window_size=8),
     "mamba": lambda: _build("Mamba", state_size=8, num_hidden_layers=2),
 }
 
@@ -202,7 +292,7 @@ def _qwen2_vl() -> PreTrainedModel:
 
 @cache
 def _template(family: str) -> PreTrainedModel:
-    return {**FAMILIES, **REFUSED}[family]()
+    return {**FAMILIES, **MORE_FAMILIES, **REFUSED}[family]()
 
 
 def tiny_model(

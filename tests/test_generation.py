@@ -18,7 +18,16 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from lowrank_cache import LowRankCache
 from lowrank_cache.latents import Coder
-from tests.models import FAMILIES, SMALL_SIZES, VOCAB, exact_cache, full_rank_projections, random_tokens, tiny_model
+from tests.models import (
+    FAMILIES,
+    MORE_FAMILIES,
+    SMALL_SIZES,
+    VOCAB,
+    exact_cache,
+    full_rank_projections,
+    random_tokens,
+    tiny_model,
+)
 from tests.tolerance import assert_within_reference_error, rounding_band
 
 PROMPT, NEW = 14, 12  # ends past the 24 tokens at which llama-dynamic and phi3 change their frequencies
@@ -172,6 +181,8 @@ MODES = {
     )
 }
 
+MORE_MODES = ["left_padded", "beam_search", "prompt_lookup"]
+
 
 @functools.cache
 def _stock(family: str, mode: str, dtype: torch.dtype, attn_implementation: str | None) -> Outcome | Refusal:
@@ -201,6 +212,13 @@ def _compare(family: str, mode: str, make: MakeCache, band: float, attn_implemen
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generation_mode_equals_dynamic_cache(family, mode):
+    projections = full_rank_projections(family)
+    _compare(family, mode, lambda model: exact_cache(model, projections), rounding_band(family))
+
+
+@pytest.mark.parametrize("mode", MORE_MODES)
+@pytest.mark.parametrize("family", MORE_FAMILIES)
+def test_more_families_equal_dynamic_cache(family, mode):
     projections = full_rank_projections(family)
     _compare(family, mode, lambda model: exact_cache(model, projections), rounding_band(family))
 
