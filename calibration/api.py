@@ -126,9 +126,10 @@ def _group_sizes(shape: ModelShape, method: str, size: int | tuple[int, int] | s
     if size == "auto":
         return {side: auto_group_size(shape, side) if method == "fisher" else 1 for side in SIDES}
     sizes = size if isinstance(size, tuple) else (size, size)
-    if len(sizes) != 2 or any(not isinstance(part, int) or part < 1 for part in sizes):
+    numbers = [part for part in sizes if isinstance(part, int) and part >= 1]
+    if not len(sizes) == len(numbers) == 2:
         raise ValueError(f"layer_group_size must be 'auto', an integer of at least 1 or a pair of them, got {size!r}")
-    return dict(zip(SIDES, sizes, strict=True))
+    return dict(zip(SIDES, numbers, strict=True))
 
 
 def _check_options(method: str, frame_length: int) -> None:

@@ -26,12 +26,13 @@ def fisher_bases(moments: Moments, groups: dict[str, list[Group]], frame_length:
         for group in groups[side]:
             second, mean, sensitivity = moments.of_group(side, group, frame_length)
             heads = tuple(range(moments.side(side, group).heads))
-            bases.append(Basis(side, group, heads, *weighted_basis(second, mean, sensitivity)))
+            arrays = weighted_basis(second, mean, sensitivity)
+            bases.append(Basis(side, group, heads, **arrays, rank_weight=None))
     return bases
 
 
-def weighted_basis(second: Tensor, mean: Tensor, sensitivity: Tensor) -> tuple[Tensor, ...]:
-    """Down-projection, up-projection, offset, loss and constant of a sensitivity-weighted basis.
+def weighted_basis(second: Tensor, mean: Tensor, sensitivity: Tensor) -> dict[str, Tensor]:
+    """Tensors of a sensitivity-weighted ``Basis``, by attribute.
 
     Args:
         second: ``[width, width]`` float64, second moment of the states, not centred.
@@ -39,8 +40,7 @@ def weighted_basis(second: Tensor, mean: Tensor, sensitivity: Tensor) -> tuple[T
         sensitivity: ``[width, width]`` float64, ``E[g gᵀ]``.
 
     Returns:
-        ``[width, width]``, ``[width, width]`` and thrice ``[width]``, float32, channels of unit variance,
-        sorted by loss; see ``projections.Basis``.
+        float32, of full rank, channels of unit variance, sorted by loss.
     """
     values, vectors = torch.linalg.eigh(sensitivity)
     values = values.clamp(min=SENSITIVITY_FLOOR * max(float(values[-1]), 1e-30)).sqrt()
@@ -51,7 +51,7 @@ def weighted_basis(second: Tensor, mean: Tensor, sensitivity: Tensor) -> tuple[T
     return unit_variance(down, up, second, mean)
 
 
-def unit_variance(down: Tensor, up: Tensor, second: Tensor, mean: Tensor, price: float = 1.0) -> tuple[Tensor, ...]:
+def unit_variance(down: Tensor, up: Tensor, second: Tensor, mean: Tensor, price: float = 1.0) -> dict[str, Tensor]:
     """Scale latents to unit variance and sort channels by what their error costs.
 
     ``down`` and ``up`` are such that a squared latent error costs ``price`` before scaling.
@@ -63,4 +63,10 @@ def unit_variance(down: Tensor, up: Tensor, second: Tensor, mean: Tensor, price:
     scale = variance.sqrt()[order]
     down, up, offset = down[:, order] / scale, up[order] * scale[:, None], offset[order] / scale
     loss = price * scale.square()
-    return down.float(), up.float(), offset.float(), loss.float(), torch.zeros(len(mean))
+    return {
+        "down_proj": down.float(),
+        "up_proj": up.float(),
+        "offset": offset.float(),
+        "loss": loss.float(),
+        "constant": torch.zeros(len(mean)),
+    }

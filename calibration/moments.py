@@ -281,7 +281,7 @@ def _finish_query_sensitivity(moments: Moments, statistics: QueryStatistics, con
         rows, recorded = moments.rows_of("value", (index,))
         mean = moments.total["value", recorded][rows] / moments.tokens
         spread = moments.second["value", recorded][rows, rows] / moments.tokens - torch.outer(mean, mean)
-        queries_per_head = statistics.modules[index].num_key_value_groups
+        queries_per_head = int(statistics.modules[index].num_key_value_groups)  # type: ignore[arg-type]  # nn.Module
         residual = statistics.mean_residual(index)
         value_spread = float((value * spread).sum()) * residual / (layer.key.heads * queries_per_head)
         inv_freq = moments.inv_freq[layer.key.rope.source] if layer.key.rope else None
@@ -389,7 +389,7 @@ def _tensors(batches: Iterable, model: PreTrainedModel):
         raise TypeError(
             "batches must be an iterable of token ids, got a string; tokenize it with the model's tokenizer"
         )
-    device = model.get_input_embeddings().weight.device
+    device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]  # nn.Module.__getattr__
     for index, batch in enumerate(batches):
         if isinstance(batch, str | bytes) or (isinstance(batch, list | tuple) and batch and isinstance(batch[0], str)):
             raise TypeError(

@@ -43,5 +43,5 @@ def palu_bases(
                 _, components = torch.linalg.eigh(block)
                 arrays = unit_variance(components, components.T, block, mean[rows])
                 weight = float(sensitivity.diagonal()[rows].sqrt().mean()) * len(rows)
-                bases.append(Basis(side, group, heads, *arrays, rank_weight=weight))
+                bases.append(Basis(side, group, heads, **arrays, rank_weight=weight))
     return bases

@@ -43,7 +43,7 @@ class QueryStatistics:
     ) -> Tensor:
         """``[width, width]`` float64, block-diagonal over KV heads, per token."""
         outer = self.outer[layer_idx] / self.tokens
-        if rope is not None:
+        if inv_freq is not None:
             outer = _average_over_distances(outer, rope, inv_freq, context)
         factor = self.scaling[layer_idx] ** 2 * value_spread / self.mean_residual(layer_idx)
         return torch.block_diag(*outer) * factor

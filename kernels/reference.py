@@ -39,7 +39,7 @@ def quantize(latents: Tensor, bits: int, weight: Tensor) -> tuple[Tensor, Tensor
     half_levels = 2 ** (bits - 1)
     # A step below float16's smallest normal number would round to zero and make every level zero.
     unclipped = (latents.abs().amax(-1) / half_levels).clamp_(min=2**-14)
-    best_steps = best_error = None
+    best_steps, best_error = unclipped, torch.full_like(unclipped, torch.inf)
     for fraction in _STEP_FRACTIONS[bits]:
         steps = unclipped * fraction
         levels = _nearest_level(latents, steps, half_levels)
@@ -51,12 +51,9 @@ def quantize(latents: Tensor, bits: int, weight: Tensor) -> tuple[Tensor, Tensor
         fitted = (weighted * latents).sum(-1) / (weighted * levels).sum(-1).clamp_(min=1e-12)
         fitted = fitted.clamp_(min=2**-14)
         error = ((levels * fitted[..., None] - latents).square_() * weight).sum(-1)
-        if best_error is None:
-            best_steps, best_error = fitted, error
-        else:
-            better = error < best_error
-            best_steps = torch.where(better, fitted, best_steps)
-            best_error = torch.where(better, error, best_error)
+        better = error < best_error
+        best_steps = torch.where(better, fitted, best_steps)
+        best_error = torch.where(better, error, best_error)
     stored_steps = best_steps.to(torch.float16)
     levels = _nearest_level(latents, stored_steps.float(), half_levels)
     return (levels + (half_levels - 0.5)).to(torch.uint8), stored_steps

@@ -100,11 +100,13 @@ def plan_stores(
 
 def _least_bytes(stores: list[tuple[Basis, ...]], bits: int | None) -> int:
     """Bytes per token of the smallest plan that stores anything."""
-    weights = [basis.rank_weight for store in stores for basis in store]
-    if all(weight is None for weight in weights):
+    weights = [basis.rank_weight for store in stores for basis in store if basis.rank_weight is not None]
+    if not weights:
         return min(tier_bytes(width, 1) for width in (BIT_WIDTHS if bits is None else (bits,)))
     # By weight, the heaviest bases get their first channel, all at once.
-    return sum(tier_bytes(bits or 16, sum(basis.rank_weight == max(weights) for basis in store)) for store in stores)
+    heaviest = max(weights)
+    counts = [len([basis for basis in store if basis.rank_weight == heaviest]) for store in stores]
+    return sum(tier_bytes(bits or 16, count) for count in counts)
 
 
 def predicted_loss(store: tuple[Basis, ...], plan: StorePlan) -> float:
@@ -140,7 +142,8 @@ def _loss_plan(store: tuple[Basis, ...], counts: TierCounts) -> StorePlan:
 
 
 def _uniform_plan(store: tuple[Basis, ...], kept: list[int], bits: int) -> StorePlan:
-    channels, start = [], 0
+    channels: list[int] = []
+    start = 0
     for basis, rank in zip(store, kept, strict=True):
         channels.extend(range(start, start + rank))
         start += basis.rank
@@ -152,10 +155,11 @@ def _plan_by_weight(stores: list[tuple[Basis, ...]], budget: float, bits: int) -
     bases = [basis for store in stores for basis in store]
     caps = [basis.rank for basis in bases]
     # What a basis' share buys, by bisection on the common factor, with padded rows and steps counted.
-    low, high = 0.0, float(max(caps)) / min(basis.rank_weight for basis in bases if basis.rank_weight) + 1
+    weights = [basis.rank_weight or 0.0 for basis in bases]
+    low, high = 0.0, float(max(caps)) / min(weight for weight in weights if weight) + 1
 
     def plans(factor: float) -> list[StorePlan]:
-        kept = iter([min(cap, round(factor * basis.rank_weight)) for basis, cap in zip(bases, caps, strict=True)])
+        kept = iter([min(cap, round(factor * weight)) for weight, cap in zip(weights, caps, strict=True)])
         return [_uniform_plan(store, [next(kept) for _ in store], bits) for store in stores]
 
     for _ in range(60):

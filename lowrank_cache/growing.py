@@ -30,7 +30,7 @@ class GrowingTensor:
         """Add ``block`` at the end; dtype, device and other axes follow the first block."""
         added = block.shape[self.axis]
         if self.buffer is None or self.rows + added > self.buffer.shape[self.axis] or is_read_only(self.buffer):
-            self._grow(block, added)
+            self.buffer = self._grown(block, added)
         self.buffer.narrow(self.axis, self.rows, added).copy_(block)
         self.rows += added
 
@@ -38,7 +38,7 @@ class GrowingTensor:
         """Expect ``rows`` rows in all, so that appending them piece by piece copies at most once."""
         self._reserved = rows
 
-    def _grow(self, block: Tensor, added: int) -> None:
+    def _grown(self, block: Tensor, added: int) -> Tensor:
         shape = list(block.shape)
         needed = max(self.rows + added, self._reserved)
         # A first block that fills its buffer exactly (a long prompt) leaves room for what follows.
@@ -46,14 +46,16 @@ class GrowingTensor:
         buffer = block.new_empty(shape)
         if self.rows:
             buffer.narrow(self.axis, 0, self.rows).copy_(self._count(self.view()))
-        self.buffer = buffer
+        return buffer
 
     def _count(self, copied: Tensor) -> Tensor:
         self.copied_bytes += copied.numel() * copied.element_size()
         return copied
 
     def view(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows ``start`` to ``stop`` as a view of the buffer; empty tensors only after a first append."""
+        """Rows ``start`` to ``stop`` as a view of the buffer; only after a first append."""
+        if self.buffer is None:
+            raise RuntimeError("nothing was appended yet, so shape and dtype of a view are unknown")
         stop = self.rows if stop is None else stop
         return self.buffer.narrow(self.axis, start, stop - start)
 

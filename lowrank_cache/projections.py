@@ -228,7 +228,7 @@ class Projections(
         _write_atomically(save_directory / CONFIG_FILE, json.dumps(config, indent=1).encode())
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]  # named arguments instead of model_kwargs
         cls,
         pretrained_model_name_or_path: str | Path,
         *,
