@@ -32,6 +32,10 @@ def reachable_tensors(root: object) -> list[Tensor]:
 
 
 def held_bytes(root: object) -> int:
-    """Bytes of all storages behind ``reachable_tensors``, each counted once and whole, even if a view uses a part."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in reachable_tensors(root)}
+    """Bytes of all storages behind ``reachable_tensors``, each counted once and whole, even if a view uses a part.
+
+    Scalars hold no tokens: transformers' sliding layers keep their constant sizes as such.
+    """
+    tensors = [tensor for tensor in reachable_tensors(root) if tensor.dim() > 0]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
     return sum(storage.nbytes() for storage in storages.values())
