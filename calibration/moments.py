@@ -220,8 +220,10 @@ class _Recorder(DynamicCache):
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def _keeper(self, side: str, layer_idx: int):
-        def keep(gradient: Tensor) -> None:
-            self.gradients[side][layer_idx] = gradient.detach()
+        def keep(gradient: Tensor | None) -> None:
+            # None: an operation on the way has no derivative (bitsandbytes' 4-bit product on some CPUs).
+            if gradient is not None:
+                self.gradients[side][layer_idx] = gradient.detach()
 
         return keep
 
