@@ -67,7 +67,8 @@ class LowRankLayer(CacheLayerMixin):
                     f"[batch, {expected.heads}, tokens, {expected.head_dim}], got {list(tensor.shape)}"
                 )
         self.is_initialized = True
-        return tuple(self.stores[side].update(self.members[side], tensor) for side, tensor in states.items())
+        keys, values = (self.stores[side].update(self.members[side], tensor) for side, tensor in states.items())
+        return keys, values
 
     def get_seq_length(self) -> int:
         """Cached tokens, padding included."""
@@ -167,6 +168,8 @@ class LowRankCache(Cache):
         tokens = arguments.get("input_ids")
         if tokens is None:
             tokens = arguments.get("inputs_embeds")
+        if tokens is None:
+            raise ValueError("one of input_ids and inputs_embeds must be given to a forward with a LowRankCache")
         length, progress = self._track.slots, self._others_progress()
         self._track.begin(
             tokens.shape[0],
@@ -192,8 +195,8 @@ class LowRankCache(Cache):
         if not isinstance(layer, LowRankLayer):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         expected = (self._track.batch, self._track.slots - layer.get_seq_length())
-        announced = self._updated is not None and layer_idx not in self._updated
-        if not announced or (key_states.shape[0], key_states.shape[2]) != expected:
+        updated = self._updated
+        if updated is None or layer_idx in updated or (key_states.shape[0], key_states.shape[2]) != expected:
             raise ValueError(
                 f"layer {layer_idx} was updated outside a forward of the model this cache was made for, so the "
                 "positions of its tokens are unknown; make one cache per model"
@@ -201,10 +204,10 @@ class LowRankCache(Cache):
         for side in ("key", "value"):
             rope = layer.shape.side(side).rope
             if rope is not None:
-                self._track.note_frequencies(self._decoder(), rope, layer.get_seq_length())
+                self._track.note_frequencies(self._living_decoder(), rope, layer.get_seq_length())
         states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        self._updated.add(layer_idx)
-        if len(self._updated) == len(self._compressed):
+        updated.add(layer_idx)
+        if len(updated) == len(self._compressed):
             self._updated = None
             self._track.end()
             for store in self._stores:
@@ -293,8 +296,14 @@ class LowRankCache(Cache):
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         copied.__dict__.update(deepcopy(self.__dict__, memo))
-        watch(self._decoder(), copied)
+        watch(self._living_decoder(), copied)
         return copied
+
+    def _living_decoder(self) -> nn.Module:
+        decoder = self._decoder()
+        if decoder is None:
+            raise ReferenceError("the model this cache was made for does not exist any more")
+        return decoder
 
     def stored_bytes(self) -> int:
         """Bytes of every tensor kept for the cached tokens, unused room included; bases are not.
@@ -302,9 +311,7 @@ class LowRankCache(Cache):
         Linear-attention states are not counted here nor in ``full_bytes``.
         """
         return (
-            self._track.nbytes
-            + sum(store.nbytes for store in self._stores)
-            + sum(_storage_bytes(self._other_states()))
+            self._track.nbytes + sum(store.nbytes for store in self._stores) + sum(_storage_bytes(self._other_states()))
         )
 
     def full_bytes(self) -> int:

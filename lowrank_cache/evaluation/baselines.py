@@ -102,14 +102,16 @@ class SimulatedKiviCache(Cache):
     """
 
     def __init__(self, model: PreTrainedModel, bits: int, residual_length: int):
-        layers = [_KiviLayer(bits, residual_length) for _ in range(model.config.num_hidden_layers)]
-        super().__init__(layers=layers)
+        self.kivi_layers = [_KiviLayer(bits, residual_length) for _ in range(model.config.num_hidden_layers)]
+        super().__init__(layers=list(self.kivi_layers))
 
     def stored_bytes(self) -> int:
         """What KIVI would store: codes, float16 steps and offsets by 32, the window in the model's dtype."""
         total = 0.0
-        for layer in self.layers:
+        for layer in self.kivi_layers:
             for states in (layer.keys, layer.values):
+                if states is None:
+                    continue
                 numbers = states.numel() / states.shape[2]
                 coded = layer.bits / 8 + 4 / layer.GROUP
                 total += numbers * layer.quantized * coded

@@ -14,6 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 from lowrank_cache import LowRankCache, Projections
 from lowrank_cache.calibration import calibrate
 from lowrank_cache.calibration.recall import mixed_batches
+from lowrank_cache.evaluation.baselines import tensor_bytes
 from lowrank_cache.evaluation.model_source import demo_model
 from lowrank_cache.evaluation.text_source import load_text
 
@@ -195,8 +196,3 @@ def _remarks(console: Console, full: DemoRun, low_rank: DemoRun, full_cache: Dyn
             f"Decoding with the low-rank cache took {slower:.1f} times as long: each step rebuilds all past keys and "
             "values from their latents."
         )
-
-
-def tensor_bytes(cache: DynamicCache) -> int:
-    """Bytes of the keys and values that a full cache holds."""
-    return sum(tensor.numel() * tensor.element_size() for keys, values, *_ in cache for tensor in (keys, values))

@@ -187,7 +187,7 @@ def _full_bytes(model: PreTrainedModel, rows: int, tokens: int) -> tuple[int, in
     """Bytes of the full cache at 16 bits, and of ``DynamicCache`` as it is, for ``rows`` windows."""
     cache = DynamicCache(config=model.config)
     model(input_ids=torch.zeros(1, tokens, dtype=torch.long, device=model.device), past_key_values=cache)
-    numbers = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+    numbers = sum(keys.numel() + values.numel() for keys, values, *_ in cache)
     return 2 * numbers * rows, tensor_bytes(cache) * rows
 
 
