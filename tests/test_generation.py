@@ -193,6 +193,11 @@ def _stock(family: str, mode: str, dtype: torch.dtype, attn_implementation: str 
         return Refusal(type(error), str(error))
 
 
+def stock_refusals(family: str, modes: list[str]) -> list[str]:
+    """Those of ``modes`` that transformers refuses for a family with DynamicCache."""
+    return [mode for mode in modes if isinstance(_stock(family, mode, torch.float32, None), Refusal)]
+
+
 def _compare(family: str, mode: str, make: MakeCache, band: float, attn_implementation: str | None = None) -> None:
     """Run one mode with both caches and compare tokens and logits, or refusals."""
     stock = _stock(family, mode, torch.float32, attn_implementation)
@@ -379,3 +384,12 @@ def test_cache_made_with_a_model_serves_its_forward_under_autograd():
     model(random_tokens(1, 14), past_key_values=cache)
     copied = copy.deepcopy(cache)
     assert copied.get_seq_length() == 14
+
+
+def test_phi3_generate_leaves_any_cache_at_the_switch():
+    # Phi3's prepare_inputs_for_generation drops the cache there, whatever its class; said in docs/support.md.
+    model = tiny_model("phi3")
+    caches = [_dynamic(model), exact_cache(model, full_rank_projections("phi3"))]
+    for cache in caches:
+        _generate(model, random_tokens(1, PROMPT), cache, new=16)
+        assert cache.get_seq_length() == 24
