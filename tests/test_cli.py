@@ -1,0 +1,133 @@
+"""The command line and what stands behind it: inspection, timed generation, errors as messages."""
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import BatchEncoding, DynamicCache
+from typer.testing import CliRunner
+
+from lowrank_cache import LowRankCache, cli
+from lowrank_cache.allocation import full_bytes_per_token
+from lowrank_cache.calibration import calibrate
+from lowrank_cache.evaluation.demo import generate_timed
+from lowrank_cache.evaluation.inspection import inspect_projections
+from lowrank_cache.evaluation.model_source import DownloadError
+from tests.models import random_tokens, tiny_model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="module")
+def projections(model):
+    return calibrate(model, [random_tokens(2, 48, seed=1)], progress=False)
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def test_inspection_agrees_with_the_cache(model, projections):
+    inspection = inspect_projections(projections, 3.0)
+    cache = LowRankCache(model, projections, compression_ratio=3.0)
+    assert inspection.basis_bytes == cache.projection_bytes()
+    assert inspection.full_bytes == full_bytes_per_token(projections)
+    assert inspection.latent_bytes <= inspection.full_bytes / 3
+    assert sum(row.full_bytes for row in inspection.rows) == inspection.full_bytes
+    assert len(inspection.rows) == len(projections.stores())
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_break_even_is_the_first_length_at_which_bases_are_earned_back(projections, batch):
+    inspection, exact = inspect_projections(projections, 3.0), 40
+    tokens = inspection.break_even(exact_tokens=exact, batch=batch)
+
+    def saved(tokens):
+        cached = exact * inspection.full_bytes + (tokens - exact) * inspection.latent_bytes
+        return batch * (tokens * inspection.full_bytes - cached) - inspection.basis_bytes
+
+    assert saved(tokens) >= 0 > saved(tokens - 1)
+
+
+def test_break_even_is_infinite_where_nothing_is_saved(projections):
+    assert inspect_projections(projections, 1.0).break_even() == math.inf
+
+
+def test_inspect_prints_a_line_for_each_store(projections, tmp_path):
+    projections.save_pretrained(tmp_path)
+    result = run("inspect", tmp_path, "--ratio", 3)
+    assert result.exit_code == 0, result.output
+    assert result.output.count("key") >= 1 and result.output.count("value") >= 1
+    assert "smaller than the full cache" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nowhere",), "PROJECTIONS must be a folder or a repository"),
+        (("{saved}", "--ratio", "0.5"), "compression_ratio must be at least 1"),
+        (("{saved}", "--ratio", "1e9"), "largest reachable ratio"),
+        (("{empty}",), "projections.json is missing"),
+    ],
+)
+def test_errors_are_one_message(projections, tmp_path, arguments, message):
+    saved, empty = tmp_path / "saved", tmp_path / "empty"
+    projections.save_pretrained(saved)
+    empty.mkdir()
+    result = run("inspect", *(argument.format(saved=saved, empty=empty) for argument in arguments))
+    assert result.exit_code == 1
+    assert message in result.output
+    assert "Traceback" not in result.output
+
+
+def test_download_error_is_a_message_and_a_bug_is_not(monkeypatch):
+    def fail(error):
+        def run_demo(*args, **kwargs):
+            raise error
+
+        monkeypatch.setattr(cli, "run_demo", run_demo)
+        return run("demo")
+
+    assert "no network" in fail(DownloadError("no network")).output
+    assert isinstance(fail(AttributeError("a bug")).exception, AttributeError)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [(None, None), ("5", 5), ("2,5", (2, 5)), ("auto", "auto"), ("1,x", "1,x")]
+)
+def test_group_size_option(given, expected):
+    assert cli._group_size(given) == expected
+
+
+def test_calibrate_saves_projections_with_their_text(monkeypatch, model, tmp_path):
+    class Tokenizer:
+        def __call__(self, text):
+            return {"input_ids": [ord(letter) % 100 for letter in text]}
+
+    text = tmp_path / "text.txt"
+    text.write_text("Some words to calibrate on, again and again. " * 40)
+    monkeypatch.setattr(cli.AutoTokenizer, "from_pretrained", lambda name: Tokenizer())
+    monkeypatch.setattr(cli.AutoModelForCausalLM, "from_pretrained", lambda name, dtype: model)
+    out = tmp_path / "out"
+    result = run(
+        "calibrate", "tiny", "--out", out, "--data", text, "--tokens", 256, "--window", 64,
+        "--layer-group-size", "1,2", "--device", "cpu",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    config = json.loads((out / "projections.json").read_text())
+    assert config["provenance"]["text"] == str(text)
+    assert max(len(basis["layers"]) for basis in config["bases"] if basis["side"] == "value") == 2
+    assert max(len(basis["layers"]) for basis in config["bases"] if basis["side"] == "key") == 1
+
+
+def test_timed_generation_gives_the_tokens_of_generate(model):
+    inputs = BatchEncoding({"input_ids": random_tokens(1, 12, seed=3), "attention_mask": torch.ones(1, 12).long()})
+    expected = model.generate(**inputs, max_new_tokens=5, do_sample=False)[0, 12:]
+    timed = generate_timed(model, inputs, DynamicCache(config=model.config), 5)
+    assert torch.equal(timed.token_ids, expected)
+    assert timed.prefill_seconds > 0 and timed.decode_seconds > 0
+    assert timed.seconds_per_token == pytest.approx(timed.decode_seconds / 4)
