@@ -137,8 +137,8 @@ class LowRankCache(Cache):
         shape = model_shape(model)
         projections.check_model(shape)
         decoder = decoder_of(model)
-        self.target_compression_ratio = float(compression_ratio) if ranks is None else None
         self._coders = _coders(projections, compression_ratio, ranks, bits)
+        self.target_compression_ratio = float(compression_ratio) if ranks is None else None
         self._decoder = weakref.ref(decoder)
         self._track = PositionTrack(projections.frame_length, num_sink_tokens)
         self._stores = [
