@@ -155,7 +155,7 @@ class PackedLatents:
         for (bits, channels), codes, steps in zip(self.tiers, self.codes, self.steps, strict=True):
             tier = latents[..., start : start + channels]
             if steps is None:
-                limit = torch.finfo(self.latent_dtype).max
+                limit = min(torch.finfo(self.latent_dtype).max, torch.finfo(tier.dtype).max)
                 codes.append(tier.clamp(-limit, limit).to(self.latent_dtype))
             else:
                 levels, step = quantize(tier, bits, weight[start : start + channels])

@@ -1,14 +1,16 @@
 """What a model caches: attention layers, shapes, and how each side is rotated, found by probing.
 
 Nothing here knows a model family. Two one-token forwards, at positions 0 and ``PROBE_POSITION``,
-show what every layer hands to ``Cache.update``; since one token attends only to itself, the two
-differ by the rotary embedding alone. Whatever the probe cannot explain raises NotImplementedError
+show what every layer hands to ``Cache.update``; since each layer is given the same hidden states in
+both, the two differ by the rotary embedding alone. Whatever the probe cannot explain raises NotImplementedError
 here, when a cache is made, and never later. See docs/cache_contract.md, "The probe".
 """
 
 import hashlib
 import json
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
@@ -184,8 +186,9 @@ def _probe(model: PreTrainedModel, decoder: nn.Module) -> ModelShape:
             f"{name} has no rotary position embedding with inverse frequencies to read (learned positions, ALiBi or "
             "precomputed tables?); only rotary decoders are supported"
         )
-    before = _observe(model, config, 0)
-    after = _observe(model, config, PROBE_POSITION)
+    with _same_inputs(decoder):
+        before = _observe(model, config, 0)
+        after = _observe(model, config, PROBE_POSITION)
     # Read at once after the second forward: a dynamic embedding may change its buffer in a forward.
     frequencies = {source: rope_buffer(decoder, source).detach().float().cpu() for source in sources}
     dynamic = _is_dynamic(config)
@@ -205,6 +208,34 @@ def _probe(model: PreTrainedModel, decoder: nn.Module) -> ModelShape:
             sides.append(SideShape(at_zero.shape[1], at_zero.shape[3], rope))
         layers.append(LayerShape(layer_idx, *sides))
     return ModelShape(config.model_type, layer_types, tuple(layers))
+
+
+@contextmanager
+def _same_inputs(decoder: nn.Module) -> Iterator[None]:
+    """Give each layer, in every forward after the first, the hidden states it had in the first.
+
+    One token attends to itself alone, so positions should not matter to hidden states; but a sink logit sees the
+    rounding of rotated scores, routers amplify it, and in half precision deep layers differ beyond recognition.
+    """
+    inputs: dict[nn.Module, Tensor] = {}
+
+    def replace(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        hidden = kwargs.get("hidden_states", args[0] if args else None)
+        if isinstance(hidden, Tensor):
+            first = inputs.setdefault(module, hidden.clone())
+            if "hidden_states" in kwargs:
+                kwargs["hidden_states"] = first.clone()
+            else:
+                args = (first.clone(), *args[1:])
+        return args, kwargs
+
+    layers = [module for module in decoder.modules() if hasattr(module, "layer_idx")]
+    handles = [module.register_forward_pre_hook(replace, with_kwargs=True) for module in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _observe(model: PreTrainedModel, config, position: int) -> dict[int, tuple[Tensor, Tensor]]:

@@ -149,6 +149,18 @@ def _left_padded_beams(model, make: MakeCache) -> Outcome:
     return _generate(model, **_padded_prompts(), cache=make(model), num_beams=2, new=8)
 
 
+def _left_padded_chunks(model, make: MakeCache) -> Outcome:
+    # Whole chunks of one row are padding.
+    return _generate(model, **_padded_prompts(), cache=make(model), prefill_chunk_size=4, new=6)
+
+
+def _reset_and_reuse(model, make: MakeCache) -> Outcome:
+    cache = make(model)
+    _generate(model, random_tokens(3, 10, seed=8), cache, new=6)
+    cache.reset()
+    return _generate(model, random_tokens(2, PROMPT), cache)
+
+
 PROMPT_LENGTHS = (13, 1, 5, 10)
 
 
@@ -178,6 +190,8 @@ MODES = {
         _prefix_for_several,
         _left_padded,
         _left_padded_beams,
+        _left_padded_chunks,
+        _reset_and_reuse,
     )
 }
 
@@ -333,6 +347,74 @@ def test_padding_is_found_without_position_ids():
     assert_within_reference_error(actual, reference, truth, rounding_band("llama"))
 
 
+def test_padding_between_the_turns_of_a_batched_chat():
+    # Row 0 says 5 tokens, then 6; row 1 says 9, then 2: both turns are padded to the longer one.
+    tokens = random_tokens(2, 15)
+    mask = torch.ones_like(tokens)
+    mask[0, :4] = mask[1, 9:13] = 0
+
+    def logits(model, cache) -> Tensor:
+        parts, stop = [], 0
+        with torch.no_grad():
+            for chunk in (9, 6, 1, 1, 1, 1, 1, 1):
+                start, stop = stop, stop + chunk
+                grown = torch.nn.functional.pad(mask, (0, max(0, stop - 15)), value=1)[:, :stop]
+                following = torch.nn.functional.pad(tokens, (0, max(0, stop - 15)), value=17)
+                positions = (grown.cumsum(1) - 1).clamp(min=0)
+                chunk_logits = model(
+                    following[:, start:stop],
+                    attention_mask=grown,
+                    position_ids=positions[:, start:stop],
+                    past_key_values=cache,
+                ).logits
+                parts.append(chunk_logits[grown[:, start:stop].bool()])
+        return torch.cat(parts)
+
+    exact, model = tiny_model("llama", torch.float64), tiny_model("llama")
+    cache = exact_cache(model, full_rank_projections("llama"))
+    actual, reference, truth = logits(model, cache), logits(model, _dynamic(model)), logits(exact, _dynamic(exact))
+    assert_within_reference_error(actual, reference, truth, rounding_band("llama"))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "deepseek-v3"])
+def test_lossy_padded_rows_are_as_good_as_rows_alone(family):
+    projections = full_rank_projections(family)
+    tokens, lengths = random_tokens(3, 60, seed=6), (60, 57, 48)
+    mask = torch.ones_like(tokens)
+    for row, length in enumerate(lengths):
+        mask[row, : 60 - length] = 0
+    model = tiny_model(family)
+
+    def logits(cache, tokens, mask) -> Tensor:
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        steps = []
+        with torch.no_grad():
+            for slot in range(0, 60, 2):
+                chunk = slice(slot, slot + 2)
+                stop = slot + 2
+                out = model(
+                    tokens[:, chunk],
+                    attention_mask=mask[:, :stop],
+                    position_ids=positions[:, chunk],
+                    past_key_values=cache,
+                )
+                steps.append(out.logits)
+        return torch.cat(steps, dim=1)
+
+    def lossy() -> LowRankCache:
+        return LowRankCache(model, projections, compression_ratio=3, **SMALL_SIZES)
+
+    batch_error = logits(lossy(), tokens, mask) - logits(_dynamic(model), tokens, mask)
+    for row, length in enumerate(lengths):
+        # Blocks end at other tokens than in the batch, so errors agree in size and not in value.
+        alone_tokens = torch.nn.functional.pad(tokens[row : row + 1, 60 - length :], (0, 60 - length), value=1)
+        alone_mask = torch.ones_like(alone_tokens)
+        alone_error = logits(lossy(), alone_tokens, alone_mask) - logits(_dynamic(model), alone_tokens, alone_mask)
+        padded_size = float(batch_error[row, -length:].square().mean())
+        alone_size = float(alone_error[0, :length].square().mean())
+        assert 0.5 < padded_size / alone_size < 2, (row, padded_size, alone_size)
+
+
 @pytest.mark.parametrize("frame_length", [1, 4])
 @pytest.mark.parametrize("family", ["llama-dynamic", "phi3"])
 def test_frequencies_that_change_with_length(family, frame_length):
@@ -360,6 +442,15 @@ def test_bfloat16_model_gets_its_very_states_back(family):
     )
     assert torch.equal(ours.sequences, stock.sequences)
     assert torch.equal(ours.logits, stock.logits)
+
+
+def test_float64_model_works():
+    # Latents keep float32 accuracy in any dtype; the logits show it.
+    tokens = random_tokens(1, FORCED, seed=2)
+    exact = tiny_model("llama", torch.float64)
+    truth = _forced(exact, _dynamic(exact), tokens, [FORCED])
+    logits = _forced(exact, exact_cache(exact, full_rank_projections("llama")), tokens, _chunks(5))
+    assert_within_reference_error(logits, truth, truth, rounding_band("llama"))
 
 
 def test_deepcopy_shares_bases_and_nothing_else():

@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from lowrank_cache import LowRankCache
 from lowrank_cache.calibration import calibrate
 from lowrank_cache.hooks import hook_count
 from lowrank_cache.models import model_shape
-from tests.models import REFUSED, exact_cache, full_rank_projections, random_tokens, tiny_model
+from tests.models import FAMILIES, MORE_FAMILIES, REFUSED, exact_cache, full_rank_projections, random_tokens, tiny_model
 from tests.support_table import refusal_of, support_page
 
 PAGE = Path(__file__).parents[1] / "docs" / "support.md"
@@ -44,6 +45,12 @@ def test_refused_when_the_cache_is_made(family):
 def test_refused_when_calibrated(family):
     with pytest.raises(NotImplementedError):
         calibrate(tiny_model(family), [random_tokens(1, 8)], progress=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES])
+def test_probe_finds_the_same_in_half_precision(family, dtype):
+    assert model_shape(tiny_model(family, dtype)) == model_shape(tiny_model(family))
 
 
 def test_probing_leaves_the_model_as_it_was():
