@@ -216,16 +216,19 @@ class _Recorder(DynamicCache):
             for side, tensor in zip(SIDES, (key_states, value_states), strict=True):
                 self.states[side][layer_idx] = tensor.detach()
                 if tensor.requires_grad:
-                    tensor.register_hook(self._keeper(side, layer_idx))
+                    tensor.register_hook(_keeper(self.gradients[side], layer_idx))
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
-    def _keeper(self, side: str, layer_idx: int):
-        def keep(gradient: Tensor | None) -> None:
-            # None: an operation on the way has no derivative (bitsandbytes' 4-bit product on some CPUs).
-            if gradient is not None:
-                self.gradients[side][layer_idx] = gradient.detach()
 
-        return keep
+def _keeper(gradients: dict[int, Tensor], layer_idx: int):
+    # Refers to the dict alone: a reference to the recorder, whose layers hold the graph that holds this
+    # hook, would be a cycle that Python cannot collect, and every batch's activations would stay.
+    def keep(gradient: Tensor | None) -> None:
+        # None: an operation on the way has no derivative (bitsandbytes' 4-bit product on some CPUs).
+        if gradient is not None:
+            gradients[layer_idx] = gradient.detach()
+
+    return keep
 
 
 def _add_batch(moments: Moments, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> None:

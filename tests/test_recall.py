@@ -1,0 +1,68 @@
+"""Synthetic recall text: for calibration, and, in other words, for evaluation."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from lowrank_cache.calibration.recall import mixed_batches, recall_text
+from lowrank_cache.evaluation.recall import RecallSample, lookup_samples, needle_samples, score_recall
+from tests.models import random_tokens, tiny_model
+
+
+def _tokenizer(text: str) -> dict:
+    """Bytes as tokens."""
+    return {"input_ids": [byte % 128 for byte in text.encode()]}
+
+
+def test_recall_text_asks_only_what_it_stated():
+    for seed in range(20):
+        text = recall_text(seed, pairs=6, questions=6)
+        lines = text.strip().splitlines()
+        assert len(lines) == 12 and text == recall_text(seed, pairs=6, questions=6)
+        stated = " ".join(lines[:6])
+        for line in lines[6:]:
+            value = line.rstrip('."').split()[-1].strip('"')
+            assert value in stated
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
+def test_mixed_batches_hold_the_share_they_promise(share):
+    prose = "z" * 20_000
+    batches = list(mixed_batches(_tokenizer, prose, tokens=1600, window=100, recall_share=share))
+    assert [tuple(batch.shape) for batch in batches] == [(1, 100)] * 16
+    is_prose = [bool((batch == ord("z")).all()) for batch in batches]
+    assert is_prose.count(False) == round(16 * share)
+    again = list(mixed_batches(_tokenizer, prose, tokens=1600, window=100, recall_share=share))
+    assert all(torch.equal(one, other) for one, other in zip(batches, again, strict=True))
+
+
+def test_mixed_batches_refuse_what_they_cannot_do():
+    with pytest.raises(ValueError, match="recall_share must be in"):
+        list(mixed_batches(_tokenizer, "z" * 1000, tokens=500, window=100, recall_share=1.5))
+    with pytest.raises(ValueError, match="text must hold at least 400 tokens, got 200"):
+        list(mixed_batches(_tokenizer, "z" * 200, tokens=400, window=100, recall_share=0))
+    with pytest.raises(ValueError, match="at least one window"):
+        list(mixed_batches(_tokenizer, "z" * 200, tokens=50, window=100))
+
+
+def test_samples_hold_their_answer_once_and_end_before_it():
+    for sample in [*lookup_samples(_tokenizer, 5, entries=8), *needle_samples(_tokenizer, torch.zeros(3000), 5, 900)]:
+        prompt = "".join(map(chr, sample.prompt.long().tolist()))
+        answer = "".join(map(chr, sample.answer.tolist()))
+        assert prompt.count(answer) == 1 and not prompt.endswith(answer)
+
+
+def test_the_score_is_the_models_own_loss_on_the_answer():
+    """Streamed, left-padded and batched, or in one forward alone: the same."""
+    model = tiny_model("llama")
+    samples = [
+        RecallSample(random_tokens(1, length, seed=length)[0], random_tokens(1, answer, seed=answer)[0])
+        for length, answer in ((20, 3), (33, 5), (41, 2))
+    ]
+    result = score_recall(model, samples, lambda: DynamicCache(config=model.config), chunk=7, batch=3)
+    for sample, loss, exact in zip(samples, result.loss, result.exact, strict=True):
+        ids = torch.cat([sample.prompt, sample.answer])[None]
+        with torch.no_grad():
+            logits = model(ids).logits[0, len(sample.prompt) - 1 : -1].double()
+        torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, sample.answer), rtol=1e-4, atol=1e-5)
+        assert bool(exact) == bool((logits.argmax(-1) == sample.answer).all())
