@@ -37,6 +37,7 @@ def quantize(latents: Tensor, bits: int, weight: Tensor) -> tuple[Tensor, Tensor
     if bits not in QUANTIZED_BITS:
         raise ValueError(f"bits must be one of {QUANTIZED_BITS}, got {bits}")
     half_levels = 2 ** (bits - 1)
+    weight = weight / weight.amax(-1, keepdim=True).clamp(min=1e-30)  # only ratios matter; tiny ones would underflow
     # A step below float16's smallest normal number would round to zero and make every level zero.
     unclipped = (latents.abs().amax(-1) / half_levels).clamp_(min=2**-14)
     best_steps, best_error = unclipped, torch.full_like(unclipped, torch.inf)
@@ -54,7 +55,7 @@ def quantize(latents: Tensor, bits: int, weight: Tensor) -> tuple[Tensor, Tensor
         better = error < best_error
         best_steps = torch.where(better, fitted, best_steps)
         best_error = torch.where(better, error, best_error)
-    stored_steps = best_steps.to(torch.float16)
+    stored_steps = best_steps.clamp(max=torch.finfo(torch.float16).max).to(torch.float16)
     levels = _nearest_level(latents, stored_steps.float(), half_levels)
     return (levels + (half_levels - 0.5)).to(torch.uint8), stored_steps
 
