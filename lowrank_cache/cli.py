@@ -103,14 +103,55 @@ def _group_size(given: str | None) -> int | str | tuple[int, ...] | None:
 def inspect(
     projections: Annotated[str, typer.Argument(help="Folder or hub repository of projections.")],
     ratio: Annotated[float, typer.Option(help="Target compression ratio per token in latents.")] = 8.0,
+    plot: Annotated[Path | None, typer.Option(help="PNG to draw bits per layer and predicted loss into.")] = None,
 ) -> None:
     """Show what PROJECTIONS store at a ratio: ranks and bits per layer, predicted loss, bytes."""
     with _errors_as_messages():
-        if not Path(projections).is_dir() and projections.count("/") != 1:
-            raise ValueError(f"PROJECTIONS must be a folder or a repository OWNER/NAME on the hub, got {projections!r}")
+        from rich.console import Console
+
+        from lowrank_cache import Projections
+        from lowrank_cache.evaluation.inspection import inspect_projections
+
         loaded = Projections.from_pretrained(projections)
         inspection = inspect_projections(loaded, ratio)
         console = Console()
         console.print(f"{loaded.method}, frames of {loaded.frame_length}, for {loaded.shape.model_type}")
         console.print(inspection.table())
         console.print(inspection.summary())
+        if plot is not None:
+            from lowrank_cache.evaluation.plots import plot_projections
+
+            plot_projections(loaded, ratio, plot)
+            console.print(f"Drawn into {plot}")
+
+
+@app.command()
+def quality(
+    out: Annotated[Path, typer.Option(help="Folder for moments, results, table and plot; rerunning resumes.")],
+    cache: Annotated[
+        list[str],
+        typer.Option(help="Row: a baseline's name or METHOD:RATIO[,groups=G][,frame=L][,bits=B]; repeatable."),
+    ],
+    model: Annotated[str | None, typer.Option(help="Name or folder of a model; SmolLM2-135M by default.")] = None,
+    calibrate_on: Annotated[Path | None, typer.Option(help="Text to calibrate on.")] = None,
+    evaluate_on: Annotated[Path | None, typer.Option(help="Text to evaluate on; WikiText-2 test by default.")] = None,
+    tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = 40_960,
+    recall_share: Annotated[float, typer.Option(help="Fraction of calibration sequences that are look-ups.")] = 0.5,
+    sensitivity: Annotated[str, typer.Option(help="gradient or query.")] = "gradient",
+    windows: Annotated[int, typer.Option(help="Evaluation windows, evenly spaced.")] = 16,
+    window: Annotated[int, typer.Option(help="Tokens per evaluation window.")] = 1024,
+    lookups: Annotated[int, typer.Option(help="Key–value look-ups among 22 entries.")] = 64,
+    needles: Annotated[int, typer.Option(help="Needles in prose.")] = 0,
+    needle_tokens: Annotated[int, typer.Option(help="Tokens of prose per needle.")] = 2048,
+    dtype: Annotated[str, typer.Option(help="Dtype in which the caches are measured.")] = "bfloat16",
+) -> None:
+    """Measure perplexity and recall of many caches on one model, in one run, as a table and a plot."""
+    with _errors_as_messages():
+        from lowrank_cache.evaluation.quality import QualitySettings
+        from lowrank_cache.evaluation.quality_run import QualityRun, run_quality
+
+        settings = QualitySettings(
+            windows=windows, window=window, lookups=lookups, needles=needles, needle_tokens=needle_tokens
+        )
+        run = QualityRun(model, calibrate_on, evaluate_on, tokens, recall_share, sensitivity, dtype)
+        run_quality(out, cache, run, settings, typer.echo)

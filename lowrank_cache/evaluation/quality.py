@@ -20,7 +20,7 @@ from lowrank_cache.evaluation.baselines import BASELINES, make_baseline, tensor_
 from lowrank_cache.evaluation.perplexity import stream, windows_of
 from lowrank_cache.evaluation.recall import lookup_samples, needle_samples, score_recall
 
-__all__ = ["QualityRow", "QualitySettings", "markdown", "measure"]
+__all__ = ["QualityRow", "QualitySettings", "markdown", "measure", "perplexity_ratio"]
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ def _cells(rows: list[QualityRow]) -> Iterator[list[str]]:
             ratio,
             f"{row.real_ratio:.2f}x",
             f"{row.dynamic_ratio:.2f}x",
-            f"{math.exp(_mean(full.losses)):.3f}" if row is full else _perplexity_ratio(row.losses, full.losses),
+            f"{math.exp(_mean(full.losses)):.3f}" if row is full else _ratio_cell(row, full),
             _difference(row.lookup_losses, full.lookup_losses, row is full),
             f"{_mean(row.lookup_exact):.2f}" if row.lookup_exact else "–",
             _difference(row.needle_losses, full.needle_losses, row is full),
@@ -231,9 +231,15 @@ def _interval(values: list[float], baseline: list[float]) -> tuple[float, float]
     return float(differences.mean()), 1.96 * spread
 
 
-def _perplexity_ratio(losses: list[float], baseline: list[float]) -> str:
-    mean, half = _interval(losses, baseline)
-    return f"x{math.exp(mean):.4f} ± {half:.4f}"
+def perplexity_ratio(row: QualityRow, full: QualityRow) -> tuple[float, float]:
+    """Perplexity of ``row`` over that of ``full`` on the same windows, and half of its 95 % interval."""
+    mean, half = _interval(row.losses, full.losses)
+    return math.exp(mean), half
+
+
+def _ratio_cell(row: QualityRow, full: QualityRow) -> str:
+    ratio, half = perplexity_ratio(row, full)
+    return f"x{ratio:.4f} ± {half:.4f}"
 
 
 def _difference(losses: list[float], baseline: list[float], is_full: bool) -> str:

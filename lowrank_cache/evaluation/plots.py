@@ -1,0 +1,118 @@
+"""Pictures: bits per layer and side, predicted loss against ratio, measured quality against bytes."""
+
+from pathlib import Path
+
+import numpy as np
+
+from lowrank_cache.allocation import StorePlan, plan_stores, predicted_loss
+from lowrank_cache.evaluation.quality import QualityRow, perplexity_ratio
+from lowrank_cache.projections import Projections
+
+__all__ = ["plot_projections", "plot_quality"]
+
+CURVE_RATIOS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24)
+
+
+def plot_projections(projections: Projections, ratio: float, path: Path) -> None:
+    """Write a PNG: the bits of every channel at ``ratio``, and the predicted loss against the ratio.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, 3, figsize=(14, 5), width_ratios=(1, 1, 1.1), constrained_layout=True)
+    plans = list(zip(projections.stores(), plan_stores(projections, ratio), strict=True))
+    for axis, side in zip(axes[:2], ("key", "value"), strict=True):
+        picture, layers = _bits_picture([(store, plan) for store, plan in plans if store[0].side == side])
+        image = axis.imshow(
+            picture,
+            aspect="auto",
+            cmap="viridis",
+            vmin=0,
+            vmax=16,
+            interpolation="nearest",
+            extent=(0, 1, len(layers), 0),
+        )
+        axis.set_yticks(np.arange(len(layers)) + 0.5, layers, fontsize=7)
+        axis.set_xlabel("channels of the layer group, by importance")
+        axis.set_ylabel("layers")
+        axis.set_title(f"bits per channel, {side}s, {ratio:g}x")
+    colorbar = figure.colorbar(image, ax=axes[1], ticks=(0, 2, 4, 8, 16))
+    colorbar.set_label("bits")
+    reachable = [value for value in CURVE_RATIOS if value >= projections.min_compression_ratio]
+    losses = [
+        sum(
+            predicted_loss(store, plan)
+            for store, plan in zip(projections.stores(), plan_stores(projections, value), strict=True)
+        )
+        for value in reachable
+    ]
+    axes[2].plot(reachable, losses, marker="o")
+    axes[2].axvline(ratio, color="grey", linestyle=":")
+    axes[2].set(
+        xscale="log", yscale="log", xlabel="compression ratio in latents", ylabel="predicted loss, nats a token"
+    )
+    axes[2].set_xticks(reachable, [f"{value}x" for value in reachable], fontsize=8)
+    axes[2].minorticks_off()
+    axes[2].set_title("predicted loss against ratio")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _bits_picture(entries: list[tuple[tuple, StorePlan]]) -> tuple[np.ndarray, list[str]]:
+    """``[stores, 1000]`` bits over the share of each store's channels, and a label a store."""
+    rows, labels = [], []
+    for store, plan in entries:
+        bits = np.zeros(sum(basis.rank for basis in store))
+        start = 0
+        for width, channels in plan.tiers:
+            bits[start : start + len(channels)] = width
+            start += len(channels)
+        rows.append(bits[np.linspace(0, len(bits) - 1, 1000).astype(int)])
+        layers = store[0].layers
+        labels.append(str(layers[0]) if len(layers) == 1 else f"{layers[0]}–{layers[-1]}")
+    return np.stack(rows), labels
+
+
+def plot_quality(rows: list[QualityRow], path: Path) -> None:
+    """Write a PNG: perplexity ratio and look-up loss against stored bytes, one line per family of caches."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5), constrained_layout=True)
+    families: dict[str, list[QualityRow]] = {}
+    for row in rows[1:]:
+        families.setdefault(_family(row.name), []).append(row)
+    for family, members in families.items():
+        members = sorted(members, key=lambda row: row.latent_ratio or row.real_ratio)
+        ratios = [row.latent_ratio or row.real_ratio for row in members]
+        excess = [max(perplexity_ratio(row, rows[0])[0] - 1, 1e-4) for row in members]
+        axes[0].plot(ratios, excess, marker="o", label=family)
+        if members[0].lookup_losses and rows[0].lookup_losses:
+            recall = [np.mean(row.lookup_losses) - np.mean(rows[0].lookup_losses) for row in members]
+            axes[1].plot(ratios, recall, marker="o", label=family)
+    axes[0].set(xscale="log", yscale="log", xlabel="compression ratio, 16-bit full cache = 1")
+    axes[0].set_ylabel("perplexity ratio − 1")
+    axes[1].set(xscale="log", xlabel="compression ratio, 16-bit full cache = 1")
+    axes[1].set_ylabel("look-up loss above the full cache, nats a token")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _family(name: str) -> str:
+    """A configuration's name without its ratio: ``fisher:8,groups=1`` → ``fisher groups=1``."""
+    head, *options = name.split(",")
+    method = head.partition(":")[0]
+    return " ".join([method.rpartition("-")[0] if method.startswith(("kivi", "quantized")) else method, *options])
+
+
+def _pyplot():
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'lowrank-cache[plot]'") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt

@@ -1,0 +1,89 @@
+"""One quality run from texts to table: calibrate once, derive every row's bases, measure, write."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lowrank_cache.calibration.api import auto_group_size
+from lowrank_cache.calibration.moments import Moments, collect_moments, layer_groups
+from lowrank_cache.calibration.recall import mixed_batches
+from lowrank_cache.evaluation.configurations import build
+from lowrank_cache.evaluation.model_source import demo_model
+from lowrank_cache.evaluation.plots import plot_quality
+from lowrank_cache.evaluation.quality import QualitySettings, markdown, measure
+from lowrank_cache.evaluation.text_source import load_text
+from lowrank_cache.models import SIDES, model_shape
+
+__all__ = ["QualityRun", "run_quality"]
+
+
+@dataclass(frozen=True)
+class QualityRun:
+    """Model and texts of a run.
+
+    Attributes:
+        model: Name or folder; None for the demo's model.
+        calibrate_on, evaluate_on: Text files; None for WikiText-2 (validation and test) or what stands in.
+        tokens, recall_share, sensitivity: Of calibration, in float32.
+        dtype: In which the caches are measured.
+    """
+
+    model: str | None
+    calibrate_on: Path | None
+    evaluate_on: Path | None
+    tokens: int
+    recall_share: float
+    sensitivity: str
+    dtype: str
+
+
+def run_quality(
+    out: Path, specifications: list[str], run: QualityRun, settings: QualitySettings, report: Callable[[str], object]
+) -> None:
+    """Write ``moments.safetensors``, ``results.jsonl``, ``table.md`` and ``quality.png`` into ``out``."""
+    model: Any
+    if run.model is None:
+        model, tokenizer, name = demo_model(report)
+    else:
+        name = run.model
+        tokenizer = AutoTokenizer.from_pretrained(run.model)
+        model = AutoModelForCausalLM.from_pretrained(run.model, dtype=torch.float32)
+    model = model.float().eval()
+    out.mkdir(parents=True, exist_ok=True)
+    moments = _moments(out / "moments.safetensors", model, tokenizer, run, report)
+    configurations = build(specifications, moments)
+    text, source = load_text(run.evaluate_on, split="test")
+    report(f"{name}, measured in {run.dtype} on {source}")
+    # Inverse frequencies stay float32, as in a model loaded in this dtype.
+    tables = {path: buffer.clone() for path, buffer in model.named_buffers() if path.endswith("inv_freq")}
+    model = model.to(getattr(torch, run.dtype))
+    for path, table in tables.items():
+        parent, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, table)
+    rows = measure(model, tokenizer, text, configurations, settings, out / "results.jsonl", report)
+    (out / "table.md").write_text(markdown(rows) + "\n", encoding="utf-8")
+    report(markdown(rows))
+    try:
+        plot_quality(rows, out / "quality.png")
+    except ImportError as error:
+        report(str(error))
+
+
+def _moments(path: Path, model, tokenizer, run: QualityRun, report: Callable[[str], object]) -> Moments:
+    if path.exists():
+        report(f"statistics read from {path}")
+        return Moments.load(path)
+    text, source = load_text(run.calibrate_on, split="validation")
+    report(f"calibrating on {run.tokens} tokens, {run.recall_share:.0%} look-ups, the rest from {source}")
+    shape = model_shape(model)
+    groups = {side: layer_groups(shape, side, auto_group_size(shape, side)) for side in SIDES}
+    batches = mixed_batches(tokenizer, text, tokens=run.tokens, recall_share=run.recall_share)
+    with tqdm(desc="calibrating", total=run.tokens, unit=" tokens") as bar:
+        moments = collect_moments(model, batches, groups, sensitivity=run.sensitivity, progress=bar.update)
+    moments.save(path)
+    return moments
