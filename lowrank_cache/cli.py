@@ -18,6 +18,9 @@ from lowrank_cache.calibration.recall import mixed_batches
 from lowrank_cache.evaluation.demo import DemoSettings, run_demo
 from lowrank_cache.evaluation.inspection import inspect_projections
 from lowrank_cache.evaluation.model_source import DownloadError
+from lowrank_cache.evaluation.plots import plot_projections
+from lowrank_cache.evaluation.quality import QualitySettings
+from lowrank_cache.evaluation.quality_run import QualityRun, run_quality
 from lowrank_cache.evaluation.text_source import load_text
 
 __all__ = ["app"]
@@ -107,11 +110,6 @@ def inspect(
 ) -> None:
     """Show what PROJECTIONS store at a ratio: ranks and bits per layer, predicted loss, bytes."""
     with _errors_as_messages():
-        from rich.console import Console
-
-        from lowrank_cache import Projections
-        from lowrank_cache.evaluation.inspection import inspect_projections
-
         loaded = Projections.from_pretrained(projections)
         inspection = inspect_projections(loaded, ratio)
         console = Console()
@@ -119,8 +117,6 @@ def inspect(
         console.print(inspection.table())
         console.print(inspection.summary())
         if plot is not None:
-            from lowrank_cache.evaluation.plots import plot_projections
-
             plot_projections(loaded, ratio, plot)
             console.print(f"Drawn into {plot}")
 
@@ -147,9 +143,6 @@ def quality(
 ) -> None:
     """Measure perplexity and recall of many caches on one model, in one run, as a table and a plot."""
     with _errors_as_messages():
-        from lowrank_cache.evaluation.quality import QualitySettings
-        from lowrank_cache.evaluation.quality_run import QualityRun, run_quality
-
         settings = QualitySettings(
             windows=windows, window=window, lookups=lookups, needles=needles, needle_tokens=needle_tokens
         )
