@@ -375,6 +375,30 @@ def test_padding_between_the_turns_of_a_batched_chat():
     assert_within_reference_error(actual, reference, truth, rounding_band("llama"))
 
 
+def test_sinks_and_window_of_padded_rows_come_back_exactly(monkeypatch):
+    # Two channels of 32 lose nearly everything between sinks and window. Layer 0 does not depend on the past.
+    returned = {}
+    update = LowRankCache.update
+
+    def noted(cache, key_states, value_states, layer_idx):
+        returned[layer_idx] = update(cache, key_states, value_states, layer_idx)
+        return returned[layer_idx]
+
+    monkeypatch.setattr(LowRankCache, "update", noted)
+    model = tiny_model("llama")
+    stock = _dynamic(model)
+    sinks, window = SMALL_SIZES["num_sink_tokens"], SMALL_SIZES["residual_length"]
+    prompts = _padded_prompts()
+    for cache in (LowRankCache(model, full_rank_projections("llama"), ranks=2, **SMALL_SIZES), stock):
+        _generate(model, **prompts, cache=cache, sequence_bias={(17,): 1e4})  # the same tokens for both
+    for ours, theirs in zip(returned[0], (stock.layers[0].keys, stock.layers[0].values), strict=True):
+        for row, length in enumerate(PROMPT_LENGTHS):
+            first = max(PROMPT_LENGTHS) - length
+            exact = (ours[row] == theirs[row]).all(-1).all(0)  # [tokens]
+            assert exact[first : first + sinks].all() and exact[-window:].all()
+            assert not exact[first + sinks : -window - SMALL_SIZES["block_size"]].any()
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "deepseek-v3"])
 def test_lossy_padded_rows_are_as_good_as_rows_alone(family):
     projections = full_rank_projections(family)

@@ -266,6 +266,26 @@ def test_frames_keep_the_rotation_within_the_frame(monkeypatch, family, frame_le
         assert_equal_up_to_rotation_rounding(_rows(encoded, chosen), _rows(expected, chosen))
 
 
+def test_frame_ends_where_frequencies_change(monkeypatch):
+    frame_length, switch = 16, 22  # phi3's forward of slots 22 to 24 is the first to go past 24 tokens
+    model = tiny_model("phi3")
+    cache = exact_cache(model, full_rank_projections("phi3", frame_length))
+    spy = Spy(monkeypatch, model)
+    _feed(model, cache, random_tokens(2, 44), None)
+    for layer in model_shape(model).layers:
+        rope = layer.key.rope
+        short, long = rope_segments = [table for _, table in cache._track._segments[rope.source]]
+        assert len(rope_segments) == 2 and cache._track._segments[rope.source][1][0] == switch
+        encoded = spy.encoded["key", layer.layer_idx]
+        slots = torch.arange(SINKS, SINKS + encoded.shape[2])
+        firsts = slots - (slots - SINKS) % frame_length
+        inside = slots - torch.where(slots >= switch, firsts.clamp(min=switch), firsts)
+        inv_freq = torch.where((slots >= switch)[:, None], long, short)
+        angles = inside[:, None] * inv_freq
+        source = spy.inputs[layer.layer_idx][:, :, slots] * _factors(model, rope, layer.key.head_dim)
+        assert_equal_up_to_rotation_rounding(encoded, rotate(source, angles.cos(), angles.sin(), rope.layout))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_calibration_sees_the_rotary_functions_input(monkeypatch, family):
     recorded = defaultdict(dict)
