@@ -25,6 +25,15 @@ MAX_TOKENS = 48
 DEVIATIONS = 10.0
 
 
+# Tokens, padding of each row (for an empty cache, whose batch it sets), a hole in the mask, explicit positions.
+FORWARD = st.tuples(
+    st.one_of(st.integers(1, 4), st.integers(5, 14)),
+    st.one_of(st.just([0]), st.lists(st.sampled_from([0, 0, 1, 2, 3, 6, 9]), min_size=2, max_size=3)),
+    st.one_of(st.none(), st.none(), st.integers(0, 13)),
+    st.booleans(),
+)
+
+
 class CacheMachine(RuleBasedStateMachine):
     """One cache and its oracle. Subclasses choose the bases."""
 
@@ -32,14 +41,20 @@ class CacheMachine(RuleBasedStateMachine):
     frame_length = 1
     layer_group_size: int | tuple[int, int] = 1
 
-    @initialize(residual_length=st.integers(0, 6), num_sink_tokens=st.integers(0, 4), block_size=st.integers(1, 5))
-    def start(self, **sizes):
+    @initialize(
+        first=FORWARD,
+        residual_length=st.integers(0, 6),
+        num_sink_tokens=st.integers(0, 4),
+        block_size=st.integers(1, 5),
+    )
+    def start(self, first, **sizes):
         self.model = tiny_model(self.family)
         self.projections = full_rank_projections(self.family, self.frame_length, self.layer_group_size)
         self.tolerance = DEVIATIONS * noise_gain(self.projections) * FLOAT32_ROUNDING
         self.cache = exact_cache(self.model, self.projections, **sizes)
         self.seed = 0
         self._forget()
+        self._forward(*first)
 
     def _forget(self):
         self.oracle = DynamicCache(config=self.model.config)
@@ -72,15 +87,15 @@ class CacheMachine(RuleBasedStateMachine):
             self.unread_pads = torch.tensor(pads)
             self.oracle = DynamicCache(config=self.model.config)
 
-    @rule(
-        tokens=st.one_of(st.integers(1, 4), st.integers(5, 14)),
-        pads=st.one_of(st.just([0]), st.lists(st.sampled_from([0, 0, 1, 2, 3, 6, 9]), min_size=1, max_size=3)),
-        hole=st.one_of(st.none(), st.none(), st.integers(0, 13)),
-        pass_positions=st.booleans(),
-    )
-    def forward(self, tokens, pads, hole, pass_positions):
-        if self.tokens + tokens > MAX_TOKENS:
-            return
+    @rule(forward=FORWARD)
+    def forward(self, forward):
+        self._forward(*forward)
+
+    def _forward(self, tokens, pads, hole, pass_positions):
+        if self.tokens + tokens > MAX_TOKENS:  # make room instead
+            self.cache.crop(-tokens)
+            self.oracle.crop(-tokens)
+            self.mask = self.mask[:, :-tokens]
         self._begin_batch(pads)
         step_mask = self._step_mask(tokens, hole)
         arguments = self._arguments(tokens, step_mask, pass_positions)
@@ -151,8 +166,8 @@ class CacheMachine(RuleBasedStateMachine):
         self.failed = False
 
     @precondition(lambda self: self.tokens > 0)
-    @rule(removed=st.one_of(st.integers(0, 3), st.integers(4, MAX_TOKENS + 5)))
-    def crop(self, removed):
+    @rule(removed=st.one_of(st.integers(0, 3), st.integers(0, 20), st.just(MAX_TOKENS + 5)), forward=FORWARD)
+    def crop(self, removed, forward):
         self.cache.crop(-removed)
         self.oracle.crop(-removed)
         self.failed = False
@@ -160,34 +175,33 @@ class CacheMachine(RuleBasedStateMachine):
         self.mask = self.mask[:, :kept]
         if kept == 0:
             self._forget()
-
-    @rule(removed=st.integers(1, 5))
-    def crop_positive(self, removed):
-        with pytest.raises(ValueError, match="at most 0"):
-            self.cache.crop(removed)
+        self._forward(*forward)
 
     @precondition(lambda self: self.tokens > 0)
-    @rule(data=st.data())
-    def reorder(self, data):
+    @rule(data=st.data(), forward=FORWARD)
+    def reorder(self, data, forward):
         rows = self._rows(data, exactly=len(self.mask))
         self.cache.reorder_cache(rows)
         self.oracle.reorder_cache(rows)
         self._map_rows(lambda tensor: tensor[rows])
+        self._forward(*forward)
 
     @precondition(lambda self: self.tokens > 0)
-    @rule(data=st.data())
-    def select(self, data):
+    @rule(data=st.data(), forward=FORWARD)
+    def select(self, data, forward):
         rows = self._rows(data)
         self.cache.batch_select_indices(rows)
         self.oracle.batch_select_indices(rows)
         self._map_rows(lambda tensor: tensor[rows])
+        self._forward(*forward)
 
     @precondition(lambda self: self.tokens > 0 and len(self.mask) <= 2)
-    @rule(repeats=st.integers(1, 3))
-    def repeat(self, repeats):
+    @rule(repeats=st.integers(1, 3), forward=FORWARD)
+    def repeat(self, repeats, forward):
         self.cache.batch_repeat_interleave(repeats)
         self.oracle.batch_repeat_interleave(repeats)
         self._map_rows(lambda tensor: tensor.repeat_interleave(repeats, 0))
+        self._forward(*forward)
 
     def _rows(self, data, exactly=None) -> torch.Tensor:
         size = {"min_size": exactly or 1, "max_size": exactly or 3}
@@ -197,8 +211,9 @@ class CacheMachine(RuleBasedStateMachine):
         self.mask, self.unread_pads = function(self.mask), function(self.unread_pads)
         self.failed = False
 
-    @rule(keep_original=st.booleans())
-    def deepcopy(self, keep_original):
+    @precondition(lambda self: self.tokens > 0)
+    @rule(keep_original=st.booleans(), forward=FORWARD)
+    def deepcopy(self, keep_original, forward):
         original, self.failed = self.cache, False
         copied = copy.deepcopy(original)
         self.oracle = copy.deepcopy(self.oracle)
@@ -207,11 +222,14 @@ class CacheMachine(RuleBasedStateMachine):
         for tensor in _token_tensors(other):
             tensor.fill_(1)
         other.reset()
+        self._forward(*forward)
 
-    @rule()
-    def reset(self):
+    @precondition(lambda self: self.tokens > 0)
+    @rule(forward=FORWARD)
+    def reset(self, forward):
         self.cache.reset()
         self._forget()
+        self._forward(*forward)
 
     @invariant()
     def lengths_agree(self):
