@@ -47,8 +47,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[data,dev]'
 	@echo "$(CURDIR)" > $@
 
+# Idle threads sleep instead of spinning: where other programs want the cores too, spinning costs minutes.
 demo: $(STAMP)
-	@$(BIN)/lowrank-cache demo $(DEMO_ARGS)
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/lowrank-cache demo $(DEMO_ARGS)
 
 # One thread a worker: with more, the workers fight over the cores and every test takes longer.
 test: $(STAMP)
