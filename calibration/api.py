@@ -9,9 +9,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from lowrank_cache.calibration.fisher import fisher_bases
-from lowrank_cache.calibration.moments import Moments, collect_moments, layer_groups
+from lowrank_cache.calibration.moments import Group, Moments, collect_moments, layer_groups
 from lowrank_cache.calibration.palu import palu_bases
-from lowrank_cache.models import SIDES, ModelShape, model_shape
+from lowrank_cache.models import BOTH, SIDES, ModelShape, model_shape
 from lowrank_cache.projections import Projections
 
 __all__ = ["auto_group_size", "calibrate", "projections_from_moments"]
@@ -28,6 +28,7 @@ def calibrate(
     method: str = "fisher",
     frame_length: int = 1,
     layer_group_size: int | tuple[int, int] | str = "auto",
+    joint: bool | None = None,
     sensitivity: str = "gradient",
     save_moments: str | Path | None = None,
     provenance: dict | None = None,
@@ -47,6 +48,9 @@ def calibrate(
         frame_length: Slots per rotary frame in which keys are stored; 1 stores them pre-RoPE.
         layer_group_size: Adjacent layers that share a latent: a number, a pair for keys and values, or
             ``"auto"``, see ``auto_group_size``. Methods other than fisher take ``"auto"`` as 1.
+        joint: Whether keys and values of a layer group share one latent. They are functions of the same
+            hidden state, so a joint basis stores less twice. None: yes for fisher, unless
+            ``layer_group_size`` is a pair.
         sensitivity: ``"gradient"``, or ``"query"`` for models that gradients do not pass through.
         save_moments: File for the statistics, from which ``projections_from_moments`` makes projections
             with another method, frame length or smaller groups without another pass.
@@ -65,8 +69,7 @@ def calibrate(
     """
     _check_options(method, frame_length)
     shape = model_shape(model)
-    sizes = _group_sizes(shape, method, layer_group_size)
-    groups = {side: layer_groups(shape, side, size) for side, size in sizes.items()}
+    groups = _groups(shape, method, layer_group_size, joint)
     with tqdm(desc="calibrating", unit=" tokens", disable=None if progress else True) as bar:
         moments = collect_moments(model, batches, groups, sensitivity=sensitivity, progress=bar.update)
     if save_moments is not None:
@@ -78,7 +81,12 @@ def calibrate(
         **(provenance or {}),
     }
     return projections_from_moments(
-        moments, method=method, frame_length=frame_length, layer_group_size=layer_group_size, provenance=facts
+        moments,
+        method=method,
+        frame_length=frame_length,
+        layer_group_size=layer_group_size,
+        joint=joint,
+        provenance=facts,
     )
 
 
@@ -88,15 +96,15 @@ def projections_from_moments(
     method: str = "fisher",
     frame_length: int = 1,
     layer_group_size: int | tuple[int, int] | str = "auto",
+    joint: bool | None = None,
     provenance: dict | None = None,
 ) -> Projections:
     """Derive bases from moments: the part of ``calibrate`` that needs no model.
 
-    ``layer_group_size`` must cut each group that the moments were recorded for into whole groups.
+    Each group must lie within one that the moments were recorded for; joint groups need joint moments.
     """
     _check_options(method, frame_length)
-    sizes = _group_sizes(moments.shape, method, layer_group_size)
-    groups = {side: layer_groups(moments.shape, side, size) for side, size in sizes.items()}
+    groups = _groups(moments.shape, method, layer_group_size, joint)
     facts = {
         **(provenance or {}),
         "sensitivity": moments.sensitivity_kind,
@@ -110,26 +118,42 @@ def projections_from_moments(
 
 
 def auto_group_size(shape: ModelShape, side: str) -> int:
-    """Layers per group under two limits, evened out over the model.
+    """Layers per group for ``"key"``, ``"value"`` or ``"both"`` under two limits, evened out over the model.
 
     Every layer of a group reads the group's whole latent, so at a compression ratio r a layer of a group
     of G reads G / r of the bytes that the full cache's layer reads: at most ``MAX_GROUP_LAYERS`` keeps
     that below 5/8 at 8x. Bases grow with the square of the group's width, bounded by ``MAX_GROUP_WIDTH``.
     """
-    width = max(layer.side(side).width for layer in shape.layers)
+    width = max(sum(member.width for _, _, member in shape.members(side, (layer.layer_idx,))) for layer in shape.layers)
     largest = max(1, min(MAX_GROUP_LAYERS, MAX_GROUP_WIDTH // width))
     layers = len(shape.layers)
     return ceil(layers / ceil(layers / largest))
 
 
-def _group_sizes(shape: ModelShape, method: str, size: int | tuple[int, int] | str) -> dict[str, int]:
-    if size == "auto":
-        return {side: auto_group_size(shape, side) if method == "fisher" else 1 for side in SIDES}
-    sizes = size if isinstance(size, tuple) else (size, size)
-    numbers = [part for part in sizes if isinstance(part, int) and part >= 1]
-    if not len(sizes) == len(numbers) == 2:
+def _groups(
+    shape: ModelShape, method: str, size: int | tuple[int, int] | str, joint: bool | None
+) -> dict[str, list[Group]]:
+    """Layer groups under ``"both"``, or under ``"key"`` and ``"value"``."""
+    parts: tuple = size if isinstance(size, tuple) else (size, size)
+    if size != "auto" and (len(parts) != 2 or any(not isinstance(part, int) or part < 1 for part in parts)):
         raise ValueError(f"layer_group_size must be 'auto', an integer of at least 1 or a pair of them, got {size!r}")
-    return dict(zip(SIDES, numbers, strict=True))
+    if joint is None:
+        joint = method == "fisher" and not isinstance(size, tuple) and _heads_alike(shape)
+    if joint and (method != "fisher" or isinstance(size, tuple) or not _heads_alike(shape)):
+        raise ValueError(
+            f"joint=True needs method 'fisher', one layer_group_size for both sides and as many key as value heads, "
+            f"got method {method!r} and layer_group_size {size!r}"
+        )
+    sides = (BOTH,) if joint else SIDES
+    if size == "auto":
+        sizes = [auto_group_size(shape, side) if method == "fisher" else 1 for side in sides]
+    else:
+        sizes = [parts[0]] if joint else list(parts)
+    return {side: layer_groups(shape, side, part) for side, part in zip(sides, sizes, strict=True)}
+
+
+def _heads_alike(shape: ModelShape) -> bool:
+    return all(layer.key.heads == layer.value.heads for layer in shape.layers)
 
 
 def _check_options(method: str, frame_length: int) -> None:

@@ -20,12 +20,12 @@ VARIANCE_FLOOR = 1e-8
 
 
 def fisher_bases(moments: Moments, groups: dict[str, list[Group]], frame_length: int) -> list[Basis]:
-    """One basis per side and layer group, over all heads of its layers."""
+    """One basis per layer group, over all heads of its layers; of keys and values jointly under ``"both"``."""
     bases = []
-    for side in ("key", "value"):
-        for group in groups[side]:
+    for side, side_groups in groups.items():
+        for group in side_groups:
             second, mean, sensitivity = moments.of_group(side, group, frame_length)
-            heads = tuple(range(moments.side(side, group).heads))
+            heads = tuple(range(moments.shape.members(side, group)[0][2].heads))
             arrays = weighted_basis(second, mean, sensitivity)
             bases.append(Basis(side, group, heads, **arrays, rank_weight=None))
     return bases

@@ -20,7 +20,17 @@ from transformers import DynamicCache, PreTrainedModel
 
 from lowrank_cache.calibration.query_sensitivity import QueryStatistics, record_queries
 from lowrank_cache.kernels.rope import angle_tables, rotate
-from lowrank_cache.models import SIDES, ModelShape, RopeShape, SideShape, decoder_of, model_shape, rope_buffer
+from lowrank_cache.models import (
+    BOTH,
+    SIDES,
+    LayerShape,
+    ModelShape,
+    RopeShape,
+    SideShape,
+    decoder_of,
+    model_shape,
+    rope_buffer,
+)
 
 __all__ = ["Group", "Moments", "collect_moments", "layer_groups"]
 
@@ -35,8 +45,8 @@ class Moments:
 
     Attributes:
         shape: The model.
-        groups: Per side, the layer groups.
-        second: ``[width, width]`` per (side, group): sum of ``x xᵀ``, width over the group's layers.
+        groups: The layer groups of each recorded side; under ``"both"`` keys and values are recorded jointly.
+        second: ``[width, width]`` per (side, group): sum of ``x xᵀ``, in the order of ``ModelShape.members``.
         total: ``[width]`` per (side, group): sum of ``x``.
         sensitivity: ``[layer_width, layer_width]`` per (side, layer): sum of ``g gᵀ``.
         inv_freq: Inverse frequencies per rope source.
@@ -58,12 +68,14 @@ class Moments:
 
     def add(self, states: dict[str, dict[int, Tensor]], gradients: dict[str, dict[int, Tensor]]) -> None:
         """Add the tokens of one batch: per side and layer ``[tokens, layer_width]``, pre-RoPE."""
-        for side in SIDES:
-            for group in self.groups[side]:
-                rows = torch.cat([states[side][layer] for layer in group], dim=1).float()
+        for side, groups in self.groups.items():
+            for group in groups:
+                members = self.shape.members(side, group)
+                rows = torch.cat([states[name][layer] for layer, name, _ in members], dim=1).float()
                 key = (side, group)
                 self.second[key] = _add(self.second.get(key), rows.T @ rows)
                 self.total[key] = _add(self.total.get(key), rows.sum(0))
+        for side in SIDES:
             for layer, rows in gradients[side].items():
                 rows = rows.float()
                 self.sensitivity[side, layer] = _add(self.sensitivity.get((side, layer)), rows.T @ rows)
@@ -76,28 +88,30 @@ class Moments:
             ``[width, width]``, ``[width]``, ``[width, width]``, float64.
         """
         rows, recorded = self.rows_of(side, group)
-        second = self.second[side, recorded][rows, rows] / self.tokens
-        mean = self.total[side, recorded][rows] / self.tokens
-        blocks = [self.sensitivity[side, layer] / self.tokens for layer in group]
-        sensitivity = torch.block_diag(*blocks)
-        rope = self.side(side, group).rope
-        if rope is not None and frame_length > 1:
-            inv_freq = self.inv_freq[rope.source]
-            head_dim = self.side(side, group).head_dim
-            second = _frame_average(second, head_dim, rope, inv_freq, frame_length)
-            sensitivity = _frame_average(sensitivity, head_dim, rope, inv_freq, frame_length)
-            mean = _frame_average(mean[:, None], head_dim, rope, inv_freq, frame_length)[:, 0]
+        second = self.second[recorded][rows][:, rows] / self.tokens
+        mean = self.total[recorded][rows] / self.tokens
+        members = self.shape.members(side, group)
+        sensitivity = torch.block_diag(*(self.sensitivity[name, layer] / self.tokens for layer, name, _ in members))
+        if frame_length > 1:
+            shapes = [shape for _, _, shape in members]
+            second = _frame_average(second, shapes, self.inv_freq, frame_length)
+            sensitivity = _frame_average(sensitivity, shapes, self.inv_freq, frame_length)
+            mean = _frame_average(mean[:, None], shapes, self.inv_freq, frame_length)[:, 0]
         return second, mean, sensitivity
 
-    def rows_of(self, side: str, group: Group) -> tuple[slice, Group]:
-        """Where ``group`` lies inside the recorded group that holds it."""
-        for recorded in self.groups[side]:
-            if set(group) <= set(recorded):
-                width = self.side(side, group).width
-                start = recorded.index(group[0]) * width
-                return slice(start, start + len(group) * width), recorded
+    def rows_of(self, side: str, group: Group) -> tuple[Tensor, tuple[str, Group]]:
+        """Where ``group`` lies inside a recorded group that holds it: row numbers, and that group's key."""
+        wanted = [(layer, name) for layer, name, _ in self.shape.members(side, group)]
+        for recorded_side, groups in self.groups.items():
+            for recorded in groups:
+                places, start = {}, 0
+                for layer, name, shape in self.shape.members(recorded_side, recorded):
+                    places[layer, name] = torch.arange(start, start + shape.width)
+                    start += shape.width
+                if set(wanted) <= set(places):
+                    return torch.cat([places[member] for member in wanted]), (recorded_side, recorded)
         raise ValueError(
-            f"{side} layers {group} were not recorded jointly; these moments hold the groups {self.groups[side]}"
+            f"{side} layers {group} were not recorded jointly; these moments hold the groups {self.groups}"
         )
 
     def side(self, side: str, group: Group) -> SideShape:
@@ -127,14 +141,16 @@ class Moments:
             with safe_open(str(path), framework="pt") as file:
                 header = json.loads(file.metadata()["moments"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
-            groups = {side: [tuple(group) for group in header["groups"][side]] for side in SIDES}
+            groups = {side: [tuple(group) for group in recorded] for side, recorded in header["groups"].items()}
             moments = cls(ModelShape.from_dict(header["shape"]), groups, **{name: header[name] for name in _COUNTS})
-            for side in SIDES:
-                for group in groups[side]:
+            for side, recorded in groups.items():
+                for group in recorded:
                     moments.second[side, group] = tensors.pop(f"second.{side}.{group[0]}")
                     moments.total[side, group] = tensors.pop(f"total.{side}.{group[0]}")
-                    for layer in group:
-                        moments.sensitivity[side, layer] = tensors.pop(f"sensitivity.{side}.{layer}")
+            for layer in moments.shape.layers:
+                for side in SIDES:
+                    name = f"sensitivity.{side}.{layer.layer_idx}"
+                    moments.sensitivity[side, layer.layer_idx] = tensors.pop(name)
             moments.inv_freq = {name.removeprefix("inv_freq."): table for name, table in tensors.items()}
         except (KeyError, TypeError, json.JSONDecodeError, SafetensorError) as error:
             raise ValueError(f"{path} holds no readable moments: {type(error).__name__}: {error}") from error
@@ -148,12 +164,16 @@ def layer_groups(shape: ModelShape, side: str, size: int) -> list[Group]:
     """
     groups: list[list[int]] = []
     for layer in shape.layers:
-        alike = groups and shape.layer(groups[-1][0]).side(side) == layer.side(side)
+        alike = groups and _shapes(shape.layer(groups[-1][0]), side) == _shapes(layer, side)
         if alike and len(groups[-1]) < size:
             groups[-1].append(layer.layer_idx)
         else:
             groups.append([layer.layer_idx])
     return [tuple(group) for group in groups]
+
+
+def _shapes(layer: LayerShape, side: str) -> list[SideShape]:
+    return [layer.side(name) for name in (SIDES if side == BOTH else (side,))]
 
 
 def collect_moments(
@@ -169,7 +189,7 @@ def collect_moments(
     Args:
         model: Left as it was: parameters, ``requires_grad`` flags, mode.
         batches: LongTensors ``[batch, tokens]`` or mappings with ``input_ids`` and ``attention_mask``.
-        groups: Per side, from ``layer_groups``.
+        groups: From ``layer_groups``, under ``"key"`` and ``"value"`` or under ``"both"``.
         sensitivity: ``"gradient"`` runs a backward pass per batch; ``"query"`` needs none, see
             ``query_sensitivity``.
         progress: Called with the number of tokens of each finished batch.
@@ -284,8 +304,8 @@ def _finish_query_sensitivity(moments: Moments, statistics: QueryStatistics, con
         index = layer.layer_idx
         value = statistics.value_sensitivity(index, layer.value.heads, layer.value.head_dim)
         rows, recorded = moments.rows_of("value", (index,))
-        mean = moments.total["value", recorded][rows] / moments.tokens
-        spread = moments.second["value", recorded][rows, rows] / moments.tokens - torch.outer(mean, mean)
+        mean = moments.total[recorded][rows] / moments.tokens
+        spread = moments.second[recorded][rows][:, rows] / moments.tokens - torch.outer(mean, mean)
         queries_per_head = int(statistics.modules[index].num_key_value_groups)  # type: ignore[arg-type]  # nn.Module
         residual = statistics.mean_residual(index)
         value_spread = float((value * spread).sum()) * residual / (layer.key.heads * queries_per_head)
@@ -415,14 +435,24 @@ def _add(total: Tensor | None, part: Tensor) -> Tensor:
     return part if total is None else total.add_(part)
 
 
-def _frame_average(matrix: Tensor, head_dim: int, rope: RopeShape, inv_freq: Tensor, frame_length: int) -> Tensor:
-    """Mean over offsets ``o`` in a frame of ``R(o) matrix R(o)ᵀ``; of ``R(o) matrix`` for one column."""
+def _frame_average(matrix: Tensor, shapes: list[SideShape], inv_freq: dict[str, Tensor], frame_length: int) -> Tensor:
+    """Mean over offsets ``o`` in a frame of ``R(o) matrix R(o)ᵀ``; of ``R(o) matrix`` for one column.
+
+    ``R(o)`` rotates the rows that belong to sides with a rotary embedding, see ``shapes``.
+    """
     average = torch.zeros_like(matrix)
     for offset in range(frame_length):
-        cos, sin = angle_tables(torch.tensor(offset), inv_freq)
-        rotated = matrix
-        for _ in range(2 if matrix.shape[1] > 1 else 1):
-            rows = rotated.T.reshape(rotated.shape[1], -1, head_dim)
-            rotated = rotate(rows, cos, sin, rope.layout).reshape(rotated.shape[1], -1)
-        average += rotated if matrix.shape[1] > 1 else rotated.T
+        rotated = _rotate_columns(matrix.T, shapes, inv_freq, offset).T
+        average += _rotate_columns(rotated, shapes, inv_freq, offset) if matrix.shape[1] > 1 else rotated
     return average / frame_length
+
+
+def _rotate_columns(matrix: Tensor, shapes: list[SideShape], inv_freq: dict[str, Tensor], offset: int) -> Tensor:
+    """``matrix R(o)ᵀ``: every row of ``matrix`` is a state of all members."""
+    parts = []
+    for shape, part in zip(shapes, matrix.split([shape.width for shape in shapes], dim=1), strict=True):
+        if shape.rope is not None:
+            cos, sin = angle_tables(torch.tensor(offset), inv_freq[shape.rope.source])
+            part = rotate(part.unflatten(1, (-1, shape.head_dim)), cos, sin, shape.rope.layout).flatten(1)
+        parts.append(part)
+    return torch.cat(parts, dim=1)

@@ -4,15 +4,21 @@ This is where a method's bases meet a byte budget: methods whose channels carry 
 allocated by ``budget.spend``; methods with a rank weight per basis (Palu) by that weight.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lowrank_cache.budget import ChannelCosts, TierCounts, spend, tier_bytes
-from lowrank_cache.projections import Basis, Projections
+from lowrank_cache.models import BOTH
+
+if TYPE_CHECKING:  # projections imports this module to truncate itself
+    from lowrank_cache.projections import Basis, Projections
 
 __all__ = ["StorePlan", "full_bytes_per_token", "plan_stores"]
 
@@ -186,7 +192,8 @@ def _check_ranks(projections: Projections, ranks: Ranks) -> None:
 
 def _rank_of(basis: Basis, ranks: Ranks) -> int:
     if isinstance(ranks, Mapping):
-        rank = ranks[basis.layers[0]][0 if basis.side == "key" else 1]
+        pair = ranks[basis.layers[0]]
+        rank = {"key": pair[0], "value": pair[1], BOTH: sum(pair)}[basis.side]
     else:
         rank = min(ranks, basis.rank)
     if not isinstance(rank, int) or not 0 <= rank <= basis.rank:

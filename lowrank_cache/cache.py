@@ -43,7 +43,7 @@ class LowRankLayer(CacheLayerMixin):
         self.shape = shape
         self.stores = stores
         self.track = track
-        self.members = {side: store.coder.layers.index(shape.layer_idx) for side, store in stores.items()}
+        self.members = {side: store.coder.members.index((shape.layer_idx, side)) for side, store in stores.items()}
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to prepare: stores allocate when tokens arrive."""
@@ -102,7 +102,8 @@ class LowRankCache(Cache):
         residual_length: Most recent tokens kept exactly.
         num_sink_tokens: First real tokens of each row kept exactly.
         block_size: Tokens encoded at a time.
-        latent_dtype: Dtype of 16-bit latents; None takes that of the incoming keys.
+        latent_dtype: Dtype of 16-bit latents and of the projection matrices; None takes that of the
+            incoming keys for latents, and float32 for the matrices.
 
     Raises:
         NotImplementedError: If the model's cache cannot be compressed (see ``models.model_shape``).
@@ -137,14 +138,11 @@ class LowRankCache(Cache):
         shape = model_shape(model)
         projections.check_model(shape)
         decoder = decoder_of(model)
-        self._coders = _coders(projections, compression_ratio, ranks, bits)
+        self._coders = _coders(projections, compression_ratio, ranks, bits, latent_dtype)
         self.target_compression_ratio = float(compression_ratio) if ranks is None else None
         self._decoder = weakref.ref(decoder)
         self._track = PositionTrack(projections.frame_length, num_sink_tokens)
-        self._stores = [
-            LatentStore(coder, shape.layer(coder.layers[0]).side(coder.side).rope, self._track, options)
-            for coder in self._coders
-        ]
+        self._stores = [LatentStore(coder, self._track, options) for coder in self._coders]
         self._compressed = tuple(layer.layer_idx for layer in shape.layers)
         self._updated: set[int] | None = None  # compressed layers seen in the current forward; None between forwards
         self._length_before = 0  # cached tokens when the current forward began
@@ -361,16 +359,16 @@ def _check_options(residual_length, num_sink_tokens, block_size, latent_dtype) -
 _CODERS: "weakref.WeakKeyDictionary[Projections, dict]" = weakref.WeakKeyDictionary()
 
 
-def _coders(projections: Projections, compression_ratio, ranks, bits) -> list[Coder]:
+def _coders(projections: Projections, compression_ratio, ranks, bits, latent_dtype) -> list[Coder]:
     """Truncated bases, made once for each setting of some projections."""
-    key = repr((compression_ratio if ranks is None else None, ranks, bits))
+    dtype = latent_dtype or torch.float32
+    key = repr((compression_ratio if ranks is None else None, ranks, bits, dtype))
     made = _CODERS.setdefault(projections, {})
     if key not in made:
         plans = plan_stores(projections, compression_ratio, ranks, bits)
         made[key] = []
         for store, plan in zip(projections.stores(), plans, strict=True):
-            side = projections.shape.layer(store[0].layers[0]).side(store[0].side)
-            made[key].append(Coder(store, plan, side.heads, side.head_dim))
+            made[key].append(Coder(store, plan, projections.shape.members(store[0].side, store[0].layers), dtype))
     return made[key]
 
 
@@ -378,8 +376,8 @@ def _make_layers(model: PreTrainedModel, shape: ModelShape, stores: list[LatentS
     """transformers' own layer classes, but for the compressed layers."""
     by_layer: dict[int, dict[str, LatentStore]] = {}
     for store in stores:
-        for layer_idx in store.coder.layers:
-            by_layer.setdefault(layer_idx, {})[store.coder.side] = store
+        for layer_idx, side in store.coder.members:
+            by_layer.setdefault(layer_idx, {})[side] = store
     layers = []
     config = model.config.get_text_config(decoder=True)
     for index, (layer_type, kwargs) in enumerate(zip(*get_layer_types_and_kwargs(config), strict=True)):

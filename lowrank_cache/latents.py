@@ -6,11 +6,13 @@ projections at the same ratio, and by their deep copies. ``PackedLatents`` holds
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lowrank_cache.allocation import StorePlan
 from lowrank_cache.budget import padded_channels
 from lowrank_cache.growing import GrowingTensor
 from lowrank_cache.kernels.reference import dequantize, pack, quantize, unpack
+from lowrank_cache.models import SideShape
 from lowrank_cache.projections import Basis
 
 __all__ = ["Coder", "PackedLatents"]
@@ -20,42 +22,50 @@ class Coder:
     """Bases of one store, truncated to a plan, with channels in tier order.
 
     Args:
-        store: The bases of one side of one layer group.
+        store: The bases of a layer group's keys, values or both.
         plan: The channels to keep and their bits.
-        head_dim: Numbers per head.
-        heads: KV heads per layer.
+        members: What the latent holds, from ``ModelShape.members``; its order numbers them.
+        dtype: In which the projection matrices are held; products are float32 in any case.
     """
 
-    def __init__(self, store: tuple[Basis, ...], plan: StorePlan, heads: int, head_dim: int):
-        self.side, self.layers = store[0].side, store[0].layers
-        self.heads, self.head_dim = heads, head_dim
+    def __init__(
+        self,
+        store: tuple[Basis, ...],
+        plan: StorePlan,
+        members: list[tuple[int, str, SideShape]],
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.name = f"{store[0].side} states of layers {store[0].layers}"
+        self.members = tuple((layer, side) for layer, side, _ in members)
+        self.shapes = tuple(shape for _, _, shape in members)
         self.tiers = tuple((bits, len(channels)) for bits, channels in plan.tiers)
         kept = torch.tensor([channel for _, channels in plan.tiers for channel in channels], dtype=torch.long)
         self.weight = torch.cat([basis.loss for basis in store])[kept]
-        self.blocks = []  # (heads of the basis or None for all, channels of the latent, down, up, offset)
-        constant = torch.zeros(len(self.layers), heads, head_dim)
+        # What the channels that are not stored are read as, by member: [heads, head_dim].
+        self.constants = [torch.zeros(shape.heads, shape.head_dim) for shape in self.shapes]
+        self.blocks = []
         start = 0
         for basis in store:
             inside = (kept >= start) & (kept < start + basis.rank)
             columns = kept[inside] - start
             channels = inside.nonzero()[:, 0]
-            all_heads = basis.heads == tuple(range(heads))
-            width = len(basis.heads) * head_dim
             dropped = torch.ones(basis.rank, dtype=torch.bool)
             dropped[columns] = False
             mean = basis.constant + basis.offset[dropped] @ basis.up_proj[dropped]
-            constant[:, list(basis.heads)] = mean.view(len(self.layers), len(basis.heads), head_dim)
+            widths = [len(basis.heads) * shape.head_dim for shape in self.shapes]
+            for constant, part in zip(self.constants, mean.split(widths), strict=True):
+                constant[list(basis.heads)] = part.view(len(basis.heads), -1)
+            all_heads = all(basis.heads == tuple(range(shape.heads)) for shape in self.shapes)
             self.blocks.append(
                 _Block(
                     None if all_heads else torch.tensor(basis.heads),
                     None if len(channels) == len(kept) else channels,
-                    basis.down_proj[:, columns].contiguous(),
-                    basis.up_proj[columns].view(len(columns), len(self.layers), width).transpose(0, 1).contiguous(),
+                    _narrow(basis.down_proj[:, columns], dtype).contiguous(),
+                    [_narrow(part, dtype).contiguous() for part in basis.up_proj[columns].split(widths, dim=1)],
                     basis.offset[columns],
                 )
             )
             start += basis.rank
-        self.constant = constant  # what the channels that are not stored are read as
 
     @property
     def rank(self) -> int:
@@ -65,7 +75,7 @@ class Coder:
     @property
     def nbytes(self) -> int:
         """Bytes of the truncated bases."""
-        tensors = [self.weight, self.constant, *(tensor for block in self.blocks for tensor in block.tensors())]
+        tensors = [self.weight, *self.constants, *(tensor for block in self.blocks for tensor in block.tensors())]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def __deepcopy__(self, memo) -> "Coder":
@@ -73,42 +83,48 @@ class Coder:
 
     def to(self, device: torch.device) -> None:
         """Move the bases to the device of the layers they serve."""
-        if self.constant.device != device:
-            self.weight, self.constant = self.weight.to(device), self.constant.to(device)
+        if self.weight.device != device:
+            self.weight = self.weight.to(device)
+            self.constants = [constant.to(device) for constant in self.constants]
             for block in self.blocks:
                 block.to(device)
 
-    def encode(self, states: Tensor) -> Tensor:
-        """Latents of states: ``[batch, layers, heads, tokens, head_dim]`` → ``[batch, tokens, rank]``, float32."""
-        batch, _, _, tokens, _ = states.shape
-        states = states.float()
-        latents = states.new_empty(batch, tokens, self.rank)
+    def encode(self, states: list[Tensor]) -> Tensor:
+        """Latents of states: by member ``[batch, heads, tokens, head_dim]`` → ``[batch, tokens, rank]``, float32."""
+        batch, _, tokens, _ = states[0].shape
+        latents = states[0].new_empty(batch, tokens, self.rank, dtype=torch.float32)
         for block in self.blocks:
-            chosen = states if block.heads is None else states[:, :, block.heads]
-            rows = chosen.permute(0, 3, 1, 2, 4).reshape(batch, tokens, -1)
-            latents[..., block.channel_index] = torch.matmul(rows, block.down_proj) - block.offset
+            rows = [part[:, block.head_index].transpose(1, 2).flatten(2).float() for part in states]
+            products = torch.matmul(torch.cat(rows, dim=2), block.down_proj.float())
+            latents[..., block.channel_index] = products - block.offset
         return latents
 
-    def decode(self, latents: Tensor, layer: int) -> Tensor:
-        """States of one layer of the group: ``[batch, tokens, rank]`` → ``[batch, heads, tokens, head_dim]``.
+    def decode(self, latents: Tensor, member: int) -> Tensor:
+        """States of one member: ``[batch, tokens, rank]`` → ``[batch, heads, tokens, head_dim]``.
 
-        ``layer`` counts within the group. Keys come back in their rotary frames. float32.
+        Keys come back in their rotary frames. float32.
         """
         batch, tokens, _ = latents.shape
-        states = latents.new_empty(batch, self.heads, tokens, self.head_dim)
+        shape = self.shapes[member]
+        states = latents.new_empty(batch, shape.heads, tokens, shape.head_dim)
         for block in self.blocks:
-            rows = torch.matmul(latents[..., block.channel_index] + block.offset, block.up_proj[layer])
-            rows = rows.view(batch, tokens, -1, self.head_dim).transpose(1, 2)
-            states[:, block.head_index] = rows
-        return states.add_(self.constant[layer][:, None])
+            rows = torch.matmul(latents[..., block.channel_index] + block.offset, block.up_projs[member].float())
+            states[:, block.head_index] = rows.unflatten(2, (-1, shape.head_dim)).transpose(1, 2)
+        return states.add_(self.constants[member][:, None])
+
+
+def _narrow(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """``matrix`` in ``dtype``, or as it is where that would overflow."""
+    narrowed = matrix.to(dtype)
+    return narrowed if bool(torch.isfinite(narrowed).all()) else matrix
 
 
 class _Block:
-    """One basis of a coder; ``heads`` or ``channels`` of None stand for all."""
+    """One basis of a coder: its heads and channels (None for all), and an up-projection for each member."""
 
-    def __init__(self, heads, channels, down_proj, up_proj, offset):
+    def __init__(self, heads, channels, down_proj: Tensor, up_projs: list[Tensor], offset: Tensor):
         self.heads, self.channels = heads, channels
-        self.down_proj, self.up_proj, self.offset = down_proj, up_proj, offset
+        self.down_proj, self.up_projs, self.offset = down_proj, up_projs, offset
 
     @property
     def head_index(self):
@@ -120,12 +136,13 @@ class _Block:
 
     def tensors(self) -> list[Tensor]:
         optional = [tensor for tensor in (self.heads, self.channels) if tensor is not None]
-        return [self.down_proj, self.up_proj, self.offset, *optional]
+        return [self.down_proj, *self.up_projs, self.offset, *optional]
 
     def to(self, device: torch.device) -> None:
-        for name in ("heads", "channels", "down_proj", "up_proj", "offset"):
+        for name in ("heads", "channels", "down_proj", "offset"):
             tensor = getattr(self, name)
             setattr(self, name, None if tensor is None else tensor.to(device))
+        self.up_projs = [tensor.to(device) for tensor in self.up_projs]
 
 
 class PackedLatents:
@@ -154,13 +171,13 @@ class PackedLatents:
         start = 0
         for (bits, channels), codes, steps in zip(self.tiers, self.codes, self.steps, strict=True):
             tier = latents[..., start : start + channels]
+            padding = (0, padded_channels(bits, channels) - channels)
             if steps is None:
                 limit = min(torch.finfo(self.latent_dtype).max, torch.finfo(tier.dtype).max)
-                codes.append(tier.clamp(-limit, limit).to(self.latent_dtype))
+                codes.append(pad(tier.clamp(-limit, limit).to(self.latent_dtype), padding))
             else:
                 levels, step = quantize(tier, bits, weight[start : start + channels])
-                padding = padded_channels(bits, channels) - channels
-                codes.append(pack(torch.nn.functional.pad(levels, (0, padding)), bits))
+                codes.append(pack(pad(levels, padding), bits))
                 steps.append(step)
             start += channels
         self.tokens += latents.shape[1]
@@ -170,7 +187,7 @@ class PackedLatents:
         parts = []
         for (bits, channels), codes, steps in zip(self.tiers, self.codes, self.steps, strict=True):
             if steps is None:
-                parts.append(codes.view().float())
+                parts.append(codes.view()[..., :channels].float())
             else:
                 parts.append(dequantize(unpack(codes.view(), bits)[..., :channels], steps.view(), bits))
         return torch.cat(parts, dim=-1)

@@ -25,6 +25,7 @@ __all__ = ["LayerShape", "ModelShape", "RopeShape", "SideShape", "decoder_of", "
 # Small, so that a dynamic or long-context rotary embedding does not leave its short-context state.
 PROBE_POSITION = 3
 SIDES = ("key", "value")
+BOTH = "both"  # keys and values of the same layers in one latent
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,14 @@ class ModelShape:
     model_type: str
     layer_types: tuple[str, ...]
     layers: tuple[LayerShape, ...]
+
+    def members(self, side: str, layers: tuple[int, ...]) -> list[tuple[int, str, SideShape]]:
+        """What a latent over ``layers`` holds, in row order: ``(layer, "key" or "value", shape)``.
+
+        ``side`` is ``"key"``, ``"value"`` or ``"both"``, which puts each layer's keys before its values.
+        """
+        sides = SIDES if side == BOTH else (side,)
+        return [(index, name, self.layer(index).side(name)) for index in layers for name in sides]
 
     def layer(self, layer_idx: int) -> LayerShape:
         return next(layer for layer in self.layers if layer.layer_idx == layer_idx)

@@ -19,7 +19,8 @@ from huggingface_hub import ModelHubMixin, snapshot_download
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from lowrank_cache.models import ModelShape
+from lowrank_cache.allocation import plan_stores
+from lowrank_cache.models import BOTH, SIDES, ModelShape
 
 __all__ = ["Basis", "Projections"]
 
@@ -31,17 +32,20 @@ _TENSORS = ("down_proj", "up_proj", "offset", "loss", "constant")
 
 @dataclass(frozen=True)
 class Basis:
-    """Down- and up-projection of one side (key or value) of a layer group, for some of its heads.
+    """Down- and up-projection of the keys, the values or both of a layer group, for some of its heads.
 
-    With ``x`` the states of one token, ``[width]``, layers outermost, then ``heads``, then head_dim:
+    With ``x`` the states of one token, ``[width]``, layers outermost, then keys before values, then
+    ``heads``, then head_dim:
     ``z = x @ down_proj`` is its latent, of unit variance per channel, and ``x ≈ z @ up_proj +
     constant``. Keys are in their rotary frame (docs/method.md). Channels are sorted by ``loss``,
     descending.
 
     Attributes:
-        side: ``"key"`` or ``"value"``: which argument of ``Cache.update``.
+        side: ``"key"`` or ``"value"``: which argument of ``Cache.update``; ``"both"`` for one latent of
+            keys and values.
         layers: Adjacent cache layers that share the latent.
-        heads: KV heads of each of these layers that the basis covers, in the order of its rows.
+        heads: KV heads of each of these layers (and of each side) that the basis covers, in the order of
+            its rows.
         down_proj: ``[width, rank]`` float32.
         up_proj: ``[rank, width]`` float32.
         offset: ``[rank]`` float32, mean of each latent channel.
@@ -63,8 +67,8 @@ class Basis:
     rank_weight: float | None = None
 
     def __post_init__(self):
-        if self.side not in ("key", "value"):
-            raise ValueError(f"side must be 'key' or 'value', got {self.side!r}")
+        if self.side not in (*SIDES, BOTH):
+            raise ValueError(f"side must be 'key', 'value' or 'both', got {self.side!r}")
         width, rank = self.down_proj.shape
         expected = {"up_proj": (rank, width), "offset": (rank,), "loss": (rank,), "constant": (width,)}
         for name, shape in expected.items():
@@ -147,7 +151,7 @@ class Projections(
         _check_coverage(self.bases, shape)
 
     def stores(self) -> list[tuple[Basis, ...]]:
-        """The bases grouped by what is stored together: one side of one layer group."""
+        """The bases grouped by what is stored together: a layer group's keys, values or both."""
         groups: dict[tuple, list[Basis]] = {}
         for basis in self.bases:
             groups.setdefault((basis.side, basis.layers), []).append(basis)
@@ -164,8 +168,6 @@ class Projections(
         Raises:
             ValueError: If the ratio is below the one these projections were truncated for, or unreachable.
         """
-        from lowrank_cache.allocation import plan_stores  # allocation reads projections; only this call looks back
-
         ranks: dict[int, int] = {}
         for store, plan in zip(self.stores(), plan_stores(self, compression_ratio), strict=True):
             kept = {channel for _, channels in plan.tiers for channel in channels}
@@ -338,16 +340,16 @@ def _check_coverage(bases: tuple[Basis, ...], shape: ModelShape) -> None:
         unknown = [index for index in basis.layers if index not in layers]
         if unknown:
             raise ValueError(f"{basis.name}: layers {unknown} are not compressible layers of the model")
-        sides = [layers[index].side(basis.side) for index in basis.layers]
-        if len(set(sides)) != 1:
+        if len({(layers[index].key, layers[index].value) for index in basis.layers}) != 1:
             raise ValueError(f"{basis.name}: grouped layers must have equal heads, head_dim and rope")
-        width = len(basis.layers) * len(basis.heads) * sides[0].head_dim
+        members = shape.members(basis.side, basis.layers)
+        width = sum(len(basis.heads) * member.head_dim for _, _, member in members)
         if basis.width != width:
             raise ValueError(f"{basis.name}: down_proj must have {width} rows, got {basis.width}")
-        for index in basis.layers:
-            covered.setdefault((basis.side, index), []).extend(basis.heads)
+        for index, side, _ in members:
+            covered.setdefault((side, index), []).extend(basis.heads)
     for index, layer in layers.items():
-        for side in ("key", "value"):
+        for side in SIDES:
             heads = sorted(covered.get((side, index), []))
             expected = list(range(layer.side(side).heads))
             if heads != expected:

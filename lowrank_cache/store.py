@@ -1,4 +1,4 @@
-"""One side (keys or values) of one layer group in the cache: sinks, latents and window.
+"""Keys, values or both of one layer group in the cache: sinks, latents and window.
 
 Slots of every layer lie in three parts: slots before ``num_sink_tokens`` exist only as exact sink
 tokens, slots up to ``encoded_end`` as latents shared by the group, the rest exactly in each layer's
@@ -14,7 +14,6 @@ from torch import Tensor
 from lowrank_cache.growing import GrowingTensor, is_read_only
 from lowrank_cache.kernels.rope import rotate
 from lowrank_cache.latents import Coder, PackedLatents
-from lowrank_cache.models import RopeShape
 from lowrank_cache.positions import PositionTrack
 
 __all__ = ["LatentStore", "StoreOptions"]
@@ -33,40 +32,42 @@ class StoreOptions:
 
 
 class LatentStore:
-    """The states of one side of a layer group, all rows of a batch.
+    """The states of a layer group's keys, values or both, all rows of a batch.
+
+    A member is the keys or the values of one layer; ``coder.members`` numbers them in the order in which
+    a forward updates them.
 
     Args:
-        coder: Its truncated bases.
-        rope: How this side is rotated, or None.
+        coder: Their truncated bases.
         track: The cache's positions.
         options: Sizes.
     """
 
-    def __init__(self, coder: Coder, rope: RopeShape | None, track: PositionTrack, options: StoreOptions):
+    def __init__(self, coder: Coder, track: PositionTrack, options: StoreOptions):
         self.coder = coder
-        self.rope = rope
         self.track = track
         self.options = options
         self.clear()
 
     def clear(self) -> None:
-        members = len(self.coder.layers)
+        members = len(self.coder.members)
         self.encoded_end = self.options.num_sink_tokens
         self.lengths = [0] * members
         self.sinks: list[Tensor | None] = [None] * members
         self.windows = [self._new_window() for _ in range(members)]
         self.pending: list[Tensor | None] = [None] * members  # window and new states of a group that will encode
         self.latents: PackedLatents | None = None
+        self._read: Tensor | None = None  # latents as read in the current forward, until its last member
         self._before: tuple | None = None  # state before the current forward, for `rollback`
 
     def _new_window(self) -> GrowingTensor:
         return GrowingTensor(axis=2, min_room=self.options.block_size)
 
     def update(self, member: int, states: Tensor) -> Tensor:
-        """Take in new states of one layer and return all of its states.
+        """Take in new states of one member and return all of its states.
 
         Args:
-            member: Position of the layer in the group.
+            member: Its number in ``coder.members``.
             states: ``[batch, heads, new_tokens, head_dim]``, post-RoPE, detached.
 
         Returns:
@@ -84,13 +85,15 @@ class LatentStore:
         else:
             self.pending[member] = torch.cat([window.view(), inside], dim=2) if window.rows else inside
         self.lengths[member] = past + states.shape[2]
-        if member == len(self.lengths) - 1 and self.pending[member] is not None:
-            self._encode_pending()
+        if member == len(self.lengths) - 1:
+            self._read = None
+            if self.pending[member] is not None:
+                self._encode_pending()
         return everything
 
     def _encode_pending(self) -> None:
         options = self.options
-        pending = [dense for dense in self.pending if dense is not None]  # of every layer of the group
+        pending = [dense for dense in self.pending if dense is not None]  # of every member
         waiting = pending[0].shape[2]
         # While the window holds residual_length + block_size tokens, its oldest block_size are encoded.
         encoded = (waiting - options.residual_length) // options.block_size * options.block_size
@@ -100,8 +103,7 @@ class LatentStore:
         self.latents.reserve(self.latents.tokens + encoded)
         for start in range(0, encoded, _ENCODE_TOKENS):
             stop = min(start + _ENCODE_TOKENS, encoded)
-            states = torch.stack([dense[:, :, start:stop] for dense in pending], dim=1).float()
-            self._encode(self.latents, states)
+            self._encode(self.latents, [dense[:, :, start:stop].float() for dense in pending])
         for member, dense in enumerate(pending):
             # A new window, not a shifted one: `rollback` still needs the old one.
             self.windows[member] = self._new_window()
@@ -109,19 +111,17 @@ class LatentStore:
                 self.windows[member].append(dense[:, :, encoded:])
         self.pending = [None] * len(self.pending)
 
-    def _encode(self, latents: PackedLatents, states: Tensor) -> None:
-        """Append the latents of the next slots: ``[batch, layers, heads, tokens, head_dim]`` float32, post-RoPE."""
-        stop = self.encoded_end + states.shape[3]
-        if self.rope is not None:
-            cos, sin = self.track.rotation(self.rope, self.encoded_end, stop)
-            states = rotate(states, cos[:, None], sin[:, None], self.rope.layout, inverse=True)
-        self.coder.to(states.device)
+    def _encode(self, latents: PackedLatents, states: list[Tensor]) -> None:
+        """Append the latents of the next slots: by member ``[batch, heads, tokens, head_dim]`` float32, post-RoPE."""
+        stop = self.encoded_end + states[0].shape[2]
+        for member, shape in enumerate(self.coder.shapes):
+            if shape.rope is not None:
+                cos, sin = self.track.rotation(shape.rope, self.encoded_end, stop)
+                states[member] = rotate(states[member], cos, sin, shape.rope.layout, inverse=True)
+        self.coder.to(states[0].device)
         encoded = self.coder.encode(states)
         if not bool(torch.isfinite(encoded).all()):
-            raise ValueError(
-                f"{self.coder.side} states of layers {self.coder.layers} must be finite, got NaN or infinity: "
-                "the forward overflowed"
-            )
+            raise ValueError(f"{self.coder.name} must be finite, got NaN or infinity: the forward overflowed")
         latents.append(encoded, self.coder.weight)
         self.encoded_end = stop
 
@@ -147,15 +147,17 @@ class LatentStore:
         return everything
 
     def _reconstruct(self, packed: PackedLatents, member: int, batch: int) -> Tensor:
-        """All encoded slots of one layer, ``[batch, heads, tokens, head_dim]`` float32, post-RoPE."""
-        if self.coder.rank:
-            latents = packed.read()
-        else:  # nothing is stored: every token is read as the calibration mean
-            latents = self.coder.constant.new_empty(batch, packed.tokens, 0)
-        states = self.coder.decode(latents, member)
-        if self.rope is not None:
-            cos, sin = self.track.rotation(self.rope, self.options.num_sink_tokens, self.encoded_end)
-            states = rotate(states, cos, sin, self.rope.layout)
+        """All encoded slots of one member, ``[batch, heads, tokens, head_dim]`` float32, post-RoPE."""
+        if self._read is None:  # every member of the forward reads the same latents
+            if self.coder.rank:
+                self._read = packed.read()
+            else:  # nothing is stored: every token is read as the calibration mean
+                self._read = self.coder.weight.new_empty(batch, packed.tokens, 0)
+        states = self.coder.decode(self._read, member)
+        rope = self.coder.shapes[member].rope
+        if rope is not None:
+            cos, sin = self.track.rotation(rope, self.options.num_sink_tokens, self.encoded_end)
+            states = rotate(states, cos, sin, rope.layout)
         return states
 
     def _keep_sinks(self, member: int, states: Tensor, past: int) -> None:
@@ -185,6 +187,7 @@ class LatentStore:
 
     def begin(self) -> None:
         """Note the state before a forward, so that `rollback` can return to it."""
+        self._read = None
         windows = [(window, window.rows) for window in self.windows]
         tokens = 0 if self.latents is None else self.latents.tokens
         self._before = (list(self.lengths), self.encoded_end, tokens, windows)
@@ -195,6 +198,7 @@ class LatentStore:
 
     def rollback(self) -> None:
         """Undo the current forward. Sinks need no undoing: those past the length are written again."""
+        self._read = None
         if self._before is None:
             return
         self.lengths, self.encoded_end, tokens, windows = self._before

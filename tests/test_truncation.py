@@ -39,7 +39,7 @@ def test_loading_at_a_ratio_keeps_only_what_the_ratio_needs(tmp_path):
     projections.save_pretrained(tmp_path / "full")
     loaded = Projections.from_pretrained(tmp_path / "full", compression_ratio=5)
     expected = projections.truncate(5)
-    assert loaded.nbytes == expected.nbytes < 0.6 * projections.nbytes
+    assert loaded.nbytes == expected.nbytes < 0.7 * projections.nbytes
     for one, other in zip(loaded.bases, expected.bases, strict=True):
         assert torch.equal(one.down_proj, other.down_proj)
     loaded.save_pretrained(tmp_path / "small")

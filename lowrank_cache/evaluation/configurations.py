@@ -21,6 +21,7 @@ class Configuration:
         method: Of calibration.
         groups: ``layer_group_size``: ``"auto"`` or a number.
         frame: ``frame_length``.
+        joint: Whether keys and values share a latent; None for the method's default.
         compression_ratio, bits: Of the cache.
     """
 
@@ -28,13 +29,14 @@ class Configuration:
     compression_ratio: float
     groups: int | str = "auto"
     frame: int = 1
+    joint: bool | None = None
     bits: int | None = None
 
 
 def parse(specification: str) -> Configuration | None:
     """A configuration, or None if ``specification`` names a baseline.
 
-    ``METHOD:RATIO`` and, after commas, ``groups=``, ``frame=`` and ``bits=``.
+    ``METHOD:RATIO`` and, after commas, ``groups=``, ``frame=``, ``joint=`` (0 or 1) and ``bits=``.
 
     Raises:
         ValueError: If it cannot be read.
@@ -49,14 +51,16 @@ def parse(specification: str) -> Configuration | None:
         fields: dict = {}
         for option in options:
             name, _, value = option.partition("=")
-            if name not in ("groups", "frame", "bits"):
+            if name not in ("groups", "frame", "joint", "bits"):
                 raise ValueError
             fields[name] = value if value == "auto" else int(value)
+            if name == "joint":
+                fields[name] = bool(fields[name])
         return Configuration(method, float(ratio), **fields)
     except ValueError:
         raise ValueError(
-            f"cache must be one of {BASELINES} or METHOD:RATIO[,groups=G][,frame=L][,bits=B] with a method of "
-            f"{sorted(METHODS)}, got {specification!r}"
+            f"cache must be one of {BASELINES} or METHOD:RATIO[,groups=G][,frame=L][,joint=0|1][,bits=B] with a "
+            f"method of {sorted(METHODS)}, got {specification!r}"
         ) from None
 
 
@@ -69,10 +73,14 @@ def build(specifications: list[str], moments: Moments) -> dict[str, tuple[Projec
         if configuration is None:
             built[specification] = (None, {})
             continue
-        key = (configuration.method, configuration.frame, configuration.groups)
+        key = (configuration.method, configuration.frame, configuration.groups, configuration.joint)
         if key not in made:
             made[key] = projections_from_moments(
-                moments, method=key[0], frame_length=key[1], layer_group_size=configuration.groups
+                moments,
+                method=configuration.method,
+                frame_length=configuration.frame,
+                layer_group_size=configuration.groups,
+                joint=configuration.joint,
             )
         built[specification] = (
             made[key],

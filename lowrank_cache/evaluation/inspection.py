@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+import torch
 from rich.table import Table
 
 from lowrank_cache.allocation import StorePlan, full_bytes_per_token, plan_stores, predicted_loss
@@ -14,7 +15,7 @@ __all__ = ["Inspection", "StoreRow", "inspect_projections"]
 
 @dataclass(frozen=True)
 class StoreRow:
-    """One store: one side of one layer group.
+    """One store: keys, values or both of one layer group.
 
     Attributes:
         bases: Its bases.
@@ -109,9 +110,10 @@ def inspect_projections(projections: Projections, compression_ratio: float = 8.0
     rows, basis_bytes = [], 0
     stores = projections.stores()
     for store, plan in zip(stores, plan_stores(projections, compression_ratio), strict=True):
-        side = projections.shape.layer(store[0].layers[0]).side(store[0].side)
-        rows.append(StoreRow(store, plan, predicted_loss(store, plan), 2 * side.width * len(store[0].layers)))
-        basis_bytes += Coder(store, plan, side.heads, side.head_dim).nbytes
+        members = projections.shape.members(store[0].side, store[0].layers)
+        full_bytes = 2 * sum(shape.width for _, _, shape in members)
+        rows.append(StoreRow(store, plan, predicted_loss(store, plan), full_bytes))
+        basis_bytes += Coder(store, plan, members, torch.float16).nbytes
     return Inspection(tuple(rows), basis_bytes, projections.nbytes, full_bytes_per_token(projections))
 
 

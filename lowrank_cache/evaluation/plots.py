@@ -6,6 +6,7 @@ import numpy as np
 
 from lowrank_cache.allocation import StorePlan, plan_stores, predicted_loss
 from lowrank_cache.evaluation.quality import QualityRow, perplexity_ratio
+from lowrank_cache.models import BOTH
 from lowrank_cache.projections import Projections
 
 __all__ = ["plot_projections", "plot_quality"]
@@ -20,9 +21,10 @@ def plot_projections(projections: Projections, ratio: float, path: Path) -> None
         ImportError: If matplotlib is not installed.
     """
     plt = _pyplot()
-    figure, axes = plt.subplots(1, 3, figsize=(14, 5), width_ratios=(1, 1, 1.1), constrained_layout=True)
     plans = list(zip(projections.stores(), plan_stores(projections, ratio), strict=True))
-    for axis, side in zip(axes[:2], ("key", "value"), strict=True):
+    sides = sorted({store[0].side for store, _ in plans})
+    figure, axes = plt.subplots(1, len(sides) + 1, figsize=(5 * len(sides) + 5, 5), constrained_layout=True)
+    for axis, side in zip(axes[:-1], sides, strict=True):
         picture, layers = _bits_picture([(store, plan) for store, plan in plans if store[0].side == side])
         image = axis.imshow(
             picture,
@@ -36,8 +38,8 @@ def plot_projections(projections: Projections, ratio: float, path: Path) -> None
         axis.set_yticks(np.arange(len(layers)) + 0.5, layers, fontsize=7)
         axis.set_xlabel("channels of the layer group, by importance")
         axis.set_ylabel("layers")
-        axis.set_title(f"bits per channel, {side}s, {ratio:g}x")
-    colorbar = figure.colorbar(image, ax=axes[1], ticks=(0, 2, 4, 8, 16))
+        axis.set_title(f"bits per channel, {'keys and values' if side == BOTH else side + 's'}, {ratio:g}x")
+    colorbar = figure.colorbar(image, ax=axes[-2], ticks=(0, 2, 4, 8, 16))
     colorbar.set_label("bits")
     reachable = [value for value in CURVE_RATIOS if value >= projections.min_compression_ratio]
     losses = [
@@ -47,14 +49,14 @@ def plot_projections(projections: Projections, ratio: float, path: Path) -> None
         )
         for value in reachable
     ]
-    axes[2].plot(reachable, losses, marker="o")
-    axes[2].axvline(ratio, color="grey", linestyle=":")
-    axes[2].set(
+    axes[-1].plot(reachable, losses, marker="o")
+    axes[-1].axvline(ratio, color="grey", linestyle=":")
+    axes[-1].set(
         xscale="log", yscale="log", xlabel="compression ratio in latents", ylabel="predicted loss, nats a token"
     )
-    axes[2].set_xticks(reachable, [f"{value}x" for value in reachable], fontsize=8)
-    axes[2].minorticks_off()
-    axes[2].set_title("predicted loss against ratio")
+    axes[-1].set_xticks(reachable, [f"{value}x" for value in reachable], fontsize=8)
+    axes[-1].minorticks_off()
+    axes[-1].set_title("predicted loss against ratio")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

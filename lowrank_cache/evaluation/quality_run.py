@@ -17,7 +17,7 @@ from lowrank_cache.evaluation.model_source import demo_model
 from lowrank_cache.evaluation.plots import plot_quality
 from lowrank_cache.evaluation.quality import QualitySettings, markdown, measure
 from lowrank_cache.evaluation.text_source import load_text
-from lowrank_cache.models import SIDES, model_shape
+from lowrank_cache.models import BOTH, model_shape
 
 __all__ = ["QualityRun", "run_quality"]
 
@@ -81,7 +81,7 @@ def _moments(path: Path, model, tokenizer, run: QualityRun, report: Callable[[st
     text, source = load_text(run.calibrate_on, split="validation")
     report(f"calibrating on {run.tokens} tokens, {run.recall_share:.0%} look-ups, the rest from {source}")
     shape = model_shape(model)
-    groups = {side: layer_groups(shape, side, auto_group_size(shape, side)) for side in SIDES}
+    groups = {BOTH: layer_groups(shape, BOTH, auto_group_size(shape, BOTH))}
     batches = mixed_batches(tokenizer, text, tokens=run.tokens, recall_share=run.recall_share)
     with tqdm(desc="calibrating", total=run.tokens, unit=" tokens") as bar:
         moments = collect_moments(model, batches, groups, sensitivity=run.sensitivity, progress=bar.update)
