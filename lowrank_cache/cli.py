@@ -110,6 +110,8 @@ def inspect(
 ) -> None:
     """Show what PROJECTIONS store at a ratio: ranks and bits per layer, predicted loss, bytes."""
     with _errors_as_messages():
+        if not Path(projections).is_dir() and projections.count("/") != 1:
+            raise ValueError(f"PROJECTIONS must be a folder or a repository OWNER/NAME on the hub, got {projections!r}")
         loaded = Projections.from_pretrained(projections)
         inspection = inspect_projections(loaded, ratio)
         console = Console()
@@ -140,11 +142,12 @@ def quality(
     needles: Annotated[int, typer.Option(help="Needles in prose.")] = 0,
     needle_tokens: Annotated[int, typer.Option(help="Tokens of prose per needle.")] = 2048,
     dtype: Annotated[str, typer.Option(help="Dtype in which the caches are measured.")] = "bfloat16",
+    key_bias: Annotated[float, typer.Option(help="Rebuild the model with this constant bias on its keys.")] = 0.0,
 ) -> None:
     """Measure perplexity and recall of many caches on one model, in one run, as a table and a plot."""
     with _errors_as_messages():
         settings = QualitySettings(
             windows=windows, window=window, lookups=lookups, needles=needles, needle_tokens=needle_tokens
         )
-        run = QualityRun(model, calibrate_on, evaluate_on, tokens, recall_share, sensitivity, dtype)
+        run = QualityRun(model, calibrate_on, evaluate_on, tokens, recall_share, sensitivity, dtype, key_bias)
         run_quality(out, cache, run, settings, typer.echo)

@@ -87,9 +87,12 @@ class _KiviLayer(DynamicLayer):
 
 
 def _asymmetric(states: Tensor, bits: int, axis: int) -> Tensor:
-    low, high = states.amin(axis, keepdim=True), states.amax(axis, keepdim=True)
+    """``states`` after quantizing to ``2**bits`` levels between their least and largest along ``axis``."""
+    wide = states.float()
+    low, high = wide.amin(axis, keepdim=True), wide.amax(axis, keepdim=True)
+    low = low.to(torch.float16).float()
     step = ((high - low) / (2**bits - 1)).to(torch.float16).float().clamp(min=1e-8)
-    return ((states - low) / step).round() * step + low
+    return (((wide - low) / step).round().clamp_(0, 2**bits - 1) * step + low).to(states.dtype)
 
 
 class SimulatedKiviCache(Cache):

@@ -20,7 +20,7 @@ from lowrank_cache.evaluation.baselines import BASELINES, make_baseline, tensor_
 from lowrank_cache.evaluation.perplexity import stream, windows_of
 from lowrank_cache.evaluation.recall import lookup_samples, needle_samples, score_recall
 
-__all__ = ["QualityRow", "QualitySettings", "markdown", "measure", "perplexity_ratio"]
+__all__ = ["QualityRow", "QualitySettings", "drift_markdown", "markdown", "measure", "perplexity_ratio"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class QualitySettings:
     windows: int | None = None
     window: int = 1024
     chunk: int = 32
-    batch: int = 8
+    batch: int = 16
     lookups: int = 64
     entries: int = 22
     needles: int = 0
@@ -60,6 +60,7 @@ class QualityRow:
         dynamic_ratio: Bytes of the measured ``DynamicCache`` over stored bytes, at the end of a window.
         projection_bytes: Of the truncated bases.
         losses: Mean loss of each window, nats.
+        quarter_losses: The same for each quarter of each window: ``[windows][4]``.
         lookup_losses, lookup_exact, needle_losses, needle_exact: Per sample.
     """
 
@@ -69,6 +70,7 @@ class QualityRow:
     dynamic_ratio: float
     projection_bytes: int
     losses: list[float]
+    quarter_losses: list[list[float]]
     lookup_losses: list[float]
     lookup_exact: list[float]
     needle_losses: list[float]
@@ -175,6 +177,7 @@ def _measure_row(
         dynamic_ratio=dynamic / stored,
         projection_bytes=bases,
         losses=result.losses.mean(1).tolist(),
+        quarter_losses=[[float(part.mean()) for part in row.tensor_split(4)] for row in result.losses],
         lookup_losses=score["lookup"].loss.tolist() if "lookup" in score else [],
         lookup_exact=score["lookup"].exact.tolist() if "lookup" in score else [],
         needle_losses=score["needle"].loss.tolist() if "needle" in score else [],
@@ -199,6 +202,20 @@ def markdown(rows: list[QualityRow]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     lines.extend("| " + " | ".join(cells) + " |" for cells in _cells(rows))
+    return "\n".join(lines)
+
+
+def drift_markdown(rows: list[QualityRow]) -> str:
+    """A Markdown table of the perplexity ratio to the full cache by quarter of the windows."""
+    lines = ["| cache | first quarter | second | third | last |", "| --- | --- | --- | --- | --- |"]
+    full = rows[0]
+    for row in rows[1:]:
+        cells = []
+        for quarter in range(4):
+            ours, theirs = ([losses[quarter] for losses in entry.quarter_losses] for entry in (row, full))
+            mean, half = _interval(ours, theirs)
+            cells.append(f"x{math.exp(mean):.4f} ± {half:.4f}")
+        lines.append("| " + " | ".join([row.name, *cells]) + " |")
     return "\n".join(lines)
 
 

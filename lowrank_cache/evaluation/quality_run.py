@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lowrank_cache.calibration.api import auto_group_size
 from lowrank_cache.calibration.moments import Moments, collect_moments, layer_groups
 from lowrank_cache.calibration.recall import mixed_batches
+from lowrank_cache.evaluation.biased_model import with_key_bias
 from lowrank_cache.evaluation.configurations import build
 from lowrank_cache.evaluation.model_source import demo_model
 from lowrank_cache.evaluation.plots import plot_quality
-from lowrank_cache.evaluation.quality import QualitySettings, markdown, measure
+from lowrank_cache.evaluation.quality import QualitySettings, drift_markdown, markdown, measure
 from lowrank_cache.evaluation.text_source import load_text
 from lowrank_cache.models import BOTH, model_shape
 
@@ -31,6 +32,7 @@ class QualityRun:
         calibrate_on, evaluate_on: Text files; None for WikiText-2 (validation and test) or what stands in.
         tokens, recall_share, sensitivity: Of calibration, in float32.
         dtype: In which the caches are measured.
+        key_bias: Rebuild the model with this constant bias on its keys, see ``biased_model``; 0 for none.
     """
 
     model: str | None
@@ -40,6 +42,7 @@ class QualityRun:
     recall_share: float
     sensitivity: str
     dtype: str
+    key_bias: float = 0.0
 
 
 def run_quality(
@@ -54,6 +57,9 @@ def run_quality(
         tokenizer = AutoTokenizer.from_pretrained(run.model)
         model = AutoModelForCausalLM.from_pretrained(run.model, dtype=torch.float32)
     model = model.float().eval()
+    if run.key_bias:
+        model = with_key_bias(model, run.key_bias)
+        name = f"{name} with a key bias of {run.key_bias:g}"
     out.mkdir(parents=True, exist_ok=True)
     moments = _moments(out / "moments.safetensors", model, tokenizer, run, report)
     configurations = build(specifications, moments)
@@ -66,8 +72,9 @@ def run_quality(
         parent, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(parent), leaf, table)
     rows = measure(model, tokenizer, text, configurations, settings, out / "results.jsonl", report)
-    (out / "table.md").write_text(markdown(rows) + "\n", encoding="utf-8")
-    report(markdown(rows))
+    table = f"{markdown(rows)}\n\nBy quarter of the windows:\n\n{drift_markdown(rows)}\n"
+    (out / "table.md").write_text(table, encoding="utf-8")
+    report(table)
     try:
         plot_quality(rows, out / "quality.png")
     except ImportError as error:

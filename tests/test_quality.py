@@ -1,0 +1,183 @@
+"""The quality table: every number from a measurement, resumable, in the words of its command line."""
+
+import json
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from lowrank_cache import LowRankCache
+from lowrank_cache.calibration.moments import collect_moments, layer_groups
+from lowrank_cache.evaluation.baselines import SimulatedKiviCache, make_baseline, tensor_bytes
+from lowrank_cache.evaluation.biased_model import with_key_bias
+from lowrank_cache.evaluation.configurations import Configuration, build, parse
+from lowrank_cache.evaluation.perplexity import stream, windows_of
+from lowrank_cache.evaluation.plots import plot_projections, plot_quality
+from lowrank_cache.evaluation.quality import QualitySettings, drift_markdown, markdown, measure
+from lowrank_cache.models import model_shape
+from tests.models import full_rank_projections, random_tokens, tiny_model
+
+SETTINGS = QualitySettings(
+    windows=2,
+    window=48,
+    chunk=8,
+    batch=2,
+    lookups=2,
+    entries=3,
+    needles=1,
+    needle_tokens=400,
+    residual_length=8,
+    block_size=8,
+)
+TEXT = "".join(chr(33 + 7 * index % 90) for index in range(600))
+
+
+def _tokenizer(text: str) -> dict:
+    return {"input_ids": [byte % 128 for byte in text.encode()]}
+
+
+def _configurations(names: list[str]):
+    model = _wide_llama()
+    groups = {"both": layer_groups(model_shape(model), "both", 2)}
+    moments = collect_moments(model, [random_tokens(2, 60)], groups)
+    return model, build(names, moments)
+
+
+def test_measures_resumes_and_prints(tmp_path):
+    names = ["full", "quantized-fp8", "kivi-2", "fisher:4", "fisher:4,groups=1,frame=4,joint=0"]
+    model, configurations = _configurations(names)
+    results, said = tmp_path / "results.jsonl", []
+    rows = measure(model, _tokenizer, TEXT, configurations, SETTINGS, results, said.append)
+    assert [row.name for row in rows] == names
+    assert said == [f"measuring {name}" for name in names]
+    again = measure(model, _tokenizer, TEXT, configurations, SETTINGS, results, said.append)
+    assert again == rows and len(said) == len(names)
+    lines = results.read_text().splitlines()
+    results.write_text("\n".join(lines[:3]) + "\n")  # cut after two rows
+    measure(model, _tokenizer, TEXT, configurations, SETTINGS, results, said.append)
+    assert said[len(names) :] == [f"measuring {name}" for name in names[2:]]
+    table = markdown(rows)
+    assert all(f"| {name} |" in table for name in names) and drift_markdown(rows).count("±") == 4 * 4
+    plot_quality(rows, tmp_path / "quality.png")
+    assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_other_settings_are_not_mixed_into_old_results(tmp_path):
+    model, configurations = _configurations(["full"])
+    results = tmp_path / "results.jsonl"
+    results.write_text(json.dumps({"settings": {"windows": 3}}) + "\n")
+    with pytest.raises(ValueError, match="was made with other settings"):
+        measure(model, _tokenizer, TEXT, configurations, SETTINGS, results)
+
+
+def test_a_row_is_what_the_cache_itself_gives(tmp_path):
+    model, configurations = _configurations(["fisher:4"])
+    row = measure(model, _tokenizer, TEXT, configurations, SETTINGS, tmp_path / "r.jsonl")[1]
+    projections, options = configurations["fisher:4"]
+    ids = torch.tensor(_tokenizer(TEXT)["input_ids"])
+    made = []
+
+    def make():
+        made.append(LowRankCache(model, projections, residual_length=8, block_size=8, **options))
+        return made[-1]
+
+    result = stream(model, windows_of(ids, 48, 2), make, chunk=8, batch=2)
+    assert row.losses == pytest.approx(result.losses.mean(1).tolist(), rel=1e-6)
+    assert row.real_ratio == pytest.approx(made[-1].compression_ratio())
+    assert row.projection_bytes == made[-1].projection_bytes()
+
+
+def test_streaming_the_full_cache_is_the_models_own_loss():
+    model = tiny_model("llama")
+    windows = random_tokens(3, 40)
+    result = stream(model, windows, lambda: DynamicCache(config=model.config), chunk=7, batch=2, prompt=11)
+    with torch.no_grad():
+        logits = model(windows).logits[:, :-1].double()
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), windows[:, 1:], reduction="none")
+    torch.testing.assert_close(result.losses, losses, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "specification, expected",
+    [
+        ("full", None),
+        ("fisher:8.5", Configuration("fisher", 8.5)),
+        ("fisher:10,groups=1,frame=16,joint=0", Configuration("fisher", 10, 1, 16, False)),
+        ("palu:2,bits=4,groups=auto", Configuration("palu", 2, "auto", 1, None, 4)),
+    ],
+)
+def test_specifications(specification, expected):
+    assert parse(specification) == expected
+
+
+@pytest.mark.parametrize(
+    "wrong", ["fisher", "fisher:x", "nothing:8", "fisher:8,speed=1", "quantized-3", "fisher:8,groups=a"]
+)
+def test_wrong_specifications_are_refused_by_name(wrong):
+    with pytest.raises(ValueError, match="cache must be one of"):
+        parse(wrong)
+
+
+def test_simulated_kivi_quantizes_what_left_its_window_and_counts_three_bits():
+    model = _wide_llama()
+    cache = SimulatedKiviCache(model, bits=2, residual_length=32)
+    exact = DynamicCache(config=model.config)
+    tokens = random_tokens(1, 200)
+    with torch.no_grad():
+        for start in range(0, 200, 40):
+            for each in (cache, exact):
+                model(tokens[:, start : start + 40], past_key_values=each)
+    layer, truth = cache.layers[0], exact.layers[0]
+    assert layer.quantized == 160
+    assert not torch.equal(layer.keys[:, :, :160], truth.keys[:, :, :160])
+    assert torch.equal(layer.keys[:, :, 160:], truth.keys[:, :, 160:])
+    # Four levels over each range: no error above half a step, which is a third of the range.
+    values = truth.values[:, :, :160].unflatten(3, (-1, 32))
+    bound = (values.amax(4) - values.amin(4)) / 6 * 1.01 + 1e-3  # float16 steps and offsets
+    assert ((layer.values[:, :, :160].unflatten(3, (-1, 32)) - values).abs().amax(4) <= bound).all()
+    numbers = 2 * sum(layer.keys[:, :, 0].numel() for layer in cache.layers)
+    assert cache.stored_bytes() == numbers * 160 * 3 / 8 + numbers * 40 * 4
+
+
+def _wide_llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "head_dim": 32,
+    }
+    return LlamaForCausalLM(LlamaConfig(vocab_size=128, num_key_value_heads=1, **sizes)).eval()
+
+
+def test_bytes_of_baselines_are_those_of_their_tensors():
+    model = tiny_model("llama")
+    full, fp8 = make_baseline("full", model, 8), make_baseline("quantized-fp8", model, 8)
+    with torch.no_grad():
+        for cache in (full, fp8):
+            model(random_tokens(2, 50), past_key_values=cache)
+    numbers = 3 * 2 * 2 * 50 * 2 * 16
+    assert tensor_bytes(full) == 4 * numbers
+    assert numbers <= tensor_bytes(fp8) <= numbers + 200  # one scale a layer and side
+    with pytest.raises(ValueError, match="cache must be one of"):
+        make_baseline("kivi-3", model, 8)
+
+
+def test_a_biased_model_has_the_bias_and_otherwise_the_same_weights():
+    model = tiny_model("llama")
+    biased = with_key_bias(model, 5.0)
+    assert torch.equal(biased.model.layers[1].mlp.up_proj.weight, model.model.layers[1].mlp.up_proj.weight)
+    bias = biased.model.layers[1].self_attn.k_proj.bias.view(2, 16)
+    assert (bias[0, 4:8] == 5).all() and (bias[1, 4:8] == -5).all() and bias.abs().sum() == 40
+    with pytest.raises(ValueError, match="without attention biases"):
+        with_key_bias(biased, 5.0)
+
+
+@pytest.mark.parametrize("joint", [True, False])
+def test_projections_are_drawn(tmp_path, joint):
+    projections = full_rank_projections("llama", 1, 3 if joint else (3, 3))
+    plot_projections(projections.truncate(2), 4, tmp_path / "bits.png")
+    assert (tmp_path / "bits.png").stat().st_size > 5000
