@@ -128,7 +128,9 @@ def quality(
     out: Annotated[Path, typer.Option(help="Folder for moments, results, table and plot; rerunning resumes.")],
     cache: Annotated[
         list[str],
-        typer.Option(help="Row: a baseline's name or METHOD:RATIO[,groups=G][,frame=L][,bits=B]; repeatable."),
+        typer.Option(
+            help="Row: a baseline's name or METHOD:RATIO[,groups=G][,frame=L][,joint=0|1][,bits=B][,ranks=R]; repeatable."
+        ),
     ],
     model: Annotated[str | None, typer.Option(help="Name or folder of a model; SmolLM2-135M by default.")] = None,
     calibrate_on: Annotated[Path | None, typer.Option(help="Text to calibrate on.")] = None,

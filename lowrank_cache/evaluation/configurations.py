@@ -22,7 +22,7 @@ class Configuration:
         groups: ``layer_group_size``: ``"auto"`` or a number.
         frame: ``frame_length``.
         joint: Whether keys and values share a latent; None for the method's default.
-        compression_ratio, bits: Of the cache.
+        compression_ratio, bits, ranks: Of the cache; ranks replace the ratio.
     """
 
     method: str
@@ -31,12 +31,13 @@ class Configuration:
     frame: int = 1
     joint: bool | None = None
     bits: int | None = None
+    ranks: int | None = None
 
 
 def parse(specification: str) -> Configuration | None:
     """A configuration, or None if ``specification`` names a baseline.
 
-    ``METHOD:RATIO`` and, after commas, ``groups=``, ``frame=``, ``joint=`` (0 or 1) and ``bits=``.
+    ``METHOD:RATIO`` and, after commas, ``groups=``, ``frame=``, ``joint=`` (0 or 1), ``bits=`` and ``ranks=``.
 
     Raises:
         ValueError: If it cannot be read.
@@ -51,7 +52,7 @@ def parse(specification: str) -> Configuration | None:
         fields: dict = {}
         for option in options:
             name, _, value = option.partition("=")
-            if name not in ("groups", "frame", "joint", "bits"):
+            if name not in ("groups", "frame", "joint", "bits", "ranks"):
                 raise ValueError
             fields[name] = value if value == "auto" else int(value)
             if name == "joint":
@@ -59,7 +60,7 @@ def parse(specification: str) -> Configuration | None:
         return Configuration(method, float(ratio), **fields)
     except ValueError:
         raise ValueError(
-            f"cache must be one of {BASELINES} or METHOD:RATIO[,groups=G][,frame=L][,joint=0|1][,bits=B] with a "
+            f"cache must be one of {BASELINES} or METHOD:RATIO[,groups=G][,frame=L][,joint=0|1][,bits=B][,ranks=R] with a "
             f"method of {sorted(METHODS)}, got {specification!r}"
         ) from None
 
@@ -84,6 +85,10 @@ def build(specifications: list[str], moments: Moments) -> dict[str, tuple[Projec
             )
         built[specification] = (
             made[key],
-            {"compression_ratio": configuration.compression_ratio, "bits": configuration.bits},
+            {
+                "compression_ratio": configuration.compression_ratio,
+                "bits": configuration.bits,
+                "ranks": configuration.ranks,
+            },
         )
     return built
