@@ -129,7 +129,7 @@ def quality(
     cache: Annotated[
         list[str],
         typer.Option(
-            help="Row: a baseline's name or METHOD:RATIO[,groups=G][,frame=L][,joint=0|1][,bits=B][,ranks=R]; repeatable."
+            help="A row, repeatable: a baseline or METHOD:RATIO[,groups=G][,frame=L][,joint=0|1][,bits=B][,ranks=R]."
         ),
     ],
     model: Annotated[str | None, typer.Option(help="Name or folder of a model; SmolLM2-135M by default.")] = None,

@@ -103,7 +103,7 @@ def test_streaming_the_full_cache_is_the_models_own_loss():
         ("full", None),
         ("fisher:8.5", Configuration("fisher", 8.5)),
         ("fisher:10,groups=1,frame=16,joint=0", Configuration("fisher", 10, 1, 16, False)),
-        ("palu:2,bits=4,groups=auto", Configuration("palu", 2, "auto", 1, None, 4)),
+        ("palu:2,bits=4,groups=auto,ranks=9", Configuration("palu", 2, "auto", 1, None, 4, 9)),
     ],
 )
 def test_specifications(specification, expected):

@@ -60,8 +60,8 @@ def parse(specification: str) -> Configuration | None:
         return Configuration(method, float(ratio), **fields)
     except ValueError:
         raise ValueError(
-            f"cache must be one of {BASELINES} or METHOD:RATIO[,groups=G][,frame=L][,joint=0|1][,bits=B][,ranks=R] with a "
-            f"method of {sorted(METHODS)}, got {specification!r}"
+            f"cache must be one of {BASELINES} or METHOD:RATIO[,groups=G][,frame=L][,joint=0|1][,bits=B][,ranks=R] "
+            f"with a method of {sorted(METHODS)}, got {specification!r}"
         ) from None
 
 
