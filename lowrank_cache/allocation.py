@@ -59,7 +59,7 @@ def plan_stores(
         compression_ratio: Full bytes per token over latent bytes per token, at least 1. Ignored if
             ``ranks`` is given.
         ranks: Channels to keep: for every basis alike, or ``{layer: (key_rank, value_rank)}`` naming
-            the first layer of each layer group.
+            the first layer of each layer group; keys and values in one latent keep the sum of both.
         bits: One width for all kept channels; None lets the budget mix 16, 8, 4, 2 and 0 bits (16
             with ``ranks``, and for methods that set ranks by projection).
 
@@ -188,6 +188,8 @@ def _check_ranks(projections: Projections, ranks: Ranks) -> None:
     for layer, pair in ranks.items():
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise ValueError(f"ranks[{layer}] must be a pair (key_rank, value_rank), got {pair!r}")
+        if any(not isinstance(rank, int) or isinstance(rank, bool) or rank < 0 for rank in pair):
+            raise ValueError(f"ranks[{layer}] must be a pair of integers of at least 0, got {pair!r}")
 
 
 def _rank_of(basis: Basis, ranks: Ranks) -> int:

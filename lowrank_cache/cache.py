@@ -97,7 +97,8 @@ class LowRankCache(Cache):
         compression_ratio: Bytes per token of the full cache at 16 bits, over bytes per token of the
             latents; at least 1.
         ranks: Channels to keep instead of a ratio: one number for every basis (at most its width), or
-            ``{layer: (key_rank, value_rank)}`` by the first layer of each layer group.
+            ``{layer: (key_rank, value_rank)}`` by the first layer of each layer group, whose sum counts where
+            keys and values share a latent.
         bits: One width (16, 8, 4, 2) for all channels kept; None lets the method choose.
         residual_length: Most recent tokens kept exactly.
         num_sink_tokens: First real tokens of each row kept exactly.

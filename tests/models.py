@@ -331,7 +331,9 @@ def random_tokens(batch: int, tokens: int, seed: int = 0) -> torch.Tensor:
 
 
 @cache
-def _calibrated(family: str, frame_length: int, layer_group_size: int | tuple[int, int]) -> Projections:
+def _calibrated(
+    family: str, frame_length: int, layer_group_size: int | tuple[int, int], joint: bool | None
+) -> Projections:
     batches = [random_tokens(4, 20, seed=seed) for seed in (101, 102, 103)]
     return calibrate(
         tiny_model(family),
@@ -339,15 +341,16 @@ def _calibrated(family: str, frame_length: int, layer_group_size: int | tuple[in
         method="fisher",
         frame_length=frame_length,
         layer_group_size=layer_group_size,
+        joint=joint,
         progress=False,
     )
 
 
 def full_rank_projections(
-    family: str, frame_length: int = 1, layer_group_size: int | tuple[int, int] = 1
+    family: str, frame_length: int = 1, layer_group_size: int | tuple[int, int] = 1, joint: bool | None = None
 ) -> Projections:
     """Full-rank projections calibrated on a family's model; made once per session and options."""
-    return _calibrated(family, frame_length, layer_group_size)
+    return _calibrated(family, frame_length, layer_group_size, joint)
 
 
 def exact_cache(model: nn.Module, projections: Projections, **sizes) -> LowRankCache:

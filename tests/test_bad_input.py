@@ -128,12 +128,27 @@ class TestCacheArguments:
             ({"bits": 0}, ValueError, "bits must be one of"),
             ({"bits": "4"}, ValueError, "bits must be one of"),
             ({"bits": 4.0}, ValueError, "bits must be one of"),
-            ({"ranks": -1}, ValueError, "allows ranks 0 to 32, got -1"),
+            ({"ranks": -1}, ValueError, "both.layers_0_0.heads_0-1 allows ranks 0 to 64, got -1"),
             ({"ranks": 8.0}, TypeError, "ranks must be an integer or a mapping"),
             ({"ranks": "8"}, TypeError, "ranks must be an integer or a mapping"),
             ({"ranks": {0: (8, 8)}}, ValueError, r"ranks must name the first layer .* \[0, 1, 2\], got \[0\]"),
             ({"ranks": {0: (8, 8), 1: (8, 8), 2: (8, 8), 9: (8, 8)}}, ValueError, "ranks must name"),
-            ({"ranks": {0: (33, 8), 1: (8, 8), 2: (8, 8)}}, ValueError, "allows ranks 0 to 32, got 33"),
+            ({"ranks": {0: (33, 32), 1: (8, 8), 2: (8, 8)}}, ValueError, "layers_0_0.* allows ranks 0 to 64, got 65"),
+            (
+                {"ranks": {0: (-1, 8), 1: (8, 8), 2: (8, 8)}},
+                ValueError,
+                r"ranks\[0\] must be .* at least 0, got \(-1, 8",
+            ),
+            (
+                {"ranks": {0: (8, 8), 1: (8, 8.0), 2: (8, 8)}},
+                ValueError,
+                r"ranks\[1\] must be .*integers.*got \(8, 8.0",
+            ),
+            (
+                {"ranks": {0: (8, 8), 1: ("8", 8), 2: (8, 8)}},
+                ValueError,
+                r"ranks\[1\] must be .*integers.*got \('8', 8",
+            ),
             ({"ranks": {0: 8, 1: (8, 8), 2: (8, 8)}}, ValueError, r"ranks\[0\] must be a pair .*, got 8"),
             ({"residual_length": -1}, ValueError, "residual_length must be an integer of at least 0, got -1"),
             ({"residual_length": 1.5}, ValueError, "residual_length must be an integer of at least 0, got 1.5"),
@@ -148,6 +163,18 @@ class TestCacheArguments:
     def test_refused(self, model, projections, options, error, message):
         with pytest.raises(error, match=message):
             LowRankCache(model, projections, **options)
+
+    @pytest.mark.parametrize(
+        "ranks, message",
+        [
+            (-1, "key.layers_0_0.heads_0-1 allows ranks 0 to 32, got -1"),
+            ({0: (33, 8), 1: (8, 8), 2: (8, 8)}, "key.layers_0_0.heads_0-1 allows ranks 0 to 32, got 33"),
+            ({0: (8, 8), 1: (8, 8), 2: (8, 33)}, "value.layers_2_2.heads_0-1 allows ranks 0 to 32, got 33"),
+        ],
+    )
+    def test_ranks_of_keys_apart_from_values(self, model, ranks, message):
+        with pytest.raises(ValueError, match=message):
+            LowRankCache(model, full_rank_projections("llama", joint=False), ranks=ranks)
 
     def test_unknown_method(self, model):
         with pytest.raises(ValueError, match="method must be .*got 'svd'"):
@@ -241,12 +268,13 @@ class TestCalibration:
         with pytest.raises(ValueError, match="must be finite, got"):
             calibrate(model, [batch], progress=False)
 
-    @pytest.mark.parametrize("name", ["down_proj", "up_proj", "offset", "loss"])
-    def test_bases_with_nan(self, projections, name):
-        basis = projections.bases[0]
+    @pytest.mark.parametrize("joint, side", [(True, "both"), (False, "key")])
+    @pytest.mark.parametrize("name", ["down_proj", "up_proj", "offset", "loss", "constant"])
+    def test_bases_with_nan(self, name, joint, side):
+        basis = full_rank_projections("llama", joint=joint).bases[0]
         broken = getattr(basis, name).clone()
         broken.view(-1)[0] = float("nan")
-        with pytest.raises(ValueError, match=f"key.layers_0_0.heads_0-1: {name} must be finite"):
+        with pytest.raises(ValueError, match=f"{side}.layers_0_0.heads_0-1: {name} must be finite"):
             dataclasses.replace(basis, **{name: broken})
 
     def test_bases_that_do_not_cover_the_model(self, projections):
@@ -254,9 +282,17 @@ class TestCalibration:
             Projections(projections.bases[1:], projections.shape, method="fisher")
         with pytest.raises(ValueError, match=r"cover each key head of layer 0 once, .*got \[0, 0, 1, 1\]"):
             Projections([projections.bases[0], *projections.bases], projections.shape, method="fisher")
-        with pytest.raises(ValueError, match="side must be 'key' or 'value', got 'query'"):
+        apart = full_rank_projections("llama", joint=False).bases
+        values = [basis for basis in apart if basis.side == "value"]
+        with pytest.raises(ValueError, match=r"cover each key head of layer 0 once, heads \[0, 1\], got \[\]"):
+            Projections(values, projections.shape, method="fisher")
+        with pytest.raises(ValueError, match=r"cover each value head of layer 2 once, .*got \[0, 0, 1, 1\]"):
+            Projections([*projections.bases, values[-1]], projections.shape, method="fisher")
+        with pytest.raises(ValueError, match=r"both.layers_0_0.heads_0-1: down_proj must have 64 rows, got 32"):
+            Projections([dataclasses.replace(apart[0], side="both")], projections.shape, method="fisher")
+        with pytest.raises(ValueError, match="side must be 'key', 'value' or 'both', got 'query'"):
             dataclasses.replace(projections.bases[0], side="query")
-        with pytest.raises(ValueError, match=r"up_proj must have shape \[32, 32\], got \[31, 32\]"):
+        with pytest.raises(ValueError, match=r"up_proj must have shape \[64, 64\], got \[63, 64\]"):
             dataclasses.replace(projections.bases[0], up_proj=projections.bases[0].up_proj[1:])
 
 
@@ -341,9 +377,17 @@ class TestForwards:
                 filled.crop(3)
 
     @pytest.mark.parametrize("number", [float("nan"), float("inf")])
-    @pytest.mark.parametrize("layer_group_size", [1, 3])
-    def test_states_that_overflow(self, model, number, layer_group_size):
-        cache = exact_cache(model, full_rank_projections("llama", 1, layer_group_size))
+    @pytest.mark.parametrize(
+        "layer_group_size, joint, states",
+        [
+            (1, True, r"both states of layers \(1,\)"),
+            (3, True, r"both states of layers \(0, 1, 2\)"),
+            (1, False, r"value states of layers \(1,\)"),
+            (3, False, r"(key|value) states of layers \(0, 1, 2\)"),
+        ],
+    )
+    def test_states_that_overflow(self, model, number, layer_group_size, joint, states):
+        cache = exact_cache(model, full_rank_projections("llama", 1, layer_group_size, joint))
         model(random_tokens(2, 12), past_key_values=cache)
         twin = copy.deepcopy(cache)
 
@@ -352,7 +396,7 @@ class TestForwards:
             return output
 
         handle = model.model.layers[1].self_attn.v_proj.register_forward_hook(overflow)
-        with pytest.raises(ValueError, match="(key|value) states of layers .* must be finite, got NaN or infinity"):
+        with pytest.raises(ValueError, match=f"^{states} must be finite, got NaN or infinity"):
             model(random_tokens(2, 16), past_key_values=cache)
         handle.remove()
         assert cache.get_seq_length() == 12

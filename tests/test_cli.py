@@ -57,11 +57,16 @@ def test_break_even_is_infinite_where_nothing_is_saved(projections):
     assert inspect_projections(projections, 1.0).break_even() == math.inf
 
 
-def test_inspect_prints_a_line_for_each_store(projections, tmp_path):
+@pytest.mark.parametrize(("joint", "sides"), [(True, ["both"]), (False, ["key", "value"])])
+def test_inspect_prints_a_line_for_each_store(model, tmp_path, monkeypatch, joint, sides):
+    monkeypatch.setenv("COLUMNS", "120")  # so wide that no line is folded
+    projections = calibrate(model, [random_tokens(2, 48, seed=1)], layer_group_size=2, joint=joint, progress=False)
     projections.save_pretrained(tmp_path)
     result = run("inspect", tmp_path, "--ratio", 3)
     assert result.exit_code == 0, result.output
-    assert result.output.count("key") >= 1 and result.output.count("value") >= 1
+    lines = [line for line in result.output.splitlines() if line.startswith("│")]
+    assert [line.split("│")[2].strip() for line in lines] == [side for side in sides for _ in range(2)] + [""]
+    assert [line.split("│")[1].strip() for line in lines] == ["0-1", "2"] * len(sides) + ["all"]
     assert "smaller than the full cache" in " ".join(result.output.split())
 
 

@@ -243,11 +243,15 @@ def test_more_families_equal_dynamic_cache(family, mode):
 
 
 @pytest.mark.parametrize("mode", ["left_padded", "prompt_lookup"])
-@pytest.mark.parametrize("layer_group_size", [1, 2, (1, 3)], ids=str)
+@pytest.mark.parametrize(
+    "layer_group_size, joint",
+    [(1, True), (1, False), (2, True), (2, False), (3, True), ((1, 3), False)],
+    ids=lambda option: {True: "joint", False: "apart"}.get(option, str(option)) if option != 1 else "1",
+)
 @pytest.mark.parametrize("frame_length", [1, 4, 16])
 @pytest.mark.parametrize("family", ["llama", "gemma3", "deepseek-v3"])
-def test_frames_and_layer_groups_equal_dynamic_cache(family, frame_length, layer_group_size, mode):
-    options = (frame_length, layer_group_size)
+def test_frames_and_layer_groups_equal_dynamic_cache(family, frame_length, layer_group_size, joint, mode):
+    options = (frame_length, layer_group_size, joint)
     projections = full_rank_projections(family, *options)
     _compare(family, mode, lambda model: exact_cache(model, projections), rounding_band(family, *options))
 

@@ -21,9 +21,18 @@ def _shape(layers: int, heads: int, head_dim: int) -> ModelShape:
     [(30, 3, 64, 5), (32, 8, 128, 4), (32, 32, 128, 1), (28, 2, 128, 5), (4, 1, 64, 4), (1, 1, 64, 1), (6, 1, 64, 3)],
 )
 def test_auto_groups_respect_both_limits_and_are_even(layers, heads, head_dim, expected):
-    size = auto_group_size(_shape(layers, heads, head_dim), "key")
-    assert size == expected
-    assert size <= MAX_GROUP_LAYERS and (size == 1 or size * heads * head_dim <= MAX_GROUP_WIDTH)
+    for side in ("key", "value"):
+        assert auto_group_size(_shape(layers, heads, head_dim), side) == expected
+    assert expected <= MAX_GROUP_LAYERS and (expected == 1 or expected * heads * head_dim <= MAX_GROUP_WIDTH)
+
+
+@pytest.mark.parametrize(
+    "layers, heads, head_dim, expected",
+    [(30, 3, 64, 5), (32, 8, 128, 2), (32, 16, 128, 1), (32, 32, 128, 1), (28, 2, 128, 5), (7, 4, 128, 4)],
+)
+def test_auto_groups_of_keys_with_values_count_both_widths(layers, heads, head_dim, expected):
+    assert auto_group_size(_shape(layers, heads, head_dim), "both") == expected
+    assert expected <= MAX_GROUP_LAYERS and (expected == 1 or expected * 2 * heads * head_dim <= MAX_GROUP_WIDTH)
 
 
 def test_groups_are_adjacent_cover_all_layers_and_never_mix_shapes():
@@ -32,6 +41,8 @@ def test_groups_are_adjacent_cover_all_layers_and_never_mix_shapes():
     shape = ModelShape("test", ("full_attention",) * 7, layers)
     assert layer_groups(shape, "key", 2) == [(0, 1), (2,), (3, 4), (5, 6)]
     assert layer_groups(shape, "value", 3) == [(0, 1, 2), (3, 4, 5), (6,)]
+    assert layer_groups(shape, "both", 3) == [(0, 1, 2), (3, 4, 5), (6,)]
+    assert layer_groups(shape, "both", 2) == [(0, 1), (2,), (3, 4), (5, 6)]
 
 
 def test_groups_skip_layers_that_are_not_compressed():
@@ -40,14 +51,15 @@ def test_groups_skip_layers_that_are_not_compressed():
     assert [layer for group in groups for layer in group] == compressed
 
 
+@pytest.mark.parametrize("joint", [True, False])
 @pytest.mark.parametrize("group", [1, 3])
-def test_prefill_keeps_one_groups_dense_states_alive_not_the_models(group):
+def test_prefill_keeps_one_groups_dense_states_alive_not_the_models(group, joint):
     """Bytes of long dense tensors that the cache holds, seen after every layer of a prefill."""
     model = tiny_model("llama")
     tokens = 600
     cache = LowRankCache(
         model,
-        full_rank_projections("llama", 1, group),
+        full_rank_projections("llama", 1, group, joint),
         compression_ratio=8,
         residual_length=4,
         num_sink_tokens=2,

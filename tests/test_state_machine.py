@@ -40,6 +40,7 @@ class CacheMachine(RuleBasedStateMachine):
     family = "llama"
     frame_length = 1
     layer_group_size: int | tuple[int, int] = 1
+    joint = True
 
     @initialize(
         first=FORWARD,
@@ -49,7 +50,7 @@ class CacheMachine(RuleBasedStateMachine):
     )
     def start(self, first, **sizes):
         self.model = tiny_model(self.family)
-        self.projections = full_rank_projections(self.family, self.frame_length, self.layer_group_size)
+        self.projections = full_rank_projections(self.family, self.frame_length, self.layer_group_size, self.joint)
         self.tolerance = DEVIATIONS * noise_gain(self.projections) * FLOAT32_ROUNDING
         self.cache = exact_cache(self.model, self.projections, **sizes)
         self.seed = 0
@@ -271,15 +272,27 @@ class Frames(CacheMachine):
     layer_group_size = 2
 
 
+class KeysApartFromValues(CacheMachine):
+    joint = False
+
+
 class WholeModelGroups(CacheMachine):
     frame_length = 3
     layer_group_size = (1, 3)
+    joint = False
 
 
 class DynamicFrequencies(CacheMachine):
     family = "llama-dynamic"
     frame_length = 4
     layer_group_size = (3, 2)
+    joint = False
+
+
+class DynamicFrequenciesOfOneGroup(CacheMachine):
+    family = "llama-dynamic"
+    frame_length = 3
+    layer_group_size = 3
 
 
 _SETTINGS = settings(
@@ -291,7 +304,9 @@ _SETTINGS = settings(
 )
 TestPreRope = CacheMachine.TestCase
 TestFrames = Frames.TestCase
+TestKeysApartFromValues = KeysApartFromValues.TestCase
 TestWholeModelGroups = WholeModelGroups.TestCase
 TestDynamicFrequencies = DynamicFrequencies.TestCase
-for _case in (TestPreRope, TestFrames, TestWholeModelGroups, TestDynamicFrequencies):
-    _case.settings = _SETTINGS
+TestDynamicFrequenciesOfOneGroup = DynamicFrequenciesOfOneGroup.TestCase
+for _machine in CacheMachine, *CacheMachine.__subclasses__():
+    _machine.TestCase.settings = _SETTINGS

@@ -16,8 +16,8 @@ from tests.models import exact_cache, full_rank_projections, random_tokens, tiny
 SIZES = {"residual_length": 4, "num_sink_tokens": 2, "block_size": 3}
 
 
-def lossy_cache(model, family="llama", layer_group_size=1, **options):
-    projections = full_rank_projections(family, 1, layer_group_size)
+def lossy_cache(model, family="llama", layer_group_size=1, joint=None, **options):
+    projections = full_rank_projections(family, 1, layer_group_size, joint)
     return LowRankCache(model, projections, **{"compression_ratio": 2.0, **SIZES, **options})
 
 
@@ -68,10 +68,11 @@ def live_tensors(known=()):
     return [item for item in gc.get_objects() if isinstance(item, torch.Tensor) and id(item) not in known]
 
 
+@pytest.mark.parametrize("joint", [True, False])
 @pytest.mark.parametrize("layer_group_size", [1, 3])
-def test_dense_states_exist_nowhere_in_the_process(layer_group_size):
+def test_dense_states_exist_nowhere_in_the_process(layer_group_size, joint):
     model = tiny_model("llama")
-    cache = lossy_cache(model, layer_group_size=layer_group_size)
+    cache = lossy_cache(model, layer_group_size=layer_group_size, joint=joint)
     spy = Spy(cache)
     before = live_tensors()  # weights, bases, what other tests left; kept here, so that no id is used twice
     with torch.no_grad():
@@ -145,7 +146,8 @@ def test_deepcopy_shares_bases_and_owns_tokens():
     for mine, theirs in zip(cache._stores, copied._stores, strict=True):
         for block, other in zip(mine.coder.blocks, theirs.coder.blocks, strict=True):
             assert block.down_proj.data_ptr() == other.down_proj.data_ptr()
-            assert block.up_proj.data_ptr() == other.up_proj.data_ptr()
+            for up_proj, same in zip(block.up_projs, other.up_projs, strict=True):
+                assert up_proj.data_ptr() == same.data_ptr()
     pointers = [{t.untyped_storage().data_ptr() for t in reachable_tensors(each)} for each in (cache, copied)]
     assert pointers[0] and not pointers[0] & pointers[1]
     assert copied.stored_bytes() == cache.stored_bytes() == held_bytes(copied)
@@ -217,10 +219,10 @@ def test_two_models_and_two_caches_interleave():
 @pytest.mark.parametrize("cached", [0, 3, 17])
 @pytest.mark.parametrize("tokens", [1, 9])
 @pytest.mark.parametrize("layer", [0, 1, 2])
-@pytest.mark.parametrize("layer_group_size", [1, 3])
-def test_a_failed_forward_is_as_if_it_had_not_been(error, cached, tokens, layer, layer_group_size):
+@pytest.mark.parametrize("layer_group_size, joint", [(1, True), (3, True), (1, False), (3, False)])
+def test_a_failed_forward_is_as_if_it_had_not_been(error, cached, tokens, layer, layer_group_size, joint):
     model, text = tiny_model("llama"), random_tokens(2, cached + tokens + 3)
-    expected_cache, cache = (lossy_cache(model, layer_group_size=layer_group_size) for _ in range(2))
+    expected_cache, cache = (lossy_cache(model, layer_group_size=layer_group_size, joint=joint) for _ in range(2))
     for each in (expected_cache, cache):
         if cached:
             model(text[:, :cached], past_key_values=each)
@@ -322,10 +324,11 @@ def test_a_deep_copied_model_can_have_caches_of_its_own():
         assert torch.equal(twin(part, past_key_values=own).logits, model(part, past_key_values=cache).logits)
 
 
-def test_nothing_stored_reads_as_the_calibration_mean():
+@pytest.mark.parametrize("joint", [True, False])
+def test_nothing_stored_reads_as_the_calibration_mean(joint):
     model, text = tiny_model("llama"), random_tokens(2, 20)
-    projections = full_rank_projections("llama")
-    cache = lossy_cache(model, ranks={0: (0, 32), 1: (32, 0), 2: (0, 0)})
+    projections = full_rank_projections("llama", joint=joint)
+    cache = lossy_cache(model, joint=joint, ranks={0: (0, 32), 1: (32, 0), 2: (0, 0)})
     model(text, past_key_values=cache)
     returned = {}
     original = cache.update
@@ -336,7 +339,8 @@ def test_nothing_stored_reads_as_the_calibration_mean():
 
     cache.update = update
     model(random_tokens(2, 1), past_key_values=cache)
-    basis = next(basis for basis in projections.bases if basis.side == "value" and basis.layers == (2,))
-    mean = (basis.offset @ basis.up_proj).view(2, 1, 16)
+    basis = projections.bases[-1]
+    assert basis.layers == (2,) and basis.side == ("both" if joint else "value")
+    mean = (basis.offset @ basis.up_proj)[-32:].view(2, 1, 16)  # values come last
     middle = returned[2][1][:, :, 2:10]
     torch.testing.assert_close(middle, mean.expand_as(middle), atol=1e-5, rtol=1e-4)

@@ -7,9 +7,11 @@ over its interleaved pairs as halves) and the factor that YaRN and longrope leav
 faults must fail the comparison.
 """
 
+import copy
 import dataclasses
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -67,8 +69,8 @@ class Spy:
         encode, update = Coder.encode, LowRankCache.update
 
         def spied_encode(coder, states):
-            for member, layer in enumerate(coder.layers):
-                _append(self.encoded, (coder.side, layer), states[:, member])
+            for (layer, side), part in zip(coder.members, states, strict=True):
+                _append(self.encoded, (side, layer), part)
             return encode(coder, states)
 
         def spied_update(cache, key_states, value_states, layer_idx, *args, **kwargs):
@@ -151,8 +153,8 @@ def _check_cache(model, spy: Spy, mask: Tensor | None = None) -> dict[tuple[str,
     return permutations
 
 
-def _run(monkeypatch, family: str, tokens: int, padded: bool = False, sabotage=None) -> dict:
-    projections = full_rank_projections(family)
+def _run(monkeypatch, family: str, tokens: int, padded: bool = False, sabotage=None, joint=None) -> dict:
+    projections = full_rank_projections(family, joint=joint)
     model = tiny_model(family)
     cache = exact_cache(model, projections)
     if sabotage is not None:
@@ -181,6 +183,13 @@ def test_encoded_keys_are_the_rotary_functions_input(monkeypatch, family, padded
         assert torch.equal(permutation, expected)
 
 
+@pytest.mark.parametrize("joint", [False, True], ids=["apart", "joint"])
+@pytest.mark.parametrize("family", ["llama", "qwen3-next", "deepseek-v3"])
+def test_keys_are_un_rotated_with_their_values_and_apart_from_them(monkeypatch, family, joint):
+    (side,) = {side for side, _ in _run(monkeypatch, family, 22, padded=True, joint=joint)}
+    assert side == ("value" if family == "deepseek-v3" else "key")
+
+
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "left_padded"])
 @pytest.mark.parametrize("family", ["llama-dynamic", "phi3"])
 def test_keys_leave_with_the_frequencies_they_came_with(monkeypatch, family, padded):
@@ -191,11 +200,20 @@ def test_keys_leave_with_the_frequencies_they_came_with(monkeypatch, family, pad
 ROTARY = [family for family in FAMILIES if family != "cohere2"]
 
 
-def _other_layout(cache: LowRankCache) -> None:
+def _change_ropes(cache: LowRankCache, change: Callable[[str, RopeShape | None], RopeShape | None]) -> None:
     for store in cache._stores:
-        if store.rope is not None:
-            (layout,) = set(LAYOUTS) - {store.rope.layout}
-            store.rope = dataclasses.replace(store.rope, layout=layout)
+        store.coder = copy.copy(store.coder)  # other caches share it
+        store.coder.shapes = tuple(
+            dataclasses.replace(shape, rope=change(side, shape.rope))
+            for (_, side), shape in zip(store.coder.members, store.coder.shapes, strict=True)
+        )
+
+
+def _other_layout(cache: LowRankCache) -> None:
+    def change(side: str, rope: RopeShape | None) -> RopeShape | None:
+        return rope and dataclasses.replace(rope, layout=next(layout for layout in LAYOUTS if layout != rope.layout))
+
+    _change_ropes(cache, change)
 
 
 def _positions_off_by_one(cache: LowRankCache) -> None:
@@ -218,9 +236,8 @@ def test_planted_fault_is_found(monkeypatch, family, sabotage):
 
 def test_planted_rotation_of_a_layer_without_rotary_embedding_is_found(monkeypatch):
     def rotate_anyway(cache):
-        for store in cache._stores:
-            if store.coder.side == "key":
-                store.rope = RopeShape("interleaved", 16, "rotary_emb.inv_freq", False)
+        rope = RopeShape("interleaved", 16, "rotary_emb.inv_freq", False)
+        _change_ropes(cache, lambda side, _: rope if side == "key" else None)
         cache._track._segments["rotary_emb.inv_freq"] = [(0, torch.ones(8))]
 
     with pytest.raises(AssertionError, match="must be left as it came"):

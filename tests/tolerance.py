@@ -27,6 +27,7 @@ __all__ = [
 # Maxima over a few thousand logits of two independent rounding errors of equal size differ by less than this.
 REFERENCE_FACTOR = 2.0
 FLOAT32_ROUNDING = 2.0**-24
+FLOAT16_ROUNDING = 2.0**-11
 
 
 def assert_within_reference_error(actual: Tensor, reference: Tensor, truth: Tensor, band: float = 0.0) -> None:
@@ -82,16 +83,22 @@ class _NoisyCache(DynamicCache):
 
 
 @cache
-def rounding_band(family: str, frame_length: int = 1, layer_group_size: int | tuple[int, int] = 1) -> float:
-    """How far float32 rounding in a family's full-rank bases may move its logits.
+def rounding_band(
+    family: str,
+    frame_length: int = 1,
+    layer_group_size: int | tuple[int, int] = 1,
+    joint: bool | None = None,
+    rounding: float = FLOAT32_ROUNDING,
+) -> float:
+    """How far rounding in a family's full-rank bases, of float32 unless told, may move its logits.
 
     The float64 model runs twice over 22 tokens, once with noise of ``noise_gain`` roundings in every
     cached number; the band is ``REFERENCE_FACTOR`` times the largest change of a logit.
     """
-    gain = noise_gain(full_rank_projections(family, frame_length, layer_group_size))
+    gain = noise_gain(full_rank_projections(family, frame_length, layer_group_size, joint))
     tokens = random_tokens(2, 22, seed=5)
     logits = []
-    for size in (0.0, gain * FLOAT32_ROUNDING):
+    for size in (0.0, gain * rounding):
         model = tiny_model(family, torch.float64)
         logits.append(model(tokens, past_key_values=_NoisyCache(model.config, size)).logits)
     return REFERENCE_FACTOR * float((logits[1] - logits[0]).abs().max())
