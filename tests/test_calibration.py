@@ -1,14 +1,19 @@
 """Calibration against direct computation: what a model's cache holds and how the loss depends on it, in float64."""
 
+import dataclasses
+import itertools
+
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import DynamicCache
 
 from lowrank_cache.calibration import calibrate
+from lowrank_cache.calibration.api import projections_from_moments
 from lowrank_cache.calibration.fisher import weighted_basis
-from lowrank_cache.calibration.moments import collect_moments, layer_groups
+from lowrank_cache.calibration.moments import Moments, collect_moments, layer_groups
 from lowrank_cache.kernels.rope import angle_tables, rotate
-from lowrank_cache.models import model_shape
+from lowrank_cache.models import SIDES, model_shape
 from tests.models import random_tokens, tiny_model
 
 SKIPPED = 4
@@ -71,26 +76,30 @@ def padded_batches():
     ]
 
 
-def moments_of(model, batches, size=1):
-    shape = model_shape(model)
-    return collect_moments(model, batches, {side: layer_groups(shape, side, size) for side in ("key", "value")})
+def moments_of(model, batches, size=1, joint=False):
+    shape, sides = model_shape(model), ("both",) if joint else ("key", "value")
+    return collect_moments(model, batches, {side: layer_groups(shape, side, size) for side in sides})
 
 
+@pytest.mark.parametrize("joint", [True, False])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-@pytest.mark.parametrize("size", [1, 3])
-def test_moments_are_those_of_the_states(family, size):
-    moments = moments_of(tiny_model(family), padded_batches(), size)
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_moments_are_those_of_the_states(family, size, joint):
+    moments = moments_of(tiny_model(family), padded_batches(), size, joint)
     rows = direct_rows(tiny_model(family), padded_batches())
     assert moments.tokens == len(rows["key", 0][0]) == 10 + 5 + 1 + 2 * 5
     assert moments.sequences == 5
-    for side in ("key", "value"):
-        for group in moments.groups[side]:
-            states = torch.cat([rows[side, layer][0] for layer in group], dim=1)
+    assert list(moments.groups) == (["both"] if joint else ["key", "value"])
+    for side, groups in moments.groups.items():
+        for group in groups:
+            # Layer by layer; a layer's keys before its values.
+            members = [(name, layer) for layer in group for name in (("key", "value") if joint else (side,))]
+            states = torch.cat([rows[member][0] for member in members], dim=1)
             second, mean, sensitivity = moments.of_group(side, group)
             close = {"rtol": 1e-4, "atol": 1e-4 * float((states.T @ states).abs().max()) / len(states)}
             torch.testing.assert_close(second, states.T @ states / len(states), **close)
             torch.testing.assert_close(mean, states.mean(0), rtol=1e-4, atol=1e-4)
-            blocks = [rows[side, layer][1].T @ rows[side, layer][1] / len(states) for layer in group]
+            blocks = [rows[member][1].T @ rows[member][1] / len(states) for member in members]
             expected = torch.block_diag(*blocks)
             torch.testing.assert_close(sensitivity, expected, rtol=2e-3, atol=2e-3 * float(expected.abs().max()))
 
@@ -164,6 +173,166 @@ def test_frame_average_is_that_of_rotated_samples(family, layout, frame_length):
     torch.testing.assert_close(framed[1], torch.stack([turn @ plain[1] for turn in rotations]).mean(0))
     values = [moments.of_group("value", (1,), length)[0] for length in (1, frame_length)]
     torch.testing.assert_close(*values, rtol=1e-12, atol=1e-12)  # values are never rotated
+
+
+@pytest.mark.parametrize("family", ["llama", "glm4", "deepseek-v3"])
+@pytest.mark.parametrize("frame_length", [2, 5])
+def test_frame_average_of_keys_with_values_turns_only_what_the_model_turns(family, frame_length):
+    moments = moments_of(tiny_model(family), padded_batches(), 2, joint=True)
+    group = (0, 1)
+    plain, framed = (moments.of_group("both", group, length) for length in (1, frame_length))
+    members = moments.shape.members("both", group)
+    assert [(layer, side) for layer, side, _ in members] == [(layer, side) for layer in group for side in SIDES]
+    turned_side = "value" if family.startswith("deepseek") else "key"  # MLA hands its rotary key over as values
+    rotations = []
+    for offset in range(frame_length):
+        blocks = []  # x → R x, one number at a time
+        for _, side, shape in members:
+            block = torch.eye(shape.width, dtype=torch.float64)
+            assert (shape.rope is not None) == (side == turned_side)
+            if shape.rope is not None:
+                half = shape.rope.rotary_dim // 2
+                for head in range(shape.heads):
+                    for pair, frequency in enumerate(moments.inv_freq[shape.rope.source].tolist()):
+                        start = head * shape.head_dim
+                        first, second = start + pair, start + pair + half
+                        if shape.rope.layout == "interleaved":
+                            first, second = start + 2 * pair, start + 2 * pair + 1
+                        angle = torch.tensor(offset * frequency, dtype=torch.float64)
+                        block[first, first] = block[second, second] = angle.cos()
+                        block[first, second], block[second, first] = -angle.sin(), angle.sin()
+            blocks.append(block)
+        rotations.append(torch.block_diag(*blocks))
+    for index in (0, 2):
+        expected = torch.stack([turn @ plain[index] @ turn.T for turn in rotations]).mean(0)
+        torch.testing.assert_close(framed[index], expected, rtol=1e-9, atol=1e-12 * float(expected.abs().max()))
+    torch.testing.assert_close(framed[1], torch.stack([turn @ plain[1] for turn in rotations]).mean(0))
+    starts = [0, *itertools.accumulate(shape.width for _, _, shape in members)]
+    for (_, side, _), start, stop in zip(members, starts[:-1], starts[1:], strict=True):
+        kept = torch.allclose(framed[0][start:stop, start:stop], plain[0][start:stop, start:stop], rtol=1e-12)
+        assert kept == (side != turned_side)
+
+
+def test_projections_apart_from_joint_moments_are_those_calibrated_apart():
+    model, batches = tiny_model("llama"), padded_batches()
+    joint = moments_of(model, batches, 3, joint=True)
+    for method in ("fisher", "palu"):
+        for frame_length, size in ((1, 1), (4, 2), (3, (1, 3))):
+            options = {"method": method, "frame_length": frame_length, "layer_group_size": size, "joint": False}
+            derived = projections_from_moments(joint, **options)
+            made = calibrate(tiny_model("llama"), padded_batches(), progress=False, **options)
+            assert [basis.name for basis in derived.bases] == [basis.name for basis in made.bases]
+            assert {basis.side for basis in derived.bases} == {"key", "value"}
+            for ours, theirs in zip(derived.bases, made.bases, strict=True):
+                torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-4, atol=1e-6 * float(theirs.loss.max()))
+                # Channels of nearly equal loss may come in any rotation; what they keep together may not.
+                kept = [basis.down_proj.double() @ basis.up_proj.double() for basis in (ours, theirs)]
+                torch.testing.assert_close(*kept, rtol=0, atol=1e-3)
+                means = [basis.offset.double() @ basis.up_proj.double() for basis in (ours, theirs)]
+                torch.testing.assert_close(*means, rtol=1e-3, atol=1e-3)
+
+
+def test_smaller_joint_groups_are_parts_of_larger_ones():
+    small, large = (moments_of(tiny_model("llama"), padded_batches(), size, joint=True) for size in (1, 3))
+    for layer in (0, 1, 2):
+        for side in ("key", "value", "both"):
+            for ours, theirs in zip(small.of_group(side, (layer,)), large.of_group(side, (layer,)), strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("sensitivity", ["gradient", "query"])
+@pytest.mark.parametrize("joint, size", [(True, 2), (False, 2), (False, (1, 3))])
+def test_saved_moments_give_the_same_projections(tmp_path, joint, size, sensitivity):
+    path = tmp_path / "moments.safetensors"
+    options = {"layer_group_size": size, "joint": joint}
+    made = calibrate(
+        tiny_model("llama"), padded_batches(), sensitivity=sensitivity, save_moments=path, progress=False, **options
+    )
+    loaded = Moments.load(path)
+    assert list(loaded.groups) == (["both"] if joint else ["key", "value"])
+    again = projections_from_moments(loaded, provenance=made.provenance, **options)
+    assert again.provenance == made.provenance and again.shape == made.shape
+    assert [basis.name for basis in again.bases] == [basis.name for basis in made.bases]
+    for ours, theirs in zip(again.bases, made.bases, strict=True):
+        for name in ("down_proj", "up_proj", "offset", "loss"):
+            assert torch.equal(getattr(ours, name), getattr(theirs, name))
+    loaded.save(tmp_path / "twice.safetensors")
+    assert (tmp_path / "twice.safetensors").read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["text", "truncated", "other tensors"])
+def test_moments_that_cannot_be_read(tmp_path, damage):
+    path = tmp_path / "moments.safetensors"
+    if damage == "text":
+        path.write_text("no moments")
+    elif damage == "truncated":
+        moments_of(tiny_model("llama"), padded_batches(), joint=True).save(path)
+        path.write_bytes(path.read_bytes()[:-100])
+    else:
+        save_file({"second.both.0": torch.zeros(2, 2)}, str(path))
+    with pytest.raises(ValueError, match="moments.safetensors holds no readable moments: "):
+        Moments.load(path)
+
+
+@pytest.mark.parametrize(
+    "options, got",
+    [
+        ({"layer_group_size": (1, 3)}, r"got method 'fisher' and layer_group_size \(1, 3\)"),
+        ({"layer_group_size": (2, 2)}, r"got method 'fisher' and layer_group_size \(2, 2\)"),
+        ({"method": "palu"}, "got method 'palu' and layer_group_size 'auto'"),
+        ({"method": "palu", "layer_group_size": 2}, "got method 'palu' and layer_group_size 2"),
+    ],
+)
+def test_joint_is_refused_where_it_cannot_be(options, got):
+    message = "joint=True needs method 'fisher', one layer_group_size for both sides and as many key as value heads, "
+    with pytest.raises(ValueError, match=message + got):
+        calibrate(tiny_model("llama"), padded_batches(), joint=True, progress=False, **options)
+
+
+def unequal_heads(shape):
+    """The same model with twice as many value heads of half the size."""
+
+    def other(side):
+        return dataclasses.replace(side, heads=2 * side.heads, head_dim=side.head_dim // 2)
+
+    layers = tuple(dataclasses.replace(layer, value=other(layer.value)) for layer in shape.layers)
+    return dataclasses.replace(shape, layers=layers)
+
+
+def test_unequal_heads_are_kept_apart():
+    moments = moments_of(tiny_model("llama"), padded_batches())
+    moments.shape = unequal_heads(moments.shape)
+    with pytest.raises(ValueError, match="joint=True needs .* as many key as value heads"):
+        projections_from_moments(moments, layer_group_size=1, joint=True)
+    made = projections_from_moments(moments, layer_group_size=1)
+    assert [(basis.side, len(basis.heads)) for basis in made.bases] == [("key", 2)] * 3 + [("value", 4)] * 3
+
+
+def test_moments_recorded_apart_refuse_joint_projections_by_name():
+    apart = moments_of(tiny_model("llama"), padded_batches(), 3)
+    with pytest.raises(ValueError, match=r"both layers \(0, 1\) were not recorded jointly; .* hold the groups .*'key'"):
+        projections_from_moments(apart, layer_group_size=2)
+    joint = moments_of(tiny_model("llama"), padded_batches(), 2, joint=True)
+    with pytest.raises(ValueError, match=r"both layers \(0, 1, 2\) were not recorded jointly; .*'both': \[\(0, 1\)"):
+        projections_from_moments(joint, layer_group_size=3)
+    with pytest.raises(ValueError, match=r"value layers \(0, 1, 2\) were not recorded jointly"):
+        projections_from_moments(joint, layer_group_size=(1, 3))
+
+
+@pytest.mark.parametrize(
+    "options, sides",
+    [
+        ({}, {"both"}),
+        ({"layer_group_size": 2}, {"both"}),
+        ({"layer_group_size": (2, 2)}, {"key", "value"}),
+        ({"method": "palu"}, {"key", "value"}),
+        ({"joint": False}, {"key", "value"}),
+        ({"joint": True, "frame_length": 4}, {"both"}),
+    ],
+)
+def test_keys_and_values_share_a_latent_by_default(options, sides):
+    made = calibrate(tiny_model("llama"), padded_batches(), progress=False, **options)
+    assert {basis.side for basis in made.bases} == sides
 
 
 def random_moments(width, tokens=4000, seed=0):

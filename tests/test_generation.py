@@ -246,7 +246,7 @@ def test_more_families_equal_dynamic_cache(family, mode):
 @pytest.mark.parametrize(
     "layer_group_size, joint",
     [(1, True), (1, False), (2, True), (2, False), (3, True), ((1, 3), False)],
-    ids=lambda option: {True: "joint", False: "apart"}.get(option, str(option)) if option != 1 else "1",
+    ids=lambda option: ("joint" if option else "apart") if isinstance(option, bool) else str(option),
 )
 @pytest.mark.parametrize("frame_length", [1, 4, 16])
 @pytest.mark.parametrize("family", ["llama", "gemma3", "deepseek-v3"])
