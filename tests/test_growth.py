@@ -147,6 +147,41 @@ def test_append_time_is_flat(monkeypatch, record_property):
     assert ratio["full"] > ratio["ours"], f"late over early append time: {ratio}"
 
 
+def test_the_time_of_reading_is_reported_apart(monkeypatch, record_property, capsys):
+    """Appending is flat; reading everything back (the reconstruct path) grows with the context."""
+    model = make_model()
+    cache, full = make_cache(model), DynamicCache(config=model.config)
+    report, reading = {}, LatentStore._assemble
+    tokens = torch.randn(DECODED + 1, 1, HEADS, 1, HEAD_DIM)
+
+    def median_time(each, repeats=30):
+        seconds = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            append_token(model, each, tokens[DECODED])
+            seconds.append(time.perf_counter() - start)
+            each.crop(-1)
+        return 1e6 * statistics.median(seconds)
+
+    with torch.no_grad():
+        for count, token in enumerate(tokens[:DECODED], start=1):
+            without_reading(monkeypatch)
+            for each in (cache, full):
+                append_token(model, each, token)
+            if count in (256, 1024, DECODED):
+                appended = median_time(cache)
+                monkeypatch.setattr(LatentStore, "_assemble", reading)
+                report[count] = {"append": appended, "append and read": median_time(cache), "full": median_time(full)}
+    record_property("microseconds_per_token", report)
+    with capsys.disabled():
+        for count, times in report.items():
+            print(
+                f"\n{count} tokens cached:", ", ".join(f"{name} {time:.0f} µs" for name, time in times.items()), end=""
+            )
+    assert report[DECODED]["append and read"] > 2 * report[DECODED]["append"], report
+    assert report[DECODED]["append"] < 2 * report[256]["append"], report
+
+
 def test_a_growing_tensor_holds_what_was_appended():
     growing, rows = GrowingTensor(axis=1, min_room=4), []
     for index, size in enumerate([1, 3, 40, 1, 7, 2]):

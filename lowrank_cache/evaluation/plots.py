@@ -97,7 +97,8 @@ def plot_quality(rows: list[QualityRow], path: Path) -> None:
     axes[1].set_ylabel("look-up loss above the full cache, nats a token")
     for axis in axes:
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        if axis.lines:
+            axis.legend(fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
