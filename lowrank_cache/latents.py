@@ -114,9 +114,12 @@ class Coder:
 
 
 def _narrow(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """``matrix`` in ``dtype``, or as it is where that would overflow."""
+    """``matrix`` in a smaller ``dtype``, or as it is where that would overflow or lose it to underflow."""
+    if dtype.itemsize >= matrix.element_size():
+        return matrix
     narrowed = matrix.to(dtype)
-    return narrowed if bool(torch.isfinite(narrowed).all()) else matrix
+    lost = (narrowed.to(matrix.dtype) - matrix).norm()
+    return narrowed if bool(lost <= torch.finfo(dtype).eps * matrix.norm()) else matrix
 
 
 class _Block:
