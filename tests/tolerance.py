@@ -27,7 +27,8 @@ __all__ = [
 # Maxima over a few thousand logits of two independent rounding errors of equal size differ by less than this.
 REFERENCE_FACTOR = 2.0
 FLOAT32_ROUNDING = 2.0**-24
-FLOAT16_ROUNDING = 2.0**-11
+# Root mean square of what rounding to float16 does: uniform in half a unit, over a mantissa anywhere in [1, 2).
+FLOAT16_ROUNDING = 2.0**-11 * (1 / 3) ** 0.5 * 0.5**0.5
 
 
 def assert_within_reference_error(actual: Tensor, reference: Tensor, truth: Tensor, band: float = 0.0) -> None:
