@@ -1,6 +1,6 @@
 """Spend a byte budget on latent channels: which channels are stored, and in how many bits.
 
-Stores (one per layer group and side) compete for one budget over the whole model. Each store's
+Stores (a layer group's keys, values or both) compete for one budget over the whole model. Each store's
 channels are sorted by what losing them costs, so a choice is four counts: how many channels get 16,
 8, 4 and 2 bits; the rest get none. Costs are bytes per token as they are really stored: rows padded
 to 16 bytes per tier, and one float16 step per quantized tier. See docs/method.md, "Spending bits".

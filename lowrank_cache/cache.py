@@ -1,8 +1,8 @@
 """``LowRankCache``: a transformers ``Cache`` whose full-attention layers hold quantized latents.
 
-The only file that subclasses transformers' cache. The container makes one ``LatentStore`` per side
-and layer group and one ``LowRankLayer`` per layer that hands states to them; all other layers keep
-transformers' own classes. What transformers calls, and when: docs/cache_contract.md.
+The only file that subclasses transformers' cache. The container makes one ``LatentStore`` per
+layer group's keys, values or both and one ``LowRankLayer`` per layer that hands states to them; all other
+layers keep transformers' own classes. What transformers calls, and when: docs/cache_contract.md.
 """
 
 import weakref

@@ -8,6 +8,8 @@ import torch
 from transformers import DynamicCache
 
 from lowrank_cache import LowRankCache
+from lowrank_cache.allocation import full_bytes_per_token, plan_stores
+from lowrank_cache.budget import ROW_ALIGNMENT, padded_channels
 from lowrank_cache.hooks import hook_count
 from lowrank_cache.kernels.rope import angle_tables, rotate
 from tests.memory import held_bytes, reachable_tensors
@@ -126,6 +128,25 @@ def test_stored_bytes_are_those_of_the_tensors(family, bits):
         assert cache.compression_ratio() == cache.full_bytes() / held_bytes(cache)
         cache.reset()
         assert cache.stored_bytes() == 0 and cache.compression_ratio() == 1.0
+
+
+@pytest.mark.parametrize("joint", [True, False])
+@pytest.mark.parametrize("bits", [None, 16, 8, 4, 2])
+@pytest.mark.parametrize("ratio", [1, 1.5, 2.7, 5.0])
+def test_a_token_takes_the_bytes_that_were_planned(ratio, bits, joint):
+    model, projections = tiny_model("llama"), full_rank_projections("llama", joint=joint)
+    plans = plan_stores(projections, ratio, bits=bits)
+    cache = lossy_cache(model, joint=joint, bits=bits, compression_ratio=ratio)
+    model(random_tokens(2, 25), past_key_values=cache)
+    for store, plan in zip(cache._stores, plans, strict=True):
+        assert store.latents.tokens == 18
+        rows = [buffer.view()[:, 0] for buffer in store.latents.buffers()]  # [batch, bytes or steps]
+        assert sum(row.numel() * row.element_size() for row in rows) == 2 * plan.bytes_per_token
+        for (tier_bits, channels), codes in zip(store.coder.tiers, store.latents.codes, strict=True):
+            row = codes.view()[0, 0]
+            assert row.numel() * row.element_size() % ROW_ALIGNMENT == 0
+            assert row.numel() * row.element_size() * 8 == padded_channels(tier_bits, channels) * tier_bits
+    assert sum(plan.bytes_per_token for plan in plans) <= full_bytes_per_token(projections) / ratio
 
 
 def test_long_context_reaches_the_ratio_asked_for():
