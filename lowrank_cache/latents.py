@@ -41,7 +41,8 @@ class Coder:
         self.tiers = tuple((bits, len(channels)) for bits, channels in plan.tiers)
         kept = torch.tensor([channel for _, channels in plan.tiers for channel in channels], dtype=torch.long)
         self.weight = torch.cat([basis.loss for basis in store])[kept]
-        # What the channels that are not stored are read as, by member: [heads, head_dim].
+        # The calibrated mean of the states, by member: [heads, head_dim]. Latents are of what differs from it, so
+        # half precision never has to hold a bias, and channels that are not stored are read as their mean.
         self.constants = [torch.zeros(shape.heads, shape.head_dim) for shape in self.shapes]
         self.blocks = []
         start = 0
@@ -49,10 +50,8 @@ class Coder:
             inside = (kept >= start) & (kept < start + basis.rank)
             columns = kept[inside] - start
             channels = inside.nonzero()[:, 0]
-            dropped = torch.ones(basis.rank, dtype=torch.bool)
-            dropped[columns] = False
-            mean = basis.constant + basis.offset[dropped] @ basis.up_proj[dropped]
             widths = [len(basis.heads) * shape.head_dim for shape in self.shapes]
+            mean = basis.constant + basis.offset @ basis.up_proj
             for constant, part in zip(self.constants, mean.split(widths), strict=True):
                 constant[list(basis.heads)] = part.view(len(basis.heads), -1)
             all_heads = all(basis.heads == tuple(range(shape.heads)) for shape in self.shapes)
@@ -62,7 +61,6 @@ class Coder:
                     None if len(channels) == len(kept) else channels,
                     _narrow(basis.down_proj[:, columns], dtype).contiguous(),
                     [_narrow(part, dtype).contiguous() for part in basis.up_proj[columns].split(widths, dim=1)],
-                    basis.offset[columns],
                 )
             )
             start += basis.rank
@@ -92,24 +90,27 @@ class Coder:
     def encode(self, states: list[Tensor]) -> Tensor:
         """Latents of states: by member ``[batch, heads, tokens, head_dim]`` → ``[batch, tokens, rank]``, float32."""
         batch, _, tokens, _ = states[0].shape
-        latents = states[0].new_empty(batch, tokens, self.rank, dtype=torch.float32)
+        centred = [part.float() - mean[:, None] for part, mean in zip(states, self.constants, strict=True)]
+        latents = centred[0].new_empty(batch, tokens, self.rank)
         for block in self.blocks:
-            rows = [part[:, block.head_index].transpose(1, 2).flatten(2).float() for part in states]
-            products = torch.matmul(torch.cat(rows, dim=2), block.down_proj.float())
-            latents[..., block.channel_index] = products - block.offset
+            rows = [part[:, block.head_index].transpose(1, 2).flatten(2) for part in centred]
+            latents[..., block.channel_index] = torch.matmul(torch.cat(rows, dim=2), block.down_proj.float())
         return latents
 
-    def decode(self, latents: Tensor, member: int) -> Tensor:
+    def decode(self, latents: Tensor, member: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """States of one member: ``[batch, tokens, rank]`` → ``[batch, heads, tokens, head_dim]``.
 
-        Keys come back in their rotary frames. float32.
+        Keys come back in their rotary frames. float32; the product is taken in ``dtype`` if the matrices
+        are held in half precision, so a half-precision model loses nothing and gains its speed.
         """
         batch, tokens, _ = latents.shape
         shape = self.shapes[member]
         states = latents.new_empty(batch, shape.heads, tokens, shape.head_dim)
         for block in self.blocks:
-            rows = torch.matmul(latents[..., block.channel_index] + block.offset, block.up_projs[member].float())
-            states[:, block.head_index] = rows.unflatten(2, (-1, shape.head_dim)).transpose(1, 2)
+            up_proj = block.up_projs[member]
+            product = torch.float32 if up_proj.dtype.itemsize > 2 else dtype
+            rows = torch.matmul(latents[..., block.channel_index].to(product), up_proj.to(product))
+            states[:, block.head_index] = rows.unflatten(2, (-1, shape.head_dim)).transpose(1, 2).float()
         return states.add_(self.constants[member][:, None])
 
 
@@ -125,9 +126,9 @@ def _narrow(matrix: Tensor, dtype: torch.dtype) -> Tensor:
 class _Block:
     """One basis of a coder: its heads and channels (None for all), and an up-projection for each member."""
 
-    def __init__(self, heads, channels, down_proj: Tensor, up_projs: list[Tensor], offset: Tensor):
+    def __init__(self, heads, channels, down_proj: Tensor, up_projs: list[Tensor]):
         self.heads, self.channels = heads, channels
-        self.down_proj, self.up_projs, self.offset = down_proj, up_projs, offset
+        self.down_proj, self.up_projs = down_proj, up_projs
 
     @property
     def head_index(self):
@@ -139,10 +140,10 @@ class _Block:
 
     def tensors(self) -> list[Tensor]:
         optional = [tensor for tensor in (self.heads, self.channels) if tensor is not None]
-        return [self.down_proj, *self.up_projs, self.offset, *optional]
+        return [self.down_proj, *self.up_projs, *optional]
 
     def to(self, device: torch.device) -> None:
-        for name in ("heads", "channels", "down_proj", "offset"):
+        for name in ("heads", "channels", "down_proj"):
             tensor = getattr(self, name)
             setattr(self, name, None if tensor is None else tensor.to(device))
         self.up_projs = [tensor.to(device) for tensor in self.up_projs]

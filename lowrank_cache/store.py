@@ -134,7 +134,7 @@ class LatentStore:
         if self.windows[member].rows:
             everything[:, :, self.encoded_end : past] = self.windows[member].view()
         if self.latents is not None and self.latents.tokens:
-            everything[:, :, sinks : self.encoded_end] = self._reconstruct(self.latents, member, batch)
+            everything[:, :, sinks : self.encoded_end] = self._reconstruct(self.latents, member, states)
         kept, first_real = self.sinks[member], self.track.first_real
         if kept is None:  # there are no sink tokens
             return everything
@@ -146,14 +146,19 @@ class LatentStore:
             everything[row, :, slot] = kept[row, :, nth]
         return everything
 
-    def _reconstruct(self, packed: PackedLatents, member: int, batch: int) -> Tensor:
-        """All encoded slots of one member, ``[batch, heads, tokens, head_dim]`` float32, post-RoPE."""
+    def _reconstruct(self, packed: PackedLatents, member: int, new: Tensor) -> Tensor:
+        """All encoded slots of one member, ``[batch, heads, tokens, head_dim]`` float32, post-RoPE.
+
+        ``new``: the states of the forward; bfloat16 ones, and float16 ones on a GPU, lend their dtype to the
+        product.
+        """
         if self._read is None:  # every member of the forward reads the same latents
             if self.coder.rank:
                 self._read = packed.read()
             else:  # nothing is stored: every token is read as the calibration mean
-                self._read = self.coder.weight.new_empty(batch, packed.tokens, 0)
-        states = self.coder.decode(self._read, member)
+                self._read = self.coder.weight.new_empty(new.shape[0], packed.tokens, 0)
+        fast = new.dtype == torch.bfloat16 or (new.dtype == torch.float16 and new.is_cuda)
+        states = self.coder.decode(self._read, member, new.dtype if fast else torch.float32)
         rope = self.coder.shapes[member].rope
         if rope is not None:
             cos, sin = self.track.rotation(rope, self.options.num_sink_tokens, self.encoded_end)
