@@ -168,5 +168,9 @@ def _weight_format(model: PreTrainedModel) -> str:
     quantization = getattr(model.config, "quantization_config", None)
     if quantization is None:
         return str(model.dtype).removeprefix("torch.")
-    kind = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
-    return str(getattr(kind, "value", kind))
+    fields = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    kind = str(getattr(fields.get("quant_method"), "value", fields.get("quant_method")))
+    for width in (4, 8):
+        if fields.get(f"load_in_{width}bit"):
+            return f"{kind} {width}-bit"
+    return kind

@@ -108,7 +108,9 @@ class Coder:
         states = latents.new_empty(batch, shape.heads, tokens, shape.head_dim)
         for block in self.blocks:
             up_proj = block.up_projs[member]
-            product = torch.float32 if up_proj.dtype.itemsize > 2 else dtype
+            # bfloat16 holds every float16 number's range; the other way round large entries would overflow.
+            narrow = up_proj.dtype.itemsize == 2 and dtype in (torch.bfloat16, up_proj.dtype)
+            product = dtype if narrow else torch.float32
             rows = torch.matmul(latents[..., block.channel_index].to(product), up_proj.to(product))
             states[:, block.head_index] = rows.unflatten(2, (-1, shape.head_dim)).transpose(1, 2).float()
         return states.add_(self.constants[member][:, None])

@@ -66,7 +66,7 @@ def check_cache(model: PreTrainedModel, projections: Projections) -> None:
 def test_calibrates_without_gradients(saved, kind, dtype):
     model = load(saved, kind, dtype)
     projections = calibrate(model, batches(), sensitivity="query", progress=False)
-    assert projections.provenance["weights"] == "bitsandbytes"
+    assert projections.provenance["weights"].startswith("bitsandbytes")
     assert projections.provenance["sensitivity"] == "query"
     check_cache(model, projections)
 
