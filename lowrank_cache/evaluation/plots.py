@@ -84,16 +84,16 @@ def plot_quality(rows: list[QualityRow], path: Path) -> None:
     for row in rows[1:]:
         families.setdefault(_family(row.name), []).append(row)
     for family, members in families.items():
-        members = sorted(members, key=lambda row: row.latent_ratio or row.real_ratio)
-        ratios = [row.latent_ratio or row.real_ratio for row in members]
+        members = sorted(members, key=lambda row: row.real_ratio)
+        ratios = [row.real_ratio for row in members]
         excess = [max(perplexity_ratio(row, rows[0])[0] - 1, 1e-4) for row in members]
         axes[0].plot(ratios, excess, marker="o", label=family)
         if members[0].lookup_losses and rows[0].lookup_losses:
             recall = [np.mean(row.lookup_losses) - np.mean(rows[0].lookup_losses) for row in members]
             axes[1].plot(ratios, recall, marker="o", label=family)
-    axes[0].set(xscale="log", yscale="log", xlabel="compression ratio, 16-bit full cache = 1")
+    axes[0].set(xscale="log", yscale="log", xlabel="real ratio at the end of a window, 16-bit full cache = 1")
     axes[0].set_ylabel("perplexity ratio − 1")
-    axes[1].set(xscale="log", xlabel="compression ratio, 16-bit full cache = 1")
+    axes[1].set(xscale="log", xlabel="real ratio at the end of a window, 16-bit full cache = 1")
     axes[1].set_ylabel("look-up loss above the full cache, nats a token")
     for axis in axes:
         axis.grid(alpha=0.3)
