@@ -38,11 +38,10 @@ class LowRankLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False  # buffers start with the first tokens, whose dtype and device they take
 
-    def __init__(self, shape: LayerShape, stores: dict[str, LatentStore], track: PositionTrack):
+    def __init__(self, shape: LayerShape, stores: dict[str, LatentStore]):
         super().__init__()
         self.shape = shape
         self.stores = stores
-        self.track = track
         self.members = {side: store.coder.members.index((shape.layer_idx, side)) for side, store in stores.items()}
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -148,7 +147,7 @@ class LowRankCache(Cache):
         self._updated: set[int] | None = None  # compressed layers seen in the current forward; None between forwards
         self._length_before = 0  # cached tokens when the current forward began
         self._others_before: list[int] = []  # what `_others_progress` was then
-        super().__init__(layers=_make_layers(model, shape, self._stores, self._track))
+        super().__init__(layers=_make_layers(model, shape, self._stores))
         watch(decoder, self)
 
     def begin_forward(self, decoder: nn.Module, arguments: Mapping) -> None:
@@ -373,7 +372,7 @@ def _coders(projections: Projections, compression_ratio, ranks, bits, latent_dty
     return made[key]
 
 
-def _make_layers(model: PreTrainedModel, shape: ModelShape, stores: list[LatentStore], track: PositionTrack) -> list:
+def _make_layers(model: PreTrainedModel, shape: ModelShape, stores: list[LatentStore]) -> list:
     """transformers' own layer classes, but for the compressed layers."""
     by_layer: dict[int, dict[str, LatentStore]] = {}
     for store in stores:
@@ -383,7 +382,7 @@ def _make_layers(model: PreTrainedModel, shape: ModelShape, stores: list[LatentS
     config = model.config.get_text_config(decoder=True)
     for index, (layer_type, kwargs) in enumerate(zip(*get_layer_types_and_kwargs(config), strict=True)):
         if index in by_layer:
-            layers.append(LowRankLayer(shape.layer(index), by_layer[index], track))
+            layers.append(LowRankLayer(shape.layer(index), by_layer[index]))
         else:
             layers.append(DYNAMIC_LAYER_TYPE_MAPPING[layer_type](**kwargs))
     return layers

@@ -1,4 +1,4 @@
-"""The ``lowrank-cache`` command: ``demo``, ``calibrate``, ``inspect``.
+"""The ``lowrank-cache`` command: ``demo``, ``calibrate``, ``inspect``, ``quality``.
 
 Arguments and messages only; what the commands do lives in ``evaluation`` and ``calibration``.
 """

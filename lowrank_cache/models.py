@@ -155,10 +155,6 @@ def model_shape(model: PreTrainedModel) -> ModelShape:
 
 def rope_buffer(decoder: nn.Module, source: str) -> Tensor:
     """The inverse frequencies that ``RopeShape.source`` names, ``[rotary_dim / 2]``, as they are now."""
-    return decoder.get_buffer(source) if source in dict(decoder.named_buffers()) else _attribute(decoder, source)
-
-
-def _attribute(decoder: nn.Module, source: str) -> Tensor:
     path, _, name = source.rpartition(".")
     return getattr(decoder.get_submodule(path), name)
 

@@ -81,8 +81,8 @@ def test_a_row_is_what_the_cache_itself_gives(tmp_path):
         made.append(LowRankCache(model, projections, residual_length=8, block_size=8, **options))
         return made[-1]
 
-    result = stream(model, windows_of(ids, 48, 2), make, chunk=8, batch=2)
-    assert row.losses == pytest.approx(result.losses.mean(1).tolist(), rel=1e-6)
+    losses = stream(model, windows_of(ids, 48, 2), make, chunk=8, batch=2)
+    assert row.losses == pytest.approx(losses.mean(1).tolist(), rel=1e-6)
     assert row.real_ratio == pytest.approx(made[-1].compression_ratio())
     assert row.projection_bytes == made[-1].projection_bytes()
 
@@ -90,11 +90,11 @@ def test_a_row_is_what_the_cache_itself_gives(tmp_path):
 def test_streaming_the_full_cache_is_the_models_own_loss():
     model = tiny_model("llama")
     windows = random_tokens(3, 40)
-    result = stream(model, windows, lambda: DynamicCache(config=model.config), chunk=7, batch=2, prompt=11)
+    streamed = stream(model, windows, lambda: DynamicCache(config=model.config), chunk=7, batch=2, prompt=11)
     with torch.no_grad():
         logits = model(windows).logits[:, :-1].double()
     losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), windows[:, 1:], reduction="none")
-    torch.testing.assert_close(result.losses, losses, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(streamed, losses, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

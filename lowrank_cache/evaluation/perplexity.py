@@ -1,32 +1,12 @@
 """Perplexity of text streamed through a real cache, chunk by chunk, so that every read is lossy."""
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-__all__ = ["StreamResult", "stream", "windows_of"]
-
-
-@dataclass(frozen=True)
-class StreamResult:
-    """Losses of a stream and what its cache held at the end.
-
-    Attributes:
-        losses: ``[windows, tokens - 1]`` float64 CPU, next-token loss in nats.
-        stored_bytes, full_bytes: Of the last batch's cache at the end; None for caches that cannot say.
-    """
-
-    losses: Tensor
-    stored_bytes: int | None
-    full_bytes: int | None
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(float(self.losses.mean()))
+__all__ = ["stream", "windows_of"]
 
 
 def windows_of(token_ids: Tensor, tokens: int, count: int | None = None) -> Tensor:
@@ -50,7 +30,7 @@ def stream(
     batch: int = 8,
     prompt: int = 0,
     progress: Callable[[int], object] | None = None,
-) -> StreamResult:
+) -> Tensor:
     """Feed each window to the model ``chunk`` tokens at a time through a fresh cache.
 
     Args:
@@ -61,9 +41,11 @@ def stream(
         batch: Windows per forward.
         prompt: Tokens of the first forward, 0 for ``chunk``.
         progress: Called with the number of tokens of each finished forward.
+
+    Returns:
+        ``[windows, tokens - 1]`` float64 on CPU, next-token losses in nats.
     """
     losses: list[Tensor] = []
-    stored = full = None
     for rows in windows.split(batch):
         cache = make_cache()
         rows = rows.to(model.device)
@@ -80,6 +62,4 @@ def stream(
             if progress is not None:
                 progress((stop - start) * rows.shape[0])
         losses.append(torch.cat(batch_losses, 1))
-        stored = cache.stored_bytes() if hasattr(cache, "stored_bytes") else None
-        full = cache.full_bytes() if hasattr(cache, "full_bytes") else None
-    return StreamResult(torch.cat(losses), stored, full)
+    return torch.cat(losses)

@@ -158,7 +158,7 @@ def _measure_row(
         caches[:] = [make_cache()]
         return caches[0]
 
-    result = stream(model, windows, remembered, chunk=settings.chunk, batch=settings.batch)
+    losses = stream(model, windows, remembered, chunk=settings.chunk, batch=settings.batch)
     stored = tensor_bytes(caches[0])
     rows = windows.shape[0] % settings.batch or min(settings.batch, windows.shape[0])
     full, dynamic = _full_bytes(model, rows, settings.window)
@@ -176,8 +176,8 @@ def _measure_row(
         real_ratio=full / stored,
         dynamic_ratio=dynamic / stored,
         projection_bytes=bases,
-        losses=result.losses.mean(1).tolist(),
-        quarter_losses=[[float(part.mean()) for part in row.tensor_split(4)] for row in result.losses],
+        losses=losses.mean(1).tolist(),
+        quarter_losses=[[float(part.mean()) for part in row.tensor_split(4)] for row in losses],
         lookup_losses=score["lookup"].loss.tolist() if "lookup" in score else [],
         lookup_exact=score["lookup"].exact.tolist() if "lookup" in score else [],
         needle_losses=score["needle"].loss.tolist() if "needle" in score else [],
