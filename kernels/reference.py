@@ -1,15 +1,29 @@
-"""Encode states to packed latents and read them back: eager torch, any device, no optional imports.
+"""Encode states to packed latents, read them back and attend over them: eager torch, any device, no optional imports.
 
 This file is the specification: a kernel is right when it agrees with it. A token's latent is a row
 of channels sorted into tiers by bit width. The 16-bit tier is stored in a floating dtype; the 8, 4
 and 2-bit tiers hold symmetric mid-rise levels packed into bytes, with one float16 step per token
-and tier. Mathematics: docs/method.md, "The quantizer".
+and tier. Mathematics: docs/method.md, "The quantizer" and "Attending to latents".
 """
 
 import torch
 from torch import Tensor
 
-__all__ = ["QUANTIZED_BITS", "dequantize", "pack", "quantize", "unpack"]
+from lowrank_cache.kernels.packed import LatentSide, PackedTier
+from lowrank_cache.kernels.rope import rotate
+
+__all__ = [
+    "QUANTIZED_BITS",
+    "attend",
+    "dequantize",
+    "latent_decode",
+    "merge",
+    "pack",
+    "quantize",
+    "read_latents",
+    "reconstruct",
+    "unpack",
+]
 
 QUANTIZED_BITS = (8, 4, 2)
 
@@ -101,3 +115,112 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
         return packed
     mask = 2**bits - 1
     return torch.cat([(packed >> (plane * bits)) & mask for plane in range(planes)], dim=-1)
+
+
+def read_latents(tiers: tuple[PackedTier, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Unpack and dequantize all tiers: ``[batch, tokens, rank]`` in ``dtype``."""
+    parts = []
+    for tier in tiers:
+        if tier.steps is None:
+            parts.append(tier.codes[..., : tier.channels].to(dtype))
+        else:
+            codes = unpack(tier.codes, tier.bits)[..., : tier.channels]
+            parts.append(dequantize(codes, tier.steps, tier.bits, dtype))
+    return torch.cat(parts, dim=-1)
+
+
+def reconstruct(side: LatentSide, dtype: torch.dtype = torch.float32) -> Tensor:
+    """States of one layer and side, post-RoPE: ``[batch, heads, tokens, head_dim]`` in ``dtype``.
+
+    Products and rotations are computed in ``dtype``: float64 gives the truth that kernels are held against.
+    """
+    latents = read_latents(side.tiers, dtype)
+    rank, heads, head_dim = side.up_proj.shape
+    states = torch.matmul(latents, side.up_proj.to(dtype).reshape(rank, -1)).unflatten(2, (heads, head_dim))
+    states = states.transpose(1, 2) + side.constant.to(dtype)[:, None]
+    if side.rope is None:
+        return states
+    # [1 or batch, 1, tokens, rotary_dim / 2]: every token of a frame is rotated alike
+    tables = (
+        table.to(dtype).repeat_interleave(side.rope.frame_length, dim=1)[:, None, : latents.shape[1]]
+        for table in (side.rope.cos, side.rope.sin)
+    )
+    return rotate(states, *tables, side.rope.layout)
+
+
+def attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scaling: float,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention over one segment of the tokens, and what ``merge`` needs to join it with others.
+
+    Args:
+        query: ``[batch, q_heads, q_tokens, head_dim]``, post-RoPE.
+        keys: ``[batch, heads, tokens, head_dim]``, dtype of ``query``; each serves ``q_heads / heads`` adjacent
+            query heads.
+        values: ``[batch, heads, tokens, value_dim]``.
+        scaling: Factor of the scores.
+        mask: bool, broadcastable to ``[batch, 1, q_tokens, tokens]``; True where a query sees a token.
+        softcap: ``s`` becomes ``softcap · tanh(s / softcap)`` (Gemma 2).
+
+    Returns:
+        Output ``[batch, q_heads, q_tokens, value_dim]`` and log-sum-exp of the scores
+        ``[batch, q_heads, q_tokens]``, in the dtype of ``query`` but at least float32. A query that sees no token
+        has output 0 and log-sum-exp -inf.
+    """
+    wide = torch.promote_types(query.dtype, torch.float32)
+    batch, q_heads, q_tokens, head_dim = query.shape
+    heads = keys.shape[1]
+    # Query heads of one KV head side by side: no key is repeated.
+    rows = query.to(wide).reshape(batch, heads, -1, head_dim)
+    scores = (torch.matmul(rows, keys.to(wide).transpose(2, 3)) * scaling).view(batch, q_heads, q_tokens, -1)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    lse = torch.logsumexp(scores, dim=-1)
+    weights = torch.exp(scores - torch.where(lse.isneginf(), 0.0, lse)[..., None])
+    output = torch.matmul(weights.reshape(batch, heads, rows.shape[2], -1), values.to(wide))
+    return output.view(batch, q_heads, q_tokens, -1), lse
+
+
+def latent_decode(
+    query: Tensor,
+    key: LatentSide,
+    value: LatentSide,
+    *,
+    scaling: float,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``attend`` over tokens that exist only as latents.
+
+    Every query stands after every one of these tokens, so causality needs no mask. Arguments and results are those
+    of ``attend``, with ``query`` post-RoPE and each side's heads those of ``up_proj``.
+    """
+    wide = torch.promote_types(query.dtype, torch.float32)
+    keys, values = reconstruct(key, wide), reconstruct(value, wide)
+    return attend(query, keys, values, scaling=scaling, mask=mask, softcap=softcap)
+
+
+def merge(segments: list[tuple[Tensor, Tensor]], sink_logits: Tensor | None = None) -> Tensor:
+    """Join the results of ``attend`` over disjoint segments into attention over all of their tokens.
+
+    Args:
+        segments: Outputs ``[batch, q_heads, q_tokens, value_dim]`` and log-sum-exps ``[batch, q_heads, q_tokens]``.
+        sink_logits: ``[q_heads]``, learned scores of a token without a value (gpt-oss).
+
+    Returns:
+        ``[batch, q_heads, q_tokens, value_dim]``. A query that sees nothing in any segment gets 0.
+    """
+    lse = torch.stack([lse for _, lse in segments])
+    total = torch.logsumexp(lse, dim=0)
+    if sink_logits is not None:
+        total = torch.logaddexp(total, sink_logits.to(total)[:, None].expand_as(total))
+    shares = torch.exp(lse - torch.where(total.isneginf(), 0.0, total))
+    return sum(share[..., None] * output for share, (output, _) in zip(shares, segments, strict=True))
