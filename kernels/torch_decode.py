@@ -78,10 +78,9 @@ def _rebuilds(query: Tensor, side: LatentSide) -> bool:
 def _decode_tile(
     query: Tensor, key: LatentSide, value: LatentSide, scaling: float, mask: Tensor | None, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    batch, q_heads, q_tokens, _ = query.shape
-    key_latents = _read(key.tiers)
-    value_latents = key_latents if value.tiers is key.tiers else _read(value.tiers)
-    scores = (_rebuilt_scores if _rebuilds(query, key) else _absorbed_scores)(query.float() * scaling, key, key_latents)
+    key_codes = _unpacked(key.tiers)
+    value_codes = key_codes if value.tiers is key.tiers else _unpacked(value.tiers)
+    scores = (_rebuilt_scores if _rebuilds(query, key) else _absorbed_scores)(query.float() * scaling, key, key_codes)
     if softcap is not None:
         scores = scores.div_(softcap).tanh_().mul_(softcap)
     if mask is not None:
@@ -90,73 +89,99 @@ def _decode_tile(
     if mask is not None:
         highest = torch.where(highest.isneginf(), 0.0, highest)
     weights = scores.sub_(highest).exp_()
-    total = weights.sum(-1)
-    output = (_rebuilt_output if _rebuilds(query, value) else _latent_output)(weights, value, value_latents)
+    total = weights.sum(-1, keepdim=True)
+    output = (_rebuilt_output if _rebuilds(query, value) else _latent_output)(weights, total, value, value_codes)
     # A query that sees nothing has total 0: its output is 0 and its log-sum-exp -inf.
     seen = total if mask is None else torch.where(total == 0, 1.0, total)
-    return output.div_(seen[..., None]), total.log() + highest[..., 0]
+    return output.div_(seen), total.log_().add_(highest)[..., 0]
 
 
-def _read(tiers: tuple[PackedTier, ...]) -> Tensor:
-    """``reference.read_latents`` in float32, with one pass over each tier's numbers."""
-    batch, tokens, _ = tiers[0].codes.shape
-    latents = tiers[0].codes.new_empty(batch, tokens, sum(tier.channels for tier in tiers), dtype=torch.float32)
-    start = 0
+def _unpacked(tiers: tuple[PackedTier, ...]) -> list[Tensor]:
+    """Levels of each tier as float32, ``[batch, tokens, channels]``: not yet centred, not yet times the step."""
+    planes = []
     for tier in tiers:
-        part = latents[..., start : start + tier.channels]
-        start += tier.channels
-        if tier.steps is None:
-            part.copy_(tier.codes[..., : tier.channels])
+        mask = 2**tier.bits - 1
+        for shift in range(0, 8 if tier.bits < 8 else 0, tier.bits):
+            # Contiguous planes: writing them side by side at once would take several times as long.
+            shifted = tier.codes >> shift if shift else tier.codes
+            planes.append(shifted & mask if shift + tier.bits < 8 else shifted)
+    floats = torch.cat(planes, dim=2).float() if planes else None
+    levels, start = [], 0
+    for tier in tiers:
+        if tier.bits >= 8 or floats is None:
+            levels.append(tier.codes[..., : tier.channels].float())
             continue
-        row = tier.codes.shape[2]
-        for plane in range(8 // tier.bits):
-            here = part[..., plane * row : (plane + 1) * row]
-            codes = tier.codes[..., : here.shape[2]]
-            if tier.bits < 8:
-                codes = (codes >> (plane * tier.bits)) & (2**tier.bits - 1)
-            here.copy_(codes)
-        steps = tier.steps.float()[..., None]
-        torch.addcmul(steps * (0.5 - 2 ** (tier.bits - 1)), part, steps, out=part)
-    return latents
+        levels.append(floats[..., start : start + tier.channels])
+        start += tier.codes.shape[2] * 8 // tier.bits
+    return levels
 
 
-def _absorbed_scores(query: Tensor, side: LatentSide, latents: Tensor) -> Tensor:
-    """``[batch, q_heads, q_tokens, tokens]`` from scaled queries, without keys."""
-    batch, q_heads, q_tokens, head_dim = query.shape
-    tokens, (rank, heads, _) = latents.shape[1], side.up_proj.shape
-    if side.rope is None:
-        frame, rotated = tokens, query[:, :, None]
-    else:
-        frame = side.rope.frame_length
-        rotated = _into_frames(query, side.rope)
-    # rows: the query heads of one KV head, and the query tokens of each
-    rows = rotated.view(batch, heads, q_heads // heads, -1, q_tokens, head_dim)
-    frames = rows.shape[3]
-    rows = rows.permute(1, 0, 3, 2, 4, 5).reshape(heads, -1, head_dim)
-    absorbed = torch.bmm(rows, side.up_proj.float().permute(1, 2, 0))
-    absorbed = absorbed.view(heads, batch * frames, -1, rank).transpose(0, 1).reshape(batch * frames, -1, rank)
-    mean = torch.bmm(rows, side.constant[..., None]).view(heads, batch * frames, -1).transpose(0, 1)
+def _centre(tier: PackedTier) -> float:
+    """The level that stands for zero."""
+    return 2 ** (tier.bits - 1) - 0.5
+
+
+def _latents(tiers: tuple[PackedTier, ...], codes: list[Tensor]) -> Tensor:
+    """``reference.read_latents`` of tiers already unpacked."""
+    parts = [
+        part if tier.steps is None else (part - _centre(tier)) * tier.steps.float()[..., None]
+        for tier, part in zip(tiers, codes, strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _absorbed_scores(query: Tensor, side: LatentSide, codes: list[Tensor]) -> Tensor:
+    """``[batch, q_heads, q_tokens, tokens]`` from scaled queries, without keys.
+
+    A tier's step is one number a token, so it multiplies the finished dot products and not the latents.
+    """
+    batch, q_heads, q_tokens, _ = query.shape
+    tokens, heads = codes[0].shape[1], side.up_proj.shape[1]
+    frame = tokens if side.rope is None else side.rope.frame_length
+    rotated = query[:, :, None] if side.rope is None else _into_frames(query, side.rope)
+    frames = rotated.shape[2]
+    # rows of one KV head: batch, frames, its query heads, query tokens
+    rows = rotated.unflatten(1, (heads, -1)).permute(1, 0, 3, 2, 4, 5).flatten(1, 4)
+    absorbed = torch.bmm(rows, side.up_proj.float().permute(1, 2, 0))  # [heads, rows, rank]
+    mean = torch.bmm(rows, side.constant[..., None])
+    # [batch · frames, q_heads · q_tokens, rank]
+    absorbed, mean = (
+        part.unflatten(1, (batch * frames, -1)).transpose(0, 1).flatten(1, 2) for part in (absorbed, mean)
+    )
     missing = frames * frame - tokens  # the last frame may be shorter
+    scores = mean
+    start = 0
+    for tier, part in zip(side.tiers, codes, strict=True):
+        weights = absorbed[..., start : start + tier.channels]
+        start += tier.channels
+        framed = _framed(part, batch * frames, missing)
+        if tier.steps is None:
+            scores = torch.baddbmm(scores, weights, framed.transpose(1, 2))
+            continue
+        offset = weights.sum(-1, keepdim=True).mul_(-_centre(tier))
+        steps = _framed(tier.steps.float()[..., None], batch * frames, missing).transpose(1, 2)
+        scores = torch.addcmul(scores, torch.baddbmm(offset, weights, framed.transpose(1, 2)), steps)
+    scores = scores.view(batch, frames, q_heads, q_tokens, frame).permute(0, 2, 3, 1, 4).flatten(3)
+    return scores[..., :tokens].contiguous() if missing else scores.contiguous()
+
+
+def _framed(rows: Tensor, frames: int, missing: int) -> Tensor:
+    """``[batch, tokens, n]`` cut into ``[batch · frames, frame, n]``, zeros for what is ``missing`` at the end."""
     if missing:
-        latents = torch.nn.functional.pad(latents, (0, 0, 0, missing))
-    framed = latents.view(batch * frames, frame, rank)
-    scores = torch.baddbmm(mean.reshape(batch * frames, -1, 1), absorbed, framed.transpose(1, 2))
-    scores = scores.view(batch, frames, q_heads, q_tokens, frame).permute(0, 2, 3, 1, 4)
-    return scores.reshape(batch, q_heads, q_tokens, -1)[..., :tokens].contiguous()
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, missing))
+    return rows.reshape(frames, -1, rows.shape[2])
 
 
 def _into_frames(query: Tensor, rope: RotaryFrames) -> Tensor:
     """``R(-m) query`` for each frame's first position ``m``: ``[batch, q_heads, frames, q_tokens, head_dim]``."""
-    batch, q_heads, q_tokens, head_dim = query.shape
-    frames = rope.cos.shape[1]
-    spread = query[:, :, None].expand(batch, q_heads, frames, q_tokens, head_dim)
+    spread = query[:, :, None].expand(-1, -1, rope.cos.shape[1], -1, -1)
     return rotate(spread, rope.cos[:, None, :, None], rope.sin[:, None, :, None], rope.layout, inverse=True)
 
 
-def _rebuilt_scores(query: Tensor, side: LatentSide, latents: Tensor) -> Tensor:
+def _rebuilt_scores(query: Tensor, side: LatentSide, codes: list[Tensor]) -> Tensor:
     """``[batch, q_heads, q_tokens, tokens]`` from scaled queries and rebuilt keys."""
     batch, q_heads, q_tokens, head_dim = query.shape
-    keys = _rebuilt(side, latents)
+    keys = _rebuilt(side, codes)
     if side.rope is not None:
         cos, sin = side.rope.cos, side.rope.sin
         if side.rope.frame_length > 1:
@@ -166,26 +191,34 @@ def _rebuilt_scores(query: Tensor, side: LatentSide, latents: Tensor) -> Tensor:
     return torch.matmul(rows, keys.transpose(2, 3)).view(batch, q_heads, q_tokens, -1)
 
 
-def _rebuilt(side: LatentSide, latents: Tensor) -> Tensor:
+def _rebuilt(side: LatentSide, codes: list[Tensor]) -> Tensor:
     """``[batch, heads, tokens, head_dim]``, keys still in their frames."""
     rank, heads, head_dim = side.up_proj.shape
-    states = torch.matmul(latents, side.up_proj.float().reshape(rank, -1)) + side.constant.flatten()
+    states = torch.matmul(_latents(side.tiers, codes), side.up_proj.float().reshape(rank, -1)) + side.constant.flatten()
     return states.unflatten(2, (heads, head_dim)).transpose(1, 2)
 
 
-def _latent_output(weights: Tensor, side: LatentSide, latents: Tensor) -> Tensor:
+def _latent_output(weights: Tensor, total: Tensor, side: LatentSide, codes: list[Tensor]) -> Tensor:
     """``weights @ values``: summed as latents, then up-projected once."""
     batch, q_heads, q_tokens, tokens = weights.shape
     rank, heads, head_dim = side.up_proj.shape
-    summed = torch.bmm(weights.view(batch, -1, tokens), latents)
+    flat = weights.view(batch, -1, tokens)
+    parts = []
+    for tier, part in zip(side.tiers, codes, strict=True):
+        if tier.steps is None:
+            parts.append(torch.bmm(flat, part))
+            continue
+        stepped = flat * tier.steps.float()[:, None]
+        parts.append(torch.baddbmm(stepped.sum(-1, keepdim=True).mul_(-_centre(tier)), stepped, part))
+    summed = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
     rows = summed.view(batch, heads, -1, rank)
     output = torch.matmul(rows, side.up_proj.float().transpose(0, 1))
-    output += side.constant[:, None] * weights.sum(-1).view(batch, heads, -1, 1)
+    output = torch.addcmul(output, total.view(batch, heads, -1, 1), side.constant[:, None])
     return output.view(batch, q_heads, q_tokens, head_dim)
 
 
-def _rebuilt_output(weights: Tensor, side: LatentSide, latents: Tensor) -> Tensor:
+def _rebuilt_output(weights: Tensor, total: Tensor, side: LatentSide, codes: list[Tensor]) -> Tensor:
     batch, q_heads, q_tokens, tokens = weights.shape
-    values = _rebuilt(side, latents)
+    values = _rebuilt(side, codes)
     output = torch.matmul(weights.view(batch, values.shape[1], -1, tokens), values)
     return output.view(batch, q_heads, q_tokens, -1)
