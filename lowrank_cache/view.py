@@ -98,12 +98,12 @@ class LatentView:
         if mask is None:  # one query token and, says the model, no padding
             mask = self.sink_slots.new_ones(batch, 1, 1, self.slots, dtype=torch.bool)
         mask = mask.expand(batch, *mask.shape[1:])
-        reached = (self.sink_slots < self.slots)[:, None, None]
-        index = self.sink_slots.clamp(max=self.slots - 1)[:, None, None].expand(-1, 1, mask.shape[2], -1)
-        sinks = mask.gather(3, index) & reached
-        # A sink that is not there yet must not hide the last slot, to which its index was clamped.
-        others = mask.clone().scatter_(3, index, mask.gather(3, index) & ~reached)
-        return sinks, others
+        # A sink that is not there yet has a slot past the end: one more column takes them all.
+        padded = torch.nn.functional.pad(mask, (0, 1))
+        slots = self.sink_slots.clamp(max=self.slots)
+        sinks = padded.gather(3, slots[:, None, None].expand(-1, 1, mask.shape[2], -1))
+        elsewhere = padded.new_ones(batch, self.slots + 1).scatter_(1, slots, False)[:, None, None, : self.slots]
+        return sinks, mask & elsewhere
 
 
 def _causal(q_tokens: int, slots: int, device: torch.device) -> Tensor:
