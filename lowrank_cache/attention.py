@@ -109,7 +109,7 @@ def _switch(model: PreTrainedModel, decoder: PreTrainedModel, impl: str) -> _Swi
     decoder.set_attn_implementation(_NAMES[others])
     _SWITCHED[decoder] = _Switched(previous, impl)
     try:
-        layers = _layers_that_attend_directly(model)
+        layers = _layers_that_attend_directly(model, decoder)
         if not layers:
             raise NotImplementedError(
                 f"{name}: no layer hands the keys and values of its cache to attention unchanged; use the cache "
@@ -153,8 +153,17 @@ class _MarkingCache(DynamicCache):
         return keys, values
 
 
-def _layers_that_attend_directly(model: PreTrainedModel) -> frozenset[int]:
-    """Compressible layers between whose ``Cache.update`` and attention function nothing happens."""
+_DIRECT: "weakref.WeakKeyDictionary[PreTrainedModel, frozenset[int]]" = weakref.WeakKeyDictionary()
+
+
+def _layers_that_attend_directly(model: PreTrainedModel, decoder: PreTrainedModel) -> frozenset[int]:
+    """Compressible layers between whose ``Cache.update`` and attention function nothing happens; probed once."""
+    if decoder not in _DIRECT:
+        _DIRECT[decoder] = _probe(model)
+    return _DIRECT[decoder]
+
+
+def _probe(model: PreTrainedModel) -> frozenset[int]:
     shape = model_shape(model)
     if "dummy" in shape.layer_types:  # layers that reuse others' keys (Gemma 3n)
         return frozenset()
