@@ -3,6 +3,7 @@
 Arguments and messages only; what the commands do lives in ``evaluation`` and ``calibration``.
 """
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,6 +71,9 @@ def calibrate(
     layer_group_size: Annotated[
         str | None, typer.Option(help="Adjacent layers that share a latent: a number, KEYS,VALUES, or auto.")
     ] = None,
+    sensitivity: Annotated[
+        str, typer.Option(help="gradient, or query where gradients do not pass through the model.")
+    ] = "gradient",
     dtype: Annotated[str, typer.Option(help="Dtype of the model: auto, float32, bfloat16, float16.")] = "auto",
     device: Annotated[str | None, typer.Option(help="Torch device; the GPU if there is one.")] = None,
 ) -> None:
@@ -87,7 +91,13 @@ def calibrate(
         loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
         loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
         batches = mixed_batches(tokenizer, text, tokens=tokens, window=window, recall_share=recall_share)
-        calibration.calibrate(loaded, batches, provenance={"text": source}, **options).save_pretrained(out)
+        start = time.perf_counter()
+        projections = calibration.calibrate(
+            loaded, batches, sensitivity=sensitivity, provenance={"text": source}, **options
+        )
+        seconds = time.perf_counter() - start
+        projections.save_pretrained(out)
+        typer.echo(f"Calibrated in {seconds:.0f} s on {torch.get_num_threads()} threads.")
         typer.echo(f"Saved to {out}. 'lowrank-cache inspect {out}' describes it.")
 
 
@@ -100,6 +110,14 @@ def _group_size(given: str | None) -> int | str | tuple[int, ...] | None:
         return given
     sizes = tuple(int(part) for part in parts)
     return sizes[0] if len(sizes) == 1 else sizes
+
+
+def _needles(given: list[str]) -> tuple[tuple[int, int], ...]:
+    """``["1024:16", "4096:8"]`` → ((1024, 16), (4096, 8))."""
+    pairs = [text.partition(":") for text in given]
+    if not all(tokens.isdigit() and count.isdigit() for tokens, _, count in pairs):
+        raise ValueError(f"needles must be TOKENS:QUESTIONS, e.g. 1024:16, got {given}")
+    return tuple((int(tokens), int(count)) for tokens, _, count in pairs)
 
 
 @app.command()
@@ -133,23 +151,29 @@ def quality(
         ),
     ],
     model: Annotated[str | None, typer.Option(help="Name or folder of a model; SmolLM2-135M by default.")] = None,
-    calibrate_on: Annotated[Path | None, typer.Option(help="Text to calibrate on.")] = None,
-    evaluate_on: Annotated[Path | None, typer.Option(help="Text to evaluate on; WikiText-2 test by default.")] = None,
+    calibrate_on: Annotated[Path | None, typer.Option(help="Text to calibrate on; WikiText-2 by default.")] = None,
+    evaluate_on: Annotated[
+        Path | None,
+        typer.Option(help="Text to evaluate on: a file, python-sources or messages:LANGUAGE; WikiText-2 by default."),
+    ] = None,
     tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = 40_960,
     recall_share: Annotated[float, typer.Option(help="Fraction of calibration sequences that are look-ups.")] = 0.5,
     sensitivity: Annotated[str, typer.Option(help="gradient or query.")] = "gradient",
+    moments: Annotated[Path | None, typer.Option(help="Statistics of an earlier run, not to calibrate again.")] = None,
     windows: Annotated[int, typer.Option(help="Evaluation windows, evenly spaced.")] = 16,
     window: Annotated[int, typer.Option(help="Tokens per evaluation window.")] = 1024,
-    lookups: Annotated[int, typer.Option(help="Key–value look-ups among 22 entries.")] = 64,
-    needles: Annotated[int, typer.Option(help="Needles in prose.")] = 0,
-    needle_tokens: Annotated[int, typer.Option(help="Tokens of prose per needle.")] = 2048,
+    chunk: Annotated[int, typer.Option(help="Tokens per forward of windows and look-ups.")] = 32,
+    lookups: Annotated[int, typer.Option(help="Questions about key–value lists of 22 entries, 4 a list.")] = 64,
+    needles: Annotated[
+        list[str] | None, typer.Option(help="TOKENS:QUESTIONS about facts hidden in prose, 4 a text; repeatable.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Dtype in which the caches are measured.")] = "bfloat16",
     key_bias: Annotated[float, typer.Option(help="Rebuild the model with this constant bias on its keys.")] = 0.0,
 ) -> None:
     """Measure perplexity and recall of many caches on one model, in one run, as a table and a plot."""
     with _errors_as_messages():
         settings = QualitySettings(
-            windows=windows, window=window, lookups=lookups, needles=needles, needle_tokens=needle_tokens
+            windows=windows, window=window, chunk=chunk, lookups=lookups, needles=_needles(needles or [])
         )
-        run = QualityRun(model, calibrate_on, evaluate_on, tokens, recall_share, sensitivity, dtype, key_bias)
+        run = QualityRun(model, calibrate_on, evaluate_on, moments, tokens, recall_share, sensitivity, dtype, key_bias)
         run_quality(out, cache, run, settings, typer.echo)

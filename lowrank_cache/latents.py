@@ -188,14 +188,14 @@ class PackedLatents:
             start += channels
         self.tokens += latents.shape[1]
 
-    def read(self) -> Tensor:
-        """All stored latents, ``[batch, tokens, rank]`` float32."""
+    def read(self, start: int = 0) -> Tensor:
+        """Stored latents from token ``start`` on, ``[batch, tokens, rank]`` float32."""
         parts = []
         for (bits, channels), codes, steps in zip(self.tiers, self.codes, self.steps, strict=True):
             if steps is None:
-                parts.append(codes.view()[..., :channels].float())
+                parts.append(codes.view(start)[..., :channels].float())
             else:
-                parts.append(dequantize(unpack(codes.view(), bits)[..., :channels], steps.view(), bits))
+                parts.append(dequantize(unpack(codes.view(start), bits)[..., :channels], steps.view(start), bits))
         return torch.cat(parts, dim=-1)
 
     def truncate(self, tokens: int) -> None:

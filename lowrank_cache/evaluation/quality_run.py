@@ -16,7 +16,7 @@ from lowrank_cache.evaluation.biased_model import with_key_bias
 from lowrank_cache.evaluation.configurations import build
 from lowrank_cache.evaluation.model_source import demo_model
 from lowrank_cache.evaluation.plots import plot_quality
-from lowrank_cache.evaluation.quality import QualitySettings, drift_markdown, markdown, measure
+from lowrank_cache.evaluation.quality import QualitySettings, drift_markdown, markdown, measure, needle_markdown
 from lowrank_cache.evaluation.text_source import load_text
 from lowrank_cache.models import BOTH, model_shape
 
@@ -29,7 +29,8 @@ class QualityRun:
 
     Attributes:
         model: Name or folder; None for the demo's model.
-        calibrate_on, evaluate_on: Text files; None for WikiText-2 (validation and test) or what stands in.
+        calibrate_on, evaluate_on: Texts as ``load_text`` takes them; None for WikiText-2 (validation and test).
+        moments: File of an earlier run's statistics, which replace calibration; None to calibrate.
         tokens, recall_share, sensitivity: Of calibration, in float32.
         dtype: In which the caches are measured.
         key_bias: Rebuild the model with this constant bias on its keys, see ``biased_model``; 0 for none.
@@ -38,6 +39,7 @@ class QualityRun:
     model: str | None
     calibrate_on: Path | None
     evaluate_on: Path | None
+    moments: Path | None
     tokens: int
     recall_share: float
     sensitivity: str
@@ -61,7 +63,7 @@ def run_quality(
         model = with_key_bias(model, run.key_bias)
         name = f"{name} with a key bias of {run.key_bias:g}"
     out.mkdir(parents=True, exist_ok=True)
-    moments = _moments(out / "moments.safetensors", model, tokenizer, run, report)
+    moments = _moments(run.moments or out / "moments.safetensors", model, tokenizer, run, report)
     configurations = build(specifications, moments)
     text, source = load_text(run.evaluate_on, split="test")
     report(f"{name}, measured in {run.dtype} on {source}")
@@ -73,6 +75,8 @@ def run_quality(
         setattr(model.get_submodule(parent), leaf, table)
     rows = measure(model, tokenizer, text, configurations, settings, out / "results.jsonl", report)
     table = f"{markdown(rows)}\n\nBy quarter of the windows:\n\n{drift_markdown(rows)}\n"
+    if settings.needles:
+        table += f"\nNeedles by length of the text:\n\n{needle_markdown(rows, settings.needles)}\n"
     (out / "table.md").write_text(table, encoding="utf-8")
     report(table)
     try:
@@ -82,7 +86,7 @@ def run_quality(
 
 
 def _moments(path: Path, model, tokenizer, run: QualityRun, report: Callable[[str], object]) -> Moments:
-    if path.exists():
+    if run.moments or path.exists():
         report(f"statistics read from {path}")
         return Moments.load(path)
     text, source = load_text(run.calibrate_on, split="validation")
