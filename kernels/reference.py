@@ -141,11 +141,11 @@ def reconstruct(side: LatentSide, dtype: torch.dtype = torch.float32) -> Tensor:
     if side.rope is None:
         return states
     # [1 or batch, 1, tokens, rotary_dim / 2]: every token of a frame is rotated alike
-    tables = (
+    cos, sin = (
         table.to(dtype).repeat_interleave(side.rope.frame_length, dim=1)[:, None, : latents.shape[1]]
         for table in (side.rope.cos, side.rope.sin)
     )
-    return rotate(states, *tables, side.rope.layout)
+    return rotate(states, cos, sin, side.rope.layout)
 
 
 def attend(
@@ -208,7 +208,7 @@ def latent_decode(
     return attend(query, keys, values, scaling=scaling, mask=mask, softcap=softcap)
 
 
-def merge(segments: list[tuple[Tensor, Tensor]], sink_logits: Tensor | None = None) -> Tensor:
+def merge(segments: list[tuple[Tensor, Tensor]], sink_logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Join the results of ``attend`` over disjoint segments into attention over all of their tokens.
 
     Args:
@@ -216,11 +216,14 @@ def merge(segments: list[tuple[Tensor, Tensor]], sink_logits: Tensor | None = No
         sink_logits: ``[q_heads]``, learned scores of a token without a value (gpt-oss).
 
     Returns:
-        ``[batch, q_heads, q_tokens, value_dim]``. A query that sees nothing in any segment gets 0.
+        Output and log-sum-exp over all segments, shaped alike. A query that sees nothing has output 0.
     """
     lse = torch.stack([lse for _, lse in segments])
     total = torch.logsumexp(lse, dim=0)
     if sink_logits is not None:
         total = torch.logaddexp(total, sink_logits.to(total)[:, None].expand_as(total))
-    shares = torch.exp(lse - torch.where(total.isneginf(), 0.0, total))
-    return sum(share[..., None] * output for share, (output, _) in zip(shares, segments, strict=True))
+    shares = torch.exp(lse - torch.where(total.isneginf(), 0.0, total))[..., None]
+    output = shares[0] * segments[0][0]
+    for share, (part, _) in zip(shares[1:], segments[1:], strict=True):
+        output = torch.addcmul(output, share, part)
+    return output, total

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from lowrank_cache.growing import GrowingTensor, is_read_only
+from lowrank_cache.kernels.packed import LatentSide, PackedTier
 from lowrank_cache.kernels.rope import rotate
 from lowrank_cache.latents import Coder, PackedLatents
 from lowrank_cache.positions import PositionTrack
+from lowrank_cache.view import StoredSide
 
 __all__ = ["LatentStore", "StoreOptions"]
 
@@ -58,6 +60,7 @@ class LatentStore:
         self.pending: list[Tensor | None] = [None] * members  # window and new states of a group that will encode
         self.latents: PackedLatents | None = None
         self._read: Tensor | None = None  # latents as read in the current forward, until its last member
+        self._tiers: tuple[PackedTier, ...] | None = None  # views of the latents, for the current forward
         self._before: tuple | None = None  # state before the current forward, for `rollback`
 
     def _new_window(self) -> GrowingTensor:
@@ -74,8 +77,35 @@ class LatentStore:
             ``[batch, heads, tokens, head_dim]``, dtype of ``states``: past tokens as they are stored,
             new ones exact.
         """
+        everything = states if self.lengths[member] == 0 else self._assemble(member, states)
+        self._take_in(member, states)
+        self._encode_if_last(member)
+        return everything
+
+    def extend(self, member: int, states: Tensor) -> StoredSide:
+        """``update`` that rebuilds nothing: past tokens come back as they are stored."""
+        latents = self._latent_side(member)
+        self._take_in(member, states)
+        pending, window, sinks = self.pending[member], self.windows[member], self.sinks[member]
+        if pending is not None:
+            tail = pending
+        else:
+            tail = window.view() if window.rows else states[:, :, :0]
+        kept = states[:, :, :0] if sinks is None else sinks[:, :, : self.lengths[member]]
+        self._encode_if_last(member)
+        return StoredSide(kept, latents, tail)
+
+    @property
+    def sink_slots(self) -> Tensor | None:
+        """``[batch, num_sink_tokens]``, the slot of every row's sinks; None if those are all rows' first slots."""
+        first_real = self.track.first_real
+        if first_real is None or self.options.num_sink_tokens == 0:
+            return None
+        return first_real[:, None] + torch.arange(self.options.num_sink_tokens, device=first_real.device)
+
+    def _take_in(self, member: int, states: Tensor) -> None:
+        """Put new states into sinks and window, or, if there will be something to encode, with the window aside."""
         past = self.lengths[member]
-        everything = states if past == 0 else self._assemble(member, states)
         self._keep_sinks(member, states, past)
         inside = states[:, :, max(0, self.options.num_sink_tokens - past) :]
         window = self.windows[member]
@@ -85,11 +115,25 @@ class LatentStore:
         else:
             self.pending[member] = torch.cat([window.view(), inside], dim=2) if window.rows else inside
         self.lengths[member] = past + states.shape[2]
+
+    def _encode_if_last(self, member: int) -> None:
+        """When every member of the forward is there, encode what waits."""
         if member == len(self.lengths) - 1:
             self._read = None
             if self.pending[member] is not None:
                 self._encode_pending()
-        return everything
+
+    def _latent_side(self, member: int) -> LatentSide | None:
+        if self.latents is None or not self.latents.tokens:
+            return None
+        self.coder.to(self.latents.codes[0].view().device)
+        if self._tiers is None:  # every member of the forward reads the same latents
+            self._tiers = self.latents.views()
+        rope = self.coder.shapes[member].rope
+        frames = None
+        if rope is not None:
+            frames = self.track.frames(rope, self.options.num_sink_tokens, self.encoded_end)
+        return LatentSide(self._tiers, self.coder.up_proj(member), self.coder.constants[member], frames)
 
     def _encode_pending(self) -> None:
         options = self.options
@@ -192,18 +236,18 @@ class LatentStore:
 
     def begin(self) -> None:
         """Note the state before a forward, so that `rollback` can return to it."""
-        self._read = None
+        self._read = self._tiers = None
         windows = [(window, window.rows) for window in self.windows]
         tokens = 0 if self.latents is None else self.latents.tokens
         self._before = (list(self.lengths), self.encoded_end, tokens, windows)
 
     def commit(self) -> None:
         """The forward ended well: let go of what `rollback` would need."""
-        self._before = None
+        self._before = self._tiers = None
 
     def rollback(self) -> None:
         """Undo the current forward. Sinks need no undoing: those past the length are written again."""
-        self._read = None
+        self._read = self._tiers = None
         if self._before is None:
             return
         self.lengths, self.encoded_end, tokens, windows = self._before
