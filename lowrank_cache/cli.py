@@ -1,4 +1,4 @@
-"""The ``lowrank-cache`` command: ``demo``, ``calibrate``, ``inspect``, ``quality``.
+"""The ``lowrank-cache`` command: ``demo``, ``calibrate``, ``inspect``, ``prefill``, ``quality``.
 
 Arguments and messages only; what the commands do lives in ``evaluation`` and ``calibration``.
 """
@@ -12,16 +12,17 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from lowrank_cache import Projections, calibration
+from lowrank_cache import LowRankCache, Projections, calibration
 from lowrank_cache.calibration.recall import mixed_batches
 from lowrank_cache.evaluation.demo import DemoSettings, run_demo
 from lowrank_cache.evaluation.inspection import inspect_projections
 from lowrank_cache.evaluation.model_source import DownloadError
 from lowrank_cache.evaluation.plots import plot_projections
+from lowrank_cache.evaluation.prefill import prefill_peak
 from lowrank_cache.evaluation.quality import QualitySettings
-from lowrank_cache.evaluation.quality_run import QualityRun, run_quality
+from lowrank_cache.evaluation.quality_run import QualityRun, in_dtype, load_model, run_quality
 from lowrank_cache.evaluation.text_source import load_text
 
 __all__ = ["app"]
@@ -139,6 +140,31 @@ def inspect(
         if plot is not None:
             plot_projections(loaded, ratio, plot)
             console.print(f"Drawn into {plot}")
+
+
+@app.command()
+def prefill(
+    projections: Annotated[str, typer.Argument(help="Folder or hub repository of projections.")],
+    model: Annotated[str | None, typer.Option(help="Name or folder of a model; SmolLM2-135M by default.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 4096,
+    ratio: Annotated[float, typer.Option(help="Target compression ratio per token in latents.")] = 8.0,
+    dtype: Annotated[str, typer.Option(help="Dtype of the model.")] = "bfloat16",
+) -> None:
+    """Show what a prefill keeps alive in memory with the full cache and with a compressed one, on a CPU."""
+    with _errors_as_messages():
+        loaded, _, name = load_model(model, typer.echo)
+        loaded = in_dtype(loaded.eval(), dtype)
+        bases = Projections.from_pretrained(projections, compression_ratio=ratio)
+        prompt = torch.randint(loaded.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
+        low_rank = LowRankCache(loaded, bases, compression_ratio=ratio)
+        caches = {"full": DynamicCache(config=loaded.config), "low-rank": low_rank}
+        typer.echo(f"{name} in {dtype}, a prompt of {tokens} tokens, {ratio:g}x")
+        for kind, cache in caches.items():
+            peak = prefill_peak(loaded, cache, prompt)
+            typer.echo(
+                f"{kind} cache: dense keys and values alive at most {peak.dense / 1e6:.1f} MB, allocated at most "
+                f"{peak.allocated / 1e6:.1f} MB, left {peak.left / 1e6:.1f} MB"
+            )
 
 
 @app.command()

@@ -20,7 +20,7 @@ from lowrank_cache.view import StoredSide
 
 __all__ = ["LatentStore", "StoreOptions"]
 
-_ENCODE_TOKENS = 4096  # encode a long prompt in pieces: its float32 copies stay small
+_ENCODE_TOKENS = 1024  # encode a long prompt in pieces: their float32 copies stay smaller than the prompt's states
 
 
 @dataclass(frozen=True)

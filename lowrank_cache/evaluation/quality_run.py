@@ -20,7 +20,7 @@ from lowrank_cache.evaluation.quality import QualitySettings, drift_markdown, ma
 from lowrank_cache.evaluation.text_source import load_text
 from lowrank_cache.models import BOTH, model_shape
 
-__all__ = ["QualityRun", "run_quality"]
+__all__ = ["QualityRun", "in_dtype", "load_model", "run_quality"]
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,7 @@ def run_quality(
     out: Path, specifications: list[str], run: QualityRun, settings: QualitySettings, report: Callable[[str], object]
 ) -> None:
     """Write ``moments.safetensors``, ``results.jsonl``, ``table.md`` and ``quality.png`` into ``out``."""
-    model: Any
-    if run.model is None:
-        model, tokenizer, name = demo_model(report)
-    else:
-        name = run.model
-        tokenizer = AutoTokenizer.from_pretrained(run.model)
-        model = AutoModelForCausalLM.from_pretrained(run.model, dtype=torch.float32)
-    model = model.float().eval()
+    model, tokenizer, name = load_model(run.model, report)
     if run.key_bias:
         model = with_key_bias(model, run.key_bias)
         name = f"{name} with a key bias of {run.key_bias:g}"
@@ -67,12 +60,7 @@ def run_quality(
     configurations = build(specifications, moments)
     text, source = load_text(run.evaluate_on, split="test")
     report(f"{name}, measured in {run.dtype} on {source}")
-    # Inverse frequencies stay float32, as in a model loaded in this dtype.
-    tables = {path: buffer.clone() for path, buffer in model.named_buffers() if path.endswith("inv_freq")}
-    model = model.to(getattr(torch, run.dtype))
-    for path, table in tables.items():
-        parent, _, leaf = path.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, table)
+    model = in_dtype(model, run.dtype)
     rows = measure(model, tokenizer, text, configurations, settings, out / "results.jsonl", report)
     table = f"{markdown(rows)}\n\nBy quarter of the windows:\n\n{drift_markdown(rows)}\n"
     if settings.needles:
@@ -83,6 +71,26 @@ def run_quality(
         plot_quality(rows, out / "quality.png")
     except ImportError as error:
         report(str(error))
+
+
+def load_model(name: str | None, report: Callable[[str], object]) -> tuple[Any, Any, str]:
+    """A float32 model in eval mode, its tokenizer and its name; the demo's for None."""
+    if name is None:
+        model, tokenizer, name = demo_model(report)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    return model.float().eval(), tokenizer, name
+
+
+def in_dtype(model: Any, dtype: str) -> Any:
+    """``model`` moved to a dtype by name; inverse frequencies stay float32, as in a model loaded in this dtype."""
+    tables = {path: buffer.clone() for path, buffer in model.named_buffers() if path.endswith("inv_freq")}
+    model = model.to(getattr(torch, dtype))
+    for path, table in tables.items():
+        parent, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, table)
+    return model
 
 
 def _moments(path: Path, model, tokenizer, run: QualityRun, report: Callable[[str], object]) -> Moments:
