@@ -67,6 +67,7 @@ def calibrate(
     tokens: Annotated[int, typer.Option(help="Calibration tokens, rounded down to whole windows.")] = 20_000,
     window: Annotated[int, typer.Option(help="Tokens per calibration sequence.")] = 512,
     recall_share: Annotated[float, typer.Option(help="Fraction of sequences that are generated look-ups.")] = 0.5,
+    seed: Annotated[int, typer.Option(help="Of the generated look-ups.")] = 0,
     method: Annotated[str | None, typer.Option(help="How bases are found; see docs/method.md.")] = None,
     frame_length: Annotated[int | None, typer.Option(help="Tokens per rotary frame; 1 stores pre-RoPE keys.")] = None,
     layer_group_size: Annotated[
@@ -91,11 +92,10 @@ def calibrate(
         tokenizer = AutoTokenizer.from_pretrained(model)
         loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
         loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
-        batches = mixed_batches(tokenizer, text, tokens=tokens, window=window, recall_share=recall_share)
+        batches = mixed_batches(tokenizer, text, tokens=tokens, window=window, recall_share=recall_share, seed=seed)
+        facts = {"text": source, "recall_share": recall_share, "seed": seed}
         start = time.perf_counter()
-        projections = calibration.calibrate(
-            loaded, batches, sensitivity=sensitivity, provenance={"text": source}, **options
-        )
+        projections = calibration.calibrate(loaded, batches, sensitivity=sensitivity, provenance=facts, **options)
         seconds = time.perf_counter() - start
         projections.save_pretrained(out)
         typer.echo(f"Calibrated in {seconds:.0f} s on {torch.get_num_threads()} threads.")
