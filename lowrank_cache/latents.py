@@ -213,16 +213,16 @@ class PackedLatents:
             start += channels
         self.tokens += latents.shape[1]
 
-    def views(self) -> tuple[PackedTier, ...]:
-        """The stored tokens as they lie in the buffers; appending leaves these views as they are."""
+    def views(self, start: int = 0) -> tuple[PackedTier, ...]:
+        """Tokens from ``start`` on as they lie in the buffers; appending leaves these views as they are."""
         return tuple(
-            PackedTier(bits, channels, codes.view(), None if steps is None else steps.view())
+            PackedTier(bits, channels, codes.view(start), None if steps is None else steps.view(start))
             for (bits, channels), codes, steps in zip(self.tiers, self.codes, self.steps, strict=True)
         )
 
-    def read(self) -> Tensor:
-        """All stored latents, ``[batch, tokens, rank]`` float32."""
-        return read_latents(self.views())
+    def read(self, start: int = 0) -> Tensor:
+        """Stored latents from token ``start`` on, ``[batch, tokens, rank]`` float32."""
+        return read_latents(self.views(start))
 
     def truncate(self, tokens: int) -> None:
         """Keep the first ``tokens`` tokens."""

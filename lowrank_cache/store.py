@@ -20,7 +20,7 @@ from lowrank_cache.view import StoredSide
 
 __all__ = ["LatentStore", "StoreOptions"]
 
-_ENCODE_TOKENS = 4096  # encode a long prompt in pieces: its float32 copies stay small
+_ENCODE_TOKENS = 1024  # encode a long prompt in pieces: their float32 copies stay smaller than the prompt's states
 
 
 @dataclass(frozen=True)
@@ -190,22 +190,22 @@ class LatentStore:
             everything[row, :, slot] = kept[row, :, nth]
         return everything
 
-    def _reconstruct(self, packed: PackedLatents, member: int, new: Tensor) -> Tensor:
-        """All encoded slots of one member, ``[batch, heads, tokens, head_dim]`` float32, post-RoPE.
+    def _reconstruct(self, packed: PackedLatents, member: int, new: Tensor, start: int = 0) -> Tensor:
+        """Encoded tokens of one member from ``start`` on, ``[batch, heads, tokens, head_dim]`` float32, post-RoPE.
 
         ``new``: the states of the forward; bfloat16 ones, and float16 ones on a GPU, lend their dtype to the
         product.
         """
         if self._read is None:  # every member of the forward reads the same latents
             if self.coder.rank:
-                self._read = packed.read()
+                self._read = packed.read(start)
             else:  # nothing is stored: every token is read as the calibration mean
-                self._read = self.coder.weight.new_empty(new.shape[0], packed.tokens, 0)
+                self._read = self.coder.weight.new_empty(new.shape[0], packed.tokens - start, 0)
         fast = new.dtype == torch.bfloat16 or (new.dtype == torch.float16 and new.is_cuda)
         states = self.coder.decode(self._read, member, new.dtype if fast else torch.float32)
         rope = self.coder.shapes[member].rope
         if rope is not None:
-            cos, sin = self.track.rotation(rope, self.options.num_sink_tokens, self.encoded_end)
+            cos, sin = self.track.rotation(rope, self.options.num_sink_tokens + start, self.encoded_end)
             states = rotate(states, cos, sin, rope.layout)
         return states
 
