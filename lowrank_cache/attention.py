@@ -104,9 +104,12 @@ def _switch(model: PreTrainedModel, decoder: PreTrainedModel, impl: str) -> _Swi
     others = "eager" if previous == "eager" else "sdpa"
     for key, function in _FUNCTIONS.items():
         # Both: where the mask's name is unknown, transformers makes no mask at all.
-        AttentionInterface.register(_NAMES[key], function)
+        AttentionInterface.register(_NAMES[key], function)  # type: ignore[arg-type]  # its Callable is a bare name
         AttentionMaskInterface.register(_NAMES[key], _MASKS[key])
     decoder.set_attn_implementation(_NAMES[others])
+    weakref.finalize(
+        decoder, _unregister_if_unused
+    )  # for a model that dies switched; runs after its entry below is gone
     _SWITCHED[decoder] = _Switched(previous, impl)
     try:
         layers = _layers_that_attend_directly(model, decoder)
@@ -125,6 +128,10 @@ def _switch(model: PreTrainedModel, decoder: PreTrainedModel, impl: str) -> _Swi
 def _switch_back(decoder: PreTrainedModel) -> None:
     set_attended(decoder, Attended())
     decoder.set_attn_implementation(_SWITCHED.pop(decoder).previous)
+    _unregister_if_unused()
+
+
+def _unregister_if_unused() -> None:
     if not _SWITCHED:
         for name in _NAMES.values():
             AttentionInterface._global_mapping.pop(name, None)  # there is no public way back

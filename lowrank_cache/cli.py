@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from lowrank_cache import LowRankCache, Projections, calibration
 from lowrank_cache.calibration.recall import mixed_batches
+from lowrank_cache.evaluation.bench import BenchSettings
+from lowrank_cache.evaluation.bench_run import bench as run_bench
 from lowrank_cache.evaluation.demo import DemoSettings, run_demo
 from lowrank_cache.evaluation.inspection import inspect_projections
 from lowrank_cache.evaluation.model_source import DownloadError
@@ -203,3 +205,44 @@ def quality(
         )
         run = QualityRun(model, calibrate_on, evaluate_on, moments, tokens, recall_share, sensitivity, dtype, key_bias)
         run_quality(out, cache, run, settings, typer.echo)
+
+
+@app.command()
+def bench(
+    out: Annotated[Path, typer.Option(help="Folder for times, table, JSON and plot; rerunning resumes.")],
+    cache: Annotated[
+        list[str] | None,
+        typer.Option(help="A row as for 'quality', repeatable; ',attend=0' at its end rebuilds keys and values."),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Name or folder of a model; SmolLM2-135M by default.")] = None,
+    calibrate_on: Annotated[Path | None, typer.Option(help="Text to calibrate on; WikiText-2 by default.")] = None,
+    evaluate_on: Annotated[Path | None, typer.Option(help="Text to decode; WikiText-2 by default.")] = None,
+    moments: Annotated[Path | None, typer.Option(help="Statistics of an earlier run, not to calibrate again.")] = None,
+    tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = 20_480,
+    contexts: Annotated[str, typer.Option(help="Tokens in the cache, separated by commas.")] = "1024,4096,8192",
+    batches: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,4",
+    new_tokens: Annotated[int, typer.Option(help="Timed decode steps of each cache.")] = 24,
+    threads: Annotated[int, typer.Option(help="Threads of PyTorch.")] = 1,
+    dtype: Annotated[str, typer.Option(help="Dtype of the model.")] = "float32",
+    quick: Annotated[bool, typer.Option(help="1,024 tokens, batch 1, 8 steps.")] = False,
+) -> None:
+    """Time prefill and decoding of compressed caches against the full cache, and count their bytes."""
+    with _errors_as_messages():
+        settings = BenchSettings(
+            contexts=(1024,) if quick else _numbers("contexts", contexts),
+            batches=(1,) if quick else _numbers("batches", batches),
+            new_tokens=8 if quick else new_tokens,
+            threads=threads,
+        )
+        run = QualityRun(model, calibrate_on, evaluate_on, moments, tokens, 0.5, "gradient", dtype)
+        run_bench(out, cache or BENCH_CACHES, run, settings, typer.echo)
+
+
+BENCH_CACHES = ["full", "quantized-fp8", "fisher:8,groups=1,frame=64", "fisher:10"]
+
+
+def _numbers(name: str, given: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in given.split(",")]
+    if not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise ValueError(f"{name} must be positive integers separated by commas, got {given!r}")
+    return tuple(int(part) for part in parts)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -141,7 +142,7 @@ def _maker(name: str, configuration, model, settings: BenchSettings) -> Callable
     projections, options = configuration
     if projections is None:
         return lambda: make_baseline(name, model, settings.residual_length)
-    sizes = {
+    sizes: dict[str, Any] = {
         "residual_length": settings.residual_length,
         "num_sink_tokens": settings.num_sink_tokens,
         "block_size": settings.block_size,
@@ -231,7 +232,7 @@ def _peak_memory(interval: float = 0.002) -> Iterator[Callable[[], int]]:
 def bench_markdown(rows: list[BenchRow]) -> str:
     """A Markdown table: every row beside the full cache of the same context and batch."""
     lines = [
-        "| context | batch | cache | decode, tokens/s | to full | prefill, s | to full | stored, MB | smaller than full "
+        "| context | batch | cache | decode, tokens/s | to full | prefill, s | to full | stored, MB | smaller "
         "| peak of prefill, MB | peak of decode, MB |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]

@@ -20,7 +20,7 @@ from lowrank_cache.evaluation.quality import QualitySettings, drift_markdown, ma
 from lowrank_cache.evaluation.text_source import load_text
 from lowrank_cache.models import BOTH, model_shape
 
-__all__ = ["QualityRun", "in_dtype", "load_model", "run_quality"]
+__all__ = ["QualityRun", "in_dtype", "load_model", "moments_of", "run_quality"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def run_quality(
         model = with_key_bias(model, run.key_bias)
         name = f"{name} with a key bias of {run.key_bias:g}"
     out.mkdir(parents=True, exist_ok=True)
-    moments = _moments(run.moments or out / "moments.safetensors", model, tokenizer, run, report)
+    moments = moments_of(run, out / "moments.safetensors", model, tokenizer, report)
     configurations = build(specifications, moments)
     text, source = load_text(run.evaluate_on, split="test")
     report(f"{name}, measured in {run.dtype} on {source}")
@@ -93,7 +93,9 @@ def in_dtype(model: Any, dtype: str) -> Any:
     return model
 
 
-def _moments(path: Path, model, tokenizer, run: QualityRun, report: Callable[[str], object]) -> Moments:
+def moments_of(run: QualityRun, path: Path, model, tokenizer, report: Callable[[str], object]) -> Moments:
+    """Statistics from the file that ``run`` names, else from ``path``, else calibrated now and kept there."""
+    path = run.moments or path
     if run.moments or path.exists():
         report(f"statistics read from {path}")
         return Moments.load(path)
