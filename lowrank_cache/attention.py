@@ -107,9 +107,7 @@ def _switch(model: PreTrainedModel, decoder: PreTrainedModel, impl: str) -> _Swi
         AttentionInterface.register(_NAMES[key], function)  # type: ignore[arg-type]  # its Callable is a bare name
         AttentionMaskInterface.register(_NAMES[key], _MASKS[key])
     decoder.set_attn_implementation(_NAMES[others])
-    weakref.finalize(
-        decoder, _unregister_if_unused
-    )  # for a model that dies switched; runs after its entry below is gone
+    weakref.finalize(decoder, _unregister_if_unused)  # a model may die switched
     _SWITCHED[decoder] = _Switched(previous, impl)
     try:
         layers = _layers_that_attend_directly(model, decoder)
