@@ -205,6 +205,7 @@ class LowRankCache(Cache):
         """Cached tokens, padding included; during a forward, and after one that failed, those before it."""
         return super().get_seq_length(layer_idx) if self._updated is None else self._length_before
 
+    @torch.compiler.disable(reason="buffers grow and latents are encoded by Python control flow")
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[Tensor, Tensor]:
