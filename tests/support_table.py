@@ -27,8 +27,8 @@ convolution, linear attention) keep transformers' own classes, inside the same c
 With full-rank projections, tokens equal those of `DynamicCache` and logits agree to rounding
 (`tests/test_generation.py`), and for the first table encoded keys are proven to be the keys before the
 model's rotary function (`tests/test_unrotation.py`). "Attend to latents" says which of the compressed layers
-[`latent_attention`](cache_contract.md#attending-to-latents) serves, in the same modes (`tests/test_latent_attention.py`);
-it raises where there is none, and the cache works without it.
+[`latent_attention`](cache_contract.md#attending-to-latents) serves, in the same modes
+(`tests/test_latent_attention.py`); it raises where there is none, and the cache works without it.
 """
 
 _FOOT = """\
