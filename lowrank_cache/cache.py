@@ -22,6 +22,7 @@ from transformers.cache_utils import (
 
 from lowrank_cache.allocation import plan_stores
 from lowrank_cache.hooks import watch
+from lowrank_cache.kernels.reference import QUANTIZED_BITS
 from lowrank_cache.latents import Coder
 from lowrank_cache.models import LayerShape, ModelShape, decoder_of, model_shape
 from lowrank_cache.positions import PositionTrack
@@ -98,7 +99,8 @@ class LowRankCache(Cache):
         ranks: Channels to keep instead of a ratio: one number for every basis (at most its width), or
             ``{layer: (key_rank, value_rank)}`` by the first layer of each layer group, whose sum counts where
             keys and values share a latent.
-        bits: One width (16, 8, 4, 2) for all channels kept; None lets the method choose.
+        bits: One width (16, 8, 4, 2) for all channels kept, below 16 after a Hadamard rotation for all methods but
+            fisher; None lets the method choose.
         residual_length: Most recent tokens kept exactly.
         num_sink_tokens: First real tokens of each row kept exactly.
         block_size: Tokens encoded at a time.
@@ -368,7 +370,10 @@ def _coders(projections: Projections, compression_ratio, ranks, bits, latent_dty
         plans = plan_stores(projections, compression_ratio, ranks, bits)
         made[key] = []
         for store, plan in zip(projections.stores(), plans, strict=True):
-            made[key].append(Coder(store, plan, projections.shape.members(store[0].side, store[0].layers), dtype))
+            members = projections.shape.members(store[0].side, store[0].layers)
+            # Channels with a loss of their own keep it: rotation would spread what matters over what does not.
+            rotated = bits in QUANTIZED_BITS and all(basis.rank_weight is not None for basis in store)
+            made[key].append(Coder(store, plan, members, dtype, rotated))
     return made[key]
 
 
