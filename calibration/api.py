@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 
 from lowrank_cache.calibration.compressed_stream import CompressedRecorder
 from lowrank_cache.calibration.fisher import fisher_bases
-from lowrank_cache.calibration.moments import Group, Moments, collect_moments, layer_groups
+from lowrank_cache.calibration.moments import Moments, collect_moments
 from lowrank_cache.calibration.palu import palu_bases
 from lowrank_cache.calibration.recalkv import recalkv_bases
-from lowrank_cache.models import BOTH, SIDES, ModelShape, model_shape
+from lowrank_cache.models import BOTH, SIDES, Group, ModelShape, layer_groups, model_shape
 from lowrank_cache.projections import Basis, Projections
 
 __all__ = ["auto_group_size", "calibrate", "projections_from_moments", "refit_values"]

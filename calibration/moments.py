@@ -21,9 +21,8 @@ from transformers import DynamicCache, PreTrainedModel
 from lowrank_cache.calibration.query_sensitivity import QueryStatistics, record_queries
 from lowrank_cache.kernels.rope import angle_tables, rotate
 from lowrank_cache.models import (
-    BOTH,
     SIDES,
-    LayerShape,
+    Group,
     ModelShape,
     RopeShape,
     SideShape,
@@ -32,11 +31,10 @@ from lowrank_cache.models import (
     rope_buffer,
 )
 
-__all__ = ["Group", "Moments", "Recorder", "collect_moments", "layer_groups", "positions_of", "usable_tokens"]
+__all__ = ["Moments", "Recorder", "collect_moments", "positions_of", "usable_tokens"]
 
 SKIPPED_TOKENS = 4  # a sequence's first real tokens are attention sinks with outlier keys; the cache keeps them exact
 _COUNTS = ("tokens", "sequences", "loss", "predicted", "sensitivity_kind")
-Group = tuple[int, ...]  # adjacent compressible layers
 
 
 @dataclass
@@ -155,25 +153,6 @@ class Moments:
         except (KeyError, TypeError, json.JSONDecodeError, SafetensorError) as error:
             raise ValueError(f"{path} holds no readable moments: {type(error).__name__}: {error}") from error
         return moments
-
-
-def layer_groups(shape: ModelShape, side: str, size: int) -> list[Group]:
-    """Cut the compressible layers into groups of ``size`` adjacent ones; the last may be shorter.
-
-    A group never mixes layers whose states differ in heads, head_dim or rope.
-    """
-    groups: list[list[int]] = []
-    for layer in shape.layers:
-        alike = groups and _shapes(shape.layer(groups[-1][0]), side) == _shapes(layer, side)
-        if alike and len(groups[-1]) < size:
-            groups[-1].append(layer.layer_idx)
-        else:
-            groups.append([layer.layer_idx])
-    return [tuple(group) for group in groups]
-
-
-def _shapes(layer: LayerShape, side: str) -> list[SideShape]:
-    return [layer.side(name) for name in (SIDES if side == BOTH else (side,))]
 
 
 def collect_moments(

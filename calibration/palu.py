@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lowrank_cache.calibration.fisher import unit_variance
-from lowrank_cache.calibration.moments import Group, Moments
-from lowrank_cache.models import SideShape
+from lowrank_cache.calibration.moments import Moments
+from lowrank_cache.models import Group, SideShape
 from lowrank_cache.projections import Basis
 
 __all__ = ["head_groups", "head_rows", "palu_bases", "principal_basis", "rank_weight"]

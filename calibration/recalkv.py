@@ -11,8 +11,9 @@ from its released code: docs/method.md, "ReCalKV".
 import torch
 from torch import Tensor
 
-from lowrank_cache.calibration.moments import Group, Moments
+from lowrank_cache.calibration.moments import Moments
 from lowrank_cache.calibration.palu import head_groups, head_rows, principal_basis, rank_weight
+from lowrank_cache.models import Group
 from lowrank_cache.projections import Basis
 
 __all__ = ["calibrate_once", "group_similar_heads", "head_similarity", "recalkv_bases"]

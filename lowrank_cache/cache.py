@@ -8,6 +8,7 @@ layers keep transformers' own classes. What transformers calls, and when: docs/c
 import weakref
 from collections.abc import Mapping
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from lowrank_cache.latents import Coder
 from lowrank_cache.models import LayerShape, ModelShape, decoder_of, model_shape
 from lowrank_cache.positions import PositionTrack
 from lowrank_cache.projections import Projections
+from lowrank_cache.prompt_svd import prompt_stores
 from lowrank_cache.store import LatentStore, StoreOptions
 
 __all__ = ["LowRankCache", "LowRankLayer"]
@@ -106,6 +108,11 @@ class LowRankCache(Cache):
         block_size: Tokens encoded at a time.
         latent_dtype: Dtype of 16-bit latents and of the projection matrices; None takes that of the
             incoming keys for latents, and float32 for the matrices.
+        method: ``"xkv"`` instead of projections: each row's bases come from its own prompt, see ``prompt_svd``.
+            They count in ``stored_bytes``.
+        layer_group_size: Adjacent layers that share xkv's bases, 4 unless given.
+        new_tokens: What xkv does with tokens after those that made the bases: ``"encode"`` them with the
+            same bases (unless given) or keep them ``"exact"``.
 
     Raises:
         NotImplementedError: If the model's cache cannot be compressed (see ``models.model_shape``).
@@ -129,22 +136,35 @@ class LowRankCache(Cache):
         num_sink_tokens: int = 4,
         block_size: int = 64,
         latent_dtype: torch.dtype | None = torch.float16,
+        layer_group_size: int | None = None,
+        new_tokens: str | None = None,
     ):
         options = _check_options(residual_length, num_sink_tokens, block_size, latent_dtype)
         if (projections is None) == (method is None):
             raise ValueError("exactly one of projections and method must be given")
-        if method is not None:
-            raise ValueError(f"method must be None in this release, which only reads projections; got {method!r}")
-        if not isinstance(projections, Projections):
-            raise TypeError(f"projections must be Projections, got {type(projections).__name__}")
-        shape = model_shape(model)
-        projections.check_model(shape)
-        decoder = decoder_of(model)
-        self._coders = _coders(projections, compression_ratio, ranks, bits, latent_dtype)
+        shape, decoder = model_shape(model), decoder_of(model)
+        budget: dict[str, Any] = {"compression_ratio": compression_ratio, "ranks": ranks, "bits": bits}
+        if projections is not None:
+            if not isinstance(projections, Projections):
+                raise TypeError(f"projections must be Projections, got {type(projections).__name__}")
+            projections.check_model(shape)
+            if layer_group_size is not None or new_tokens is not None:
+                raise ValueError("layer_group_size and new_tokens belong to method 'xkv'; projections hold their own")
+            self._coders = _coders(projections, **budget, latent_dtype=latent_dtype)
+            self._track = PositionTrack(projections.frame_length, num_sink_tokens)
+            self._stores = [LatentStore(coder, self._track, options) for coder in self._coders]
+        elif method == "xkv":
+            size = 4 if layer_group_size is None else layer_group_size
+            new_tokens = "encode" if new_tokens is None else new_tokens
+            self._coders = []  # bases belong to prompts and lie in the stores
+            self._track = PositionTrack(1, num_sink_tokens)
+            self._stores = list(
+                prompt_stores(shape, self._track, options, **budget, layer_group_size=size, new_tokens=new_tokens)
+            )
+        else:
+            raise ValueError(f"method must be 'xkv'; the bases of other methods are calibrated, got {method!r}")
         self.target_compression_ratio = float(compression_ratio) if ranks is None else None
         self._decoder = weakref.ref(decoder)
-        self._track = PositionTrack(projections.frame_length, num_sink_tokens)
-        self._stores = [LatentStore(coder, self._track, options) for coder in self._coders]
         self._compressed = tuple(layer.layer_idx for layer in shape.layers)
         self._updated: set[int] | None = None  # compressed layers seen in the current forward; None between forwards
         self._length_before = 0  # cached tokens when the current forward began
@@ -270,7 +290,7 @@ class LowRankCache(Cache):
         self._map_batch(lambda rows: rows[indices.to(rows.device)])
 
     def reset(self) -> None:
-        """Forget all tokens; the bases stay."""
+        """Forget all tokens; calibrated bases stay, a prompt's own are forgotten with it."""
         for layer in self._other_layers():
             layer.reset()
         for store in self._stores:
@@ -329,7 +349,10 @@ class LowRankCache(Cache):
         return self.full_bytes() / stored if self.get_seq_length() else 1.0
 
     def projection_bytes(self) -> int:
-        """Bytes of the truncated bases that this cache uses; shared by caches of the same settings."""
+        """Bytes of the truncated bases that this cache uses; shared by caches of the same settings.
+
+        0 for xkv, whose bases belong to prompts and count in ``stored_bytes``.
+        """
         return sum(coder.nbytes for coder in self._coders)
 
     def _other_states(self) -> list[Tensor]:

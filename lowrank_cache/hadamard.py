@@ -9,7 +9,7 @@ Mathematics: docs/method.md, "Uniform bits".
 import torch
 from torch import Tensor
 
-__all__ = ["channel_mixing", "hadamard_blocks"]
+__all__ = ["channel_mixing", "hadamard_blocks", "mixed_rotation"]
 
 SCALE_FLOOR = 1e-4  # of the largest channel: what hardly varies is stored, but not blown up on reading
 
@@ -25,8 +25,7 @@ def hadamard_blocks(rank: int) -> list[int]:
 def channel_mixing(size: Tensor, unit: float) -> tuple[Tensor, Tensor]:
     """Matrices that take latents of unit variance to rotated ones of equal size, and back.
 
-    Channels are first given the size they have in the states, then dealt to the blocks in turn, so that
-    every block holds large and small ones, then each block is rotated.
+    Channels are first given the size they have in the states, then rotated by ``mixed_rotation``.
 
     Args:
         size: ``[rank]`` float32, non-negative, descending: root of what a unit of squared latent error costs.
@@ -34,16 +33,25 @@ def channel_mixing(size: Tensor, unit: float) -> tuple[Tensor, Tensor]:
 
     Returns:
         ``mix`` and ``unmix``, ``[rank, rank]`` float32, inverse to each other: latents are stored as ``z @ mix``.
-
-    Source: Palu (arXiv:2407.21118), section 3.4, and QuaRot (arXiv:2404.00456) for the rotation. Differs:
-    channels are dealt over blocks; there the blocks follow the order of the singular values.
     """
     size = size.clamp(min=SCALE_FLOOR * float(size.max().clamp(min=1e-30))) / unit
-    blocks = hadamard_blocks(len(size))
+    rotation = mixed_rotation(len(size))
+    return size[:, None] * rotation, rotation.T / size
+
+
+def mixed_rotation(rank: int) -> Tensor:
+    """Orthogonal matrix ``[rank, rank]`` float32: channels sorted by size in its rows, rotated ones in its columns.
+
+    Channels are dealt to the blocks in turn, so that every block holds large and small ones, then each block is
+    rotated.
+
+    Source: Palu (arXiv:2407.21118) and QuaRot (arXiv:2404.00456) for the rotation. Differs: channels are dealt
+    over blocks; there the blocks follow the order of the singular values.
+    """
+    blocks = hadamard_blocks(rank)
     # The k-th of a block's b places stands at (k + 1/2) / b of the way: sorting these deals channels evenly.
     places = torch.cat([(torch.arange(block) + 0.5) / block for block in blocks])
-    rotation = torch.block_diag(*(_hadamard(block) for block in blocks))[places.argsort(stable=True)]
-    return size[:, None] * rotation, rotation.T / size
+    return torch.block_diag(*(_hadamard(block) for block in blocks))[places.argsort(stable=True)]
 
 
 def _hadamard(block: int) -> Tensor:

@@ -179,10 +179,10 @@ class PackedLatents:
         self.steps = [GrowingTensor(axis=1, min_room=block_size) if bits < 16 else None for bits, _ in tiers]
         self.tokens = 0
 
-    def reserve(self, tokens: int) -> None:
-        """Expect ``tokens`` tokens in all."""
+    def reserve(self, tokens: int, *, final: bool = False) -> None:
+        """Expect ``tokens`` tokens in all, and if ``final`` none after them."""
         for buffer in self.buffers():
-            buffer.reserve(tokens)
+            buffer.reserve(tokens, final=final)
 
     def append(self, latents: Tensor, weight: Tensor) -> None:
         """Store ``[batch, tokens, rank]`` float32 latents; ``weight`` ``[rank]`` prices their errors."""

@@ -50,8 +50,6 @@ ALLOWED = {
         "allocation",
         "budget",
         "hadamard",
-        "kernels.rope",
-        "latents",
         "models",
         "positions",
         "store",

@@ -7,14 +7,14 @@ import torch
 from transformers import DynamicCache
 
 from lowrank_cache import LowRankCache
-from lowrank_cache.calibration.moments import collect_moments, layer_groups
+from lowrank_cache.calibration.moments import collect_moments
 from lowrank_cache.evaluation.baselines import SimulatedKiviCache, make_baseline, tensor_bytes
 from lowrank_cache.evaluation.biased_model import with_key_bias
 from lowrank_cache.evaluation.configurations import Configuration, build, parse
 from lowrank_cache.evaluation.perplexity import stream, windows_of
 from lowrank_cache.evaluation.plots import plot_projections, plot_quality
 from lowrank_cache.evaluation.quality import QualitySettings, drift_markdown, markdown, measure
-from lowrank_cache.models import model_shape
+from lowrank_cache.models import layer_groups, model_shape
 from tests.models import full_rank_projections, random_tokens, tiny_model
 
 SETTINGS = QualitySettings(

@@ -9,9 +9,9 @@ from torch import Tensor
 from lowrank_cache import LowRankCache
 from lowrank_cache.calibration import calibrate
 from lowrank_cache.calibration.api import projections_from_moments, refit_values
-from lowrank_cache.calibration.moments import collect_moments, layer_groups
+from lowrank_cache.calibration.moments import collect_moments
 from lowrank_cache.calibration.recalkv import calibrate_once, group_similar_heads, head_similarity
-from lowrank_cache.models import SIDES, model_shape
+from lowrank_cache.models import SIDES, layer_groups, model_shape
 from tests.models import SMALL_SIZES, full_rank_projections, random_tokens, tiny_model
 from tests.test_generation import MODES, _compare
 from tests.tolerance import rounding_band
