@@ -88,6 +88,7 @@ class LatentStore:
         if member == len(self.lengths) - 1:
             self._read = None
             if self.pending[member] is not None:
+                self._check_one_device()
                 self._encode_pending()
         return everything
 
@@ -99,15 +100,17 @@ class LatentStore:
         """Whether no tokens will be encoded after those that are now."""
         return False
 
-    def _encode_pending(self) -> None:
-        options = self.options
-        pending = [dense for dense in self.pending if dense is not None]  # of every member
-        devices = sorted({str(dense.device) for dense in pending})
+    def _check_one_device(self) -> None:
+        devices = sorted({str(dense.device) for dense in self.pending if dense is not None})
         if len(devices) > 1:
             raise ValueError(
                 f"{self.coder.name} must be on one device, got {devices}; use a layer_group_size whose groups do not "
                 "cross devices, e.g. 1"
             )
+
+    def _encode_pending(self) -> None:
+        options = self.options
+        pending = [dense for dense in self.pending if dense is not None]  # of every member
         waiting = pending[0].shape[2]
         # While the window holds residual_length + block_size tokens, its oldest block_size are encoded.
         encoded = (waiting - options.residual_length) // options.block_size * options.block_size

@@ -19,8 +19,8 @@ from lowrank_cache.calibration import calibrate
 
 __all__ = [
     "FAMILIES",
-    "MANY_HEADS",
     "MORE_FAMILIES",
+    "OTHER_SIZES",
     "REFUSED",
     "VOCAB",
     "exact_cache",
@@ -168,11 +168,14 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
 }
 
 
-# Six KV heads with a bias on keys: groups of four do not divide them, and an order of heads matters.
-MANY_HEADS: dict[str, Callable[[], PreTrainedModel]] = {
+# Other sizes of a family with a bias on keys.
+OTHER_SIZES: dict[str, Callable[[], PreTrainedModel]] = {
+    # Groups of four do not divide the KV heads, and their order matters.
     "qwen2-six-heads": lambda: _build(
         "Qwen2", num_attention_heads=6, num_key_value_heads=6, hidden_size=96, intermediate_size=64
     ),
+    # Keys and values so narrow that a short prompt spans them.
+    "qwen2-narrow": lambda: _build("Qwen2", num_key_value_heads=1, head_dim=8),
 }
 
 
@@ -301,7 +304,7 @@ def _qwen2_vl() -> PreTrainedModel:
 
 @cache
 def _template(family: str) -> PreTrainedModel:
-    return {**FAMILIES, **MORE_FAMILIES, **MANY_HEADS, **REFUSED}[family]()
+    return {**FAMILIES, **MORE_FAMILIES, **OTHER_SIZES, **REFUSED}[family]()
 
 
 def tiny_model(
