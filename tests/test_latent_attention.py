@@ -326,3 +326,18 @@ def test_a_compiled_forward_gives_the_same(attend):
         torch.testing.assert_close(
             logits(torch.compile(model.forward, backend="eager")), expected, rtol=1e-4, atol=1e-4
         )
+
+
+@pytest.mark.parametrize("new_tokens", ["encode", "exact"])
+def test_bases_of_prompts_are_rebuilt(new_tokens):
+    """xKV's bases differ by row, which no kernel takes; such a cache goes on as without the switch."""
+    model, tokens = tiny_model("llama"), random_tokens(2, 40)
+
+    def logits():
+        cache = LowRankCache(model, method="xkv", compression_ratio=2, new_tokens=new_tokens, **SMALL_SIZES)
+        with torch.no_grad():
+            return torch.cat([model(part, past_key_values=cache).logits for part in tokens.split([32, 1, 7], 1)], 1)
+
+    expected = logits()
+    with latent_attention(model):
+        assert torch.equal(logits(), expected)

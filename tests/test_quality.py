@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from lowrank_cache import LowRankCache
-from lowrank_cache.calibration.moments import collect_moments, layer_groups
+from lowrank_cache.calibration.moments import collect_moments
 from lowrank_cache.evaluation.baselines import SimulatedKiviCache, make_baseline, tensor_bytes
 from lowrank_cache.evaluation.biased_model import with_key_bias
 from lowrank_cache.evaluation.configurations import Configuration, build, parse
@@ -21,7 +21,7 @@ from lowrank_cache.evaluation.quality import (
     measure,
     needle_markdown,
 )
-from lowrank_cache.models import model_shape
+from lowrank_cache.models import layer_groups, model_shape
 from tests.models import full_rank_projections, random_tokens, tiny_model
 
 SETTINGS = QualitySettings(

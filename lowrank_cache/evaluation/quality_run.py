@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowrank_cache.calibration.api import auto_group_size
-from lowrank_cache.calibration.moments import Moments, collect_moments, layer_groups
+from lowrank_cache.calibration.moments import Moments, collect_moments
 from lowrank_cache.calibration.recall import mixed_batches
 from lowrank_cache.evaluation.biased_model import with_key_bias
 from lowrank_cache.evaluation.configurations import build
@@ -18,7 +18,7 @@ from lowrank_cache.evaluation.model_source import demo_model
 from lowrank_cache.evaluation.plots import plot_quality
 from lowrank_cache.evaluation.quality import QualitySettings, drift_markdown, markdown, measure, needle_markdown
 from lowrank_cache.evaluation.text_source import load_text
-from lowrank_cache.models import BOTH, model_shape
+from lowrank_cache.models import BOTH, layer_groups, model_shape
 
 __all__ = ["QualityRun", "in_dtype", "load_model", "moments_of", "run_quality"]
 
