@@ -3,10 +3,12 @@
 Plain holders of tensors, shared by the reference, the torch path and the Triton kernels.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from lowrank_cache.kernels.rope import spread_tables
 
 __all__ = ["LatentSide", "PackedTier", "RotaryFrames"]
 
@@ -69,6 +71,14 @@ class RotaryFrames:
     sin: Tensor
     frame_length: int
     layout: str
+    _spread: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
+
+    def spread(self, head_dim: int) -> tuple[Tensor, Tensor]:
+        """``rope.spread_tables`` as ``[1 or batch, frames, 1, head_dim]``, made once for all layers of a forward."""
+        if head_dim not in self._spread:
+            cos, sin = spread_tables(self.cos, self.sin, head_dim, self.layout)
+            self._spread[head_dim] = cos[:, :, None], sin[:, :, None]
+        return self._spread[head_dim]
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ __all__ = [
     "quantize",
     "read_latents",
     "reconstruct",
+    "softmax",
     "unpack",
 ]
 
@@ -181,17 +182,24 @@ def attend(
     scores = (torch.matmul(rows, keys.to(wide).transpose(2, 3)) * scaling).view(batch, q_heads, q_tokens, -1)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
+    weights, lse = softmax(scores, mask)
+    output = torch.matmul(weights.view(batch, heads, rows.shape[2], -1), values.to(wide))
+    return output.view(batch, q_heads, q_tokens, -1), lse
+
+
+def softmax(scores: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Softmax over the last axis, zeros where a query sees nothing, and its log-sum-exp (-inf there).
+
+    ``mask`` is as ``attend`` describes it.
+    """
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    highest = scores.amax(-1, keepdim=True)
+    weights = torch.softmax(scores, dim=-1)
     if mask is not None:
-        highest = torch.where(highest.isneginf(), 0.0, highest)
-    weights = torch.exp(scores - highest)
-    total = weights.sum(-1, keepdim=True)
-    output = torch.matmul(weights.view(batch, heads, rows.shape[2], -1), values.to(wide))
-    output = output.view(batch, q_heads, q_tokens, -1)
-    output = output / (total if mask is None else torch.where(total == 0, 1.0, total))
-    return output, (highest + total.log())[..., 0]
+        weights = weights.nan_to_num_(nan=0.0)
+    # The highest score's weight is 1 / sum(exp(scores - highest)).
+    lse = scores.amax(-1) - weights.amax(-1).log_()
+    return weights, lse if mask is None else lse.nan_to_num_(nan=-torch.inf, posinf=-torch.inf)
 
 
 def latent_decode(
@@ -225,15 +233,16 @@ def merge(segments: list[tuple[Tensor, Tensor]], sink_logits: Tensor | None = No
     """
     output, total = segments[0]
     for part, lse in segments[1:]:
-        output = torch.lerp(output, part, _share(lse, total)[..., None])
-        total = torch.logaddexp(total, lse)
+        joint = torch.logaddexp(total, lse)
+        output = torch.lerp(output, part, _share(lse, joint)[..., None])
+        total = joint
     if sink_logits is not None:
-        lse = sink_logits.to(total)[:, None].expand_as(total)
-        output = output * _share(total, lse)[..., None]
-        total = torch.logaddexp(total, lse)
+        joint = torch.logaddexp(total, sink_logits.to(total)[:, None])
+        output = output * _share(total, joint)[..., None]
+        total = joint
     return output, total
 
 
-def _share(lse: Tensor, other: Tensor) -> Tensor:
-    """``exp(lse) / (exp(lse) + exp(other))``; 0 where both are -inf."""
-    return torch.sigmoid(torch.where(lse.isneginf(), -torch.inf, lse - other))
+def _share(lse: Tensor, joint: Tensor) -> Tensor:
+    """``exp(lse) / exp(joint)``; 0 where both are -inf."""
+    return (lse - joint).exp_().nan_to_num_(nan=0.0)
