@@ -5,6 +5,7 @@ Plain holders of tensors, shared by the reference, the torch path and the Triton
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 __all__ = ["LatentSide", "PackedTier", "RotaryFrames"]
@@ -20,12 +21,37 @@ class PackedTier:
         codes: ``[batch, tokens, row]``: uint8 as ``reference.pack`` lays them out, or floating at 16 bits. Rows are
             contiguous; batch and tokens may be strided (a view of a growing buffer).
         steps: ``[batch, tokens]`` float16, one a token; None at 16 bits.
+
+    Raises:
+        ValueError: If the width is unknown, or the tensors are not as above: a row too short for its channels,
+            another dtype, steps of other tokens.
     """
 
     bits: int
     channels: int
     codes: Tensor
     steps: Tensor | None
+
+    def __post_init__(self):
+        if self.bits not in (16, 8, 4, 2):
+            raise ValueError(f"bits of a tier must be one of (16, 8, 4, 2), got {self.bits!r}")
+        codes, steps = self.codes, self.steps
+        per_row = 1 if self.bits == 16 else 8 // self.bits
+        if codes.dim() != 3 or not 0 < self.channels <= codes.shape[2] * per_row:
+            raise ValueError(
+                f"codes of a {self.bits}-bit tier must have shape [batch, tokens, row] with room for {self.channels} "
+                f"channels, got {list(codes.shape)}"
+            )
+        if codes.is_floating_point() != (self.bits == 16) or (self.bits < 16 and codes.dtype != torch.uint8):
+            expected = "floating" if self.bits == 16 else "torch.uint8"
+            raise ValueError(f"codes of a {self.bits}-bit tier must be {expected}, got {codes.dtype}")
+        if (steps is None) != (self.bits == 16):
+            raise ValueError(f"steps must be given below 16 bits and only there, got {steps!r} at {self.bits} bits")
+        if steps is not None and (steps.dtype != torch.float16 or steps.shape != codes.shape[:2]):
+            raise ValueError(
+                f"steps must be float16 of shape {list(codes.shape[:2])}, one a token, got {steps.dtype} of shape "
+                f"{list(steps.shape)}"
+            )
 
 
 @dataclass(frozen=True)

@@ -141,11 +141,11 @@ def reconstruct(side: LatentSide, dtype: torch.dtype = torch.float32) -> Tensor:
     if side.rope is None:
         return states
     # [1 or batch, 1, tokens, rotary_dim / 2]: every token of a frame is rotated alike
-    tables = (
+    cos, sin = (
         table.to(dtype).repeat_interleave(side.rope.frame_length, dim=1)[:, None, : latents.shape[1]]
         for table in (side.rope.cos, side.rope.sin)
     )
-    return rotate(states, *tables, side.rope.layout)
+    return rotate(states, cos, sin, side.rope.layout)
 
 
 def attend(
@@ -183,10 +183,15 @@ def attend(
         scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    lse = torch.logsumexp(scores, dim=-1)
-    weights = torch.exp(scores - torch.where(lse.isneginf(), 0.0, lse)[..., None])
-    output = torch.matmul(weights.reshape(batch, heads, rows.shape[2], -1), values.to(wide))
-    return output.view(batch, q_heads, q_tokens, -1), lse
+    highest = scores.amax(-1, keepdim=True)
+    if mask is not None:
+        highest = torch.where(highest.isneginf(), 0.0, highest)
+    weights = torch.exp(scores - highest)
+    total = weights.sum(-1, keepdim=True)
+    output = torch.matmul(weights.view(batch, heads, rows.shape[2], -1), values.to(wide))
+    output = output.view(batch, q_heads, q_tokens, -1)
+    output = output / (total if mask is None else torch.where(total == 0, 1.0, total))
+    return output, (highest + total.log())[..., 0]
 
 
 def latent_decode(
@@ -208,7 +213,7 @@ def latent_decode(
     return attend(query, keys, values, scaling=scaling, mask=mask, softcap=softcap)
 
 
-def merge(segments: list[tuple[Tensor, Tensor]], sink_logits: Tensor | None = None) -> Tensor:
+def merge(segments: list[tuple[Tensor, Tensor]], sink_logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Join the results of ``attend`` over disjoint segments into attention over all of their tokens.
 
     Args:
@@ -216,11 +221,19 @@ def merge(segments: list[tuple[Tensor, Tensor]], sink_logits: Tensor | None = No
         sink_logits: ``[q_heads]``, learned scores of a token without a value (gpt-oss).
 
     Returns:
-        ``[batch, q_heads, q_tokens, value_dim]``. A query that sees nothing in any segment gets 0.
+        Output and log-sum-exp over all segments, shaped alike. A query that sees nothing has output 0.
     """
-    lse = torch.stack([lse for _, lse in segments])
-    total = torch.logsumexp(lse, dim=0)
+    output, total = segments[0]
+    for part, lse in segments[1:]:
+        output = torch.lerp(output, part, _share(lse, total)[..., None])
+        total = torch.logaddexp(total, lse)
     if sink_logits is not None:
-        total = torch.logaddexp(total, sink_logits.to(total)[:, None].expand_as(total))
-    shares = torch.exp(lse - torch.where(total.isneginf(), 0.0, total))
-    return sum(share[..., None] * output for share, (output, _) in zip(shares, segments, strict=True))
+        lse = sink_logits.to(total)[:, None].expand_as(total)
+        output = output * _share(total, lse)[..., None]
+        total = torch.logaddexp(total, lse)
+    return output, total
+
+
+def _share(lse: Tensor, other: Tensor) -> Tensor:
+    """``exp(lse) / (exp(lse) + exp(other))``; 0 where both are -inf."""
+    return torch.sigmoid(torch.where(lse.isneginf(), -torch.inf, lse - other))

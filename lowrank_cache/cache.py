@@ -22,6 +22,7 @@ from transformers.cache_utils import (
 )
 
 from lowrank_cache.allocation import plan_stores
+from lowrank_cache.attended import Attended, attach_view, attended_by
 from lowrank_cache.hooks import watch
 from lowrank_cache.kernels.reference import QUANTIZED_BITS
 from lowrank_cache.latents import Coder
@@ -30,6 +31,7 @@ from lowrank_cache.positions import PositionTrack
 from lowrank_cache.projections import Projections
 from lowrank_cache.prompt_svd import prompt_stores
 from lowrank_cache.store import LatentStore, StoreOptions
+from lowrank_cache.view import LatentView
 
 __all__ = ["LowRankCache", "LowRankLayer"]
 
@@ -60,6 +62,24 @@ class LowRankLayer(CacheLayerMixin):
         Returns:
             Keys and values ``[batch, kv_heads, tokens, ...]`` in the dtype that came.
         """
+        states = self._checked(key_states, value_states)
+        keys, values = (self.stores[side].update(self.members[side], tensor) for side, tensor in states.items())
+        return keys, values
+
+    def extend(self, key_states: Tensor, value_states: Tensor, impl: str = "auto") -> LatentView:
+        """``update`` that rebuilds nothing: what the layer holds, by segment, to be read by ``impl``'s kernels."""
+        store = self.stores["key"]
+        encoded_end = max(store.encoded_end, min(store.options.num_sink_tokens, self.get_seq_length()))
+        states = self._checked(key_states, value_states)
+        keys, values = (self.stores[side].extend(self.members[side], tensor) for side, tensor in states.items())
+        return LatentView(keys, values, self.get_seq_length(), encoded_end, store.sink_slots, impl)
+
+    def can_extend(self) -> bool:
+        """Whether there are past tokens, and channels that store them with the same bases in all rows."""
+        coders = [store.coder for store in self.stores.values()]
+        return self.get_seq_length() > 0 and all(coder.rank and coder.rows_alike for coder in coders)
+
+    def _checked(self, key_states: Tensor, value_states: Tensor) -> dict[str, Tensor]:
         states = {"key": key_states.detach(), "value": value_states.detach()}
         for side, tensor in states.items():
             expected = self.shape.side(side)
@@ -69,8 +89,7 @@ class LowRankLayer(CacheLayerMixin):
                     f"[batch, {expected.heads}, tokens, {expected.head_dim}], got {list(tensor.shape)}"
                 )
         self.is_initialized = True
-        keys, values = (self.stores[side].update(self.members[side], tensor) for side, tensor in states.items())
-        return keys, values
+        return states
 
     def get_seq_length(self) -> int:
         """Cached tokens, padding included."""
@@ -166,6 +185,7 @@ class LowRankCache(Cache):
         self.target_compression_ratio = float(compression_ratio) if ranks is None else None
         self._decoder = weakref.ref(decoder)
         self._compressed = tuple(layer.layer_idx for layer in shape.layers)
+        self._attended = Attended()  # layers that attend to latents in the current forward
         self._updated: set[int] | None = None  # compressed layers seen in the current forward; None between forwards
         self._length_before = 0  # cached tokens when the current forward began
         self._others_before: list[int] = []  # what `_others_progress` was then
@@ -201,6 +221,7 @@ class LowRankCache(Cache):
         for store in self._stores:
             store.begin()
         self._length_before, self._others_before = length, progress
+        self._attended = attended_by(decoder)
         self._updated = set()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -225,14 +246,19 @@ class LowRankCache(Cache):
             rope = layer.shape.side(side).rope
             if rope is not None:
                 self._track.note_frequencies(self._living_decoder(), rope, layer.get_seq_length())
-        states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if layer_idx in self._attended.layers and layer.can_extend():
+            # The forward's own states, with everything else attached for the attention function.
+            keys, values = key_states.detach(), value_states.detach()
+            attach_view(keys, layer.extend(keys, values, self._attended.impl))
+        else:
+            keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         updated.add(layer_idx)
         if len(updated) == len(self._compressed):
             self._updated = None
             self._track.end()
             for store in self._stores:
                 store.commit()
-        return states
+        return keys, values
 
     def _settle(self) -> None:
         """If the last forward did not reach every layer, return to the state before it."""

@@ -1,8 +1,9 @@
-"""The ``lowrank-cache`` command: ``demo``, ``calibrate``, ``inspect``, ``quality``.
+"""The ``lowrank-cache`` command: ``demo``, ``calibrate``, ``inspect``, ``prefill``, ``quality``.
 
 Arguments and messages only; what the commands do lives in ``evaluation`` and ``calibration``.
 """
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,16 +12,20 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from lowrank_cache import Projections, calibration
+from lowrank_cache import LowRankCache, Projections, calibration
 from lowrank_cache.calibration.recall import mixed_batches
+from lowrank_cache.evaluation.bench import BenchSettings
+from lowrank_cache.evaluation.bench_run import bench as run_bench
 from lowrank_cache.evaluation.demo import DemoSettings, run_demo
 from lowrank_cache.evaluation.inspection import inspect_projections
 from lowrank_cache.evaluation.model_source import DownloadError
+from lowrank_cache.evaluation.papers import check_papers
 from lowrank_cache.evaluation.plots import plot_projections
+from lowrank_cache.evaluation.prefill import prefill_peak
 from lowrank_cache.evaluation.quality import QualitySettings
-from lowrank_cache.evaluation.quality_run import QualityRun, run_quality
+from lowrank_cache.evaluation.quality_run import QualityRun, in_dtype, load_model, run_quality
 from lowrank_cache.evaluation.text_source import load_text
 
 __all__ = ["app"]
@@ -65,11 +70,15 @@ def calibrate(
     tokens: Annotated[int, typer.Option(help="Calibration tokens, rounded down to whole windows.")] = 20_000,
     window: Annotated[int, typer.Option(help="Tokens per calibration sequence.")] = 512,
     recall_share: Annotated[float, typer.Option(help="Fraction of sequences that are generated look-ups.")] = 0.5,
+    seed: Annotated[int, typer.Option(help="Of the generated look-ups.")] = 0,
     method: Annotated[str | None, typer.Option(help="How bases are found; see docs/method.md.")] = None,
     frame_length: Annotated[int | None, typer.Option(help="Tokens per rotary frame; 1 stores pre-RoPE keys.")] = None,
     layer_group_size: Annotated[
         str | None, typer.Option(help="Adjacent layers that share a latent: a number, KEYS,VALUES, or auto.")
     ] = None,
+    sensitivity: Annotated[
+        str, typer.Option(help="gradient, or query where gradients do not pass through the model.")
+    ] = "gradient",
     dtype: Annotated[str, typer.Option(help="Dtype of the model: auto, float32, bfloat16, float16.")] = "auto",
     device: Annotated[str | None, typer.Option(help="Torch device; the GPU if there is one.")] = None,
 ) -> None:
@@ -86,8 +95,13 @@ def calibrate(
         tokenizer = AutoTokenizer.from_pretrained(model)
         loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
         loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
-        batches = mixed_batches(tokenizer, text, tokens=tokens, window=window, recall_share=recall_share)
-        calibration.calibrate(loaded, batches, provenance={"text": source}, **options).save_pretrained(out)
+        batches = mixed_batches(tokenizer, text, tokens=tokens, window=window, recall_share=recall_share, seed=seed)
+        facts = {"text": source, "recall_share": recall_share, "seed": seed}
+        start = time.perf_counter()
+        projections = calibration.calibrate(loaded, batches, sensitivity=sensitivity, provenance=facts, **options)
+        seconds = time.perf_counter() - start
+        projections.save_pretrained(out)
+        typer.echo(f"Calibrated in {seconds:.0f} s on {torch.get_num_threads()} threads.")
         typer.echo(f"Saved to {out}. 'lowrank-cache inspect {out}' describes it.")
 
 
@@ -100,6 +114,14 @@ def _group_size(given: str | None) -> int | str | tuple[int, ...] | None:
         return given
     sizes = tuple(int(part) for part in parts)
     return sizes[0] if len(sizes) == 1 else sizes
+
+
+def _needles(given: list[str]) -> tuple[tuple[int, int], ...]:
+    """``["1024:16", "4096:8"]`` → ((1024, 16), (4096, 8))."""
+    pairs = [text.partition(":") for text in given]
+    if not all(tokens.isdigit() and count.isdigit() for tokens, _, count in pairs):
+        raise ValueError(f"needles must be TOKENS:QUESTIONS, e.g. 1024:16, got {given}")
+    return tuple((int(tokens), int(count)) for tokens, _, count in pairs)
 
 
 @app.command()
@@ -124,6 +146,31 @@ def inspect(
 
 
 @app.command()
+def prefill(
+    projections: Annotated[str, typer.Argument(help="Folder or hub repository of projections.")],
+    model: Annotated[str | None, typer.Option(help="Name or folder of a model; SmolLM2-135M by default.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 4096,
+    ratio: Annotated[float, typer.Option(help="Target compression ratio per token in latents.")] = 8.0,
+    dtype: Annotated[str, typer.Option(help="Dtype of the model.")] = "bfloat16",
+) -> None:
+    """Show what a prefill keeps alive in memory with the full cache and with a compressed one, on a CPU."""
+    with _errors_as_messages():
+        loaded, _, name = load_model(model, typer.echo)
+        loaded = in_dtype(loaded.eval(), dtype)
+        bases = Projections.from_pretrained(projections, compression_ratio=ratio)
+        prompt = torch.randint(loaded.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
+        low_rank = LowRankCache(loaded, bases, compression_ratio=ratio)
+        caches = {"full": DynamicCache(config=loaded.config), "low-rank": low_rank}
+        typer.echo(f"{name} in {dtype}, a prompt of {tokens} tokens, {ratio:g}x")
+        for kind, cache in caches.items():
+            peak = prefill_peak(loaded, cache, prompt)
+            typer.echo(
+                f"{kind} cache: dense keys and values alive at most {peak.dense / 1e6:.1f} MB, allocated at most "
+                f"{peak.allocated / 1e6:.1f} MB, left {peak.left / 1e6:.1f} MB"
+            )
+
+
+@app.command()
 def quality(
     out: Annotated[Path, typer.Option(help="Folder for moments, results, table and plot; rerunning resumes.")],
     cache: Annotated[
@@ -133,23 +180,84 @@ def quality(
         ),
     ],
     model: Annotated[str | None, typer.Option(help="Name or folder of a model; SmolLM2-135M by default.")] = None,
-    calibrate_on: Annotated[Path | None, typer.Option(help="Text to calibrate on.")] = None,
-    evaluate_on: Annotated[Path | None, typer.Option(help="Text to evaluate on; WikiText-2 test by default.")] = None,
+    calibrate_on: Annotated[Path | None, typer.Option(help="Text to calibrate on; WikiText-2 by default.")] = None,
+    evaluate_on: Annotated[
+        Path | None,
+        typer.Option(help="Text to evaluate on: a file, python-sources or messages:LANGUAGE; WikiText-2 by default."),
+    ] = None,
     tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = 40_960,
     recall_share: Annotated[float, typer.Option(help="Fraction of calibration sequences that are look-ups.")] = 0.5,
     sensitivity: Annotated[str, typer.Option(help="gradient or query.")] = "gradient",
+    moments: Annotated[Path | None, typer.Option(help="Statistics of an earlier run, not to calibrate again.")] = None,
     windows: Annotated[int, typer.Option(help="Evaluation windows, evenly spaced.")] = 16,
     window: Annotated[int, typer.Option(help="Tokens per evaluation window.")] = 1024,
-    lookups: Annotated[int, typer.Option(help="Key–value look-ups among 22 entries.")] = 64,
-    needles: Annotated[int, typer.Option(help="Needles in prose.")] = 0,
-    needle_tokens: Annotated[int, typer.Option(help="Tokens of prose per needle.")] = 2048,
+    chunk: Annotated[int, typer.Option(help="Tokens per forward of windows and look-ups.")] = 32,
+    lookups: Annotated[int, typer.Option(help="Questions about key–value lists of 22 entries, 4 a list.")] = 64,
+    needles: Annotated[
+        list[str] | None, typer.Option(help="TOKENS:QUESTIONS about facts hidden in prose, 4 a text; repeatable.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Dtype in which the caches are measured.")] = "bfloat16",
     key_bias: Annotated[float, typer.Option(help="Rebuild the model with this constant bias on its keys.")] = 0.0,
 ) -> None:
     """Measure perplexity and recall of many caches on one model, in one run, as a table and a plot."""
     with _errors_as_messages():
         settings = QualitySettings(
-            windows=windows, window=window, lookups=lookups, needles=needles, needle_tokens=needle_tokens
+            windows=windows, window=window, chunk=chunk, lookups=lookups, needles=_needles(needles or [])
         )
-        run = QualityRun(model, calibrate_on, evaluate_on, tokens, recall_share, sensitivity, dtype, key_bias)
+        run = QualityRun(model, calibrate_on, evaluate_on, moments, tokens, recall_share, sensitivity, dtype, key_bias)
         run_quality(out, cache, run, settings, typer.echo)
+
+
+@app.command()
+def bench(
+    out: Annotated[Path, typer.Option(help="Folder for times, table, JSON and plot; rerunning resumes.")],
+    cache: Annotated[
+        list[str] | None,
+        typer.Option(help="A row as for 'quality', repeatable; ',attend=0' at its end rebuilds keys and values."),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Name or folder of a model; SmolLM2-135M by default.")] = None,
+    calibrate_on: Annotated[Path | None, typer.Option(help="Text to calibrate on; WikiText-2 by default.")] = None,
+    evaluate_on: Annotated[Path | None, typer.Option(help="Text to decode; WikiText-2 by default.")] = None,
+    moments: Annotated[Path | None, typer.Option(help="Statistics of an earlier run, not to calibrate again.")] = None,
+    tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = 20_480,
+    contexts: Annotated[str, typer.Option(help="Tokens in the cache, separated by commas.")] = "1024,4096,8192",
+    batches: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,4",
+    new_tokens: Annotated[int, typer.Option(help="Timed decode steps of each cache.")] = 24,
+    threads: Annotated[int, typer.Option(help="Threads of PyTorch.")] = 1,
+    dtype: Annotated[str, typer.Option(help="Dtype of the model.")] = "float32",
+    quick: Annotated[bool, typer.Option(help="1,024 tokens, batch 1, 8 steps.")] = False,
+) -> None:
+    """Time prefill and decoding of compressed caches against the full cache, and count their bytes."""
+    with _errors_as_messages():
+        settings = BenchSettings(
+            contexts=(1024,) if quick else _numbers("contexts", contexts),
+            batches=(1,) if quick else _numbers("batches", batches),
+            new_tokens=8 if quick else new_tokens,
+            threads=threads,
+        )
+        run = QualityRun(model, calibrate_on, evaluate_on, moments, tokens, 0.5, "gradient", dtype)
+        run_bench(out, cache or BENCH_CACHES, run, settings, typer.echo)
+
+
+BENCH_CACHES = ["full", "quantized-fp8", "fisher:8,groups=1,frame=64", "fisher:10"]
+
+
+def _numbers(name: str, given: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in given.split(",")]
+    if not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise ValueError(f"{name} must be positive integers separated by commas, got {given!r}")
+    return tuple(int(part) for part in parts)
+
+
+@app.command()
+def papers(
+    out: Annotated[Path, typer.Option(help="Folder for the trained models and papers.md; rerunning keeps the models.")],
+    text: Annotated[Path | None, typer.Option(help="Text to use instead of Python's own sources.")] = None,
+    steps: Annotated[
+        int, typer.Option(help="Training batches of the multi-head model; the MLA model gets half.")
+    ] = 1200,
+    windows: Annotated[int, typer.Option(help="Evaluation windows of 256 bytes.")] = 48,
+) -> None:
+    """Train two small models and check on them what ReCalKV, Palu and xKV say of their methods."""
+    with _errors_as_messages():
+        check_papers(out, text, steps=steps, windows=windows, report=typer.echo)

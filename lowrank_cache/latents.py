@@ -12,7 +12,8 @@ from lowrank_cache.allocation import StorePlan
 from lowrank_cache.budget import padded_channels
 from lowrank_cache.growing import GrowingTensor
 from lowrank_cache.hadamard import channel_mixing
-from lowrank_cache.kernels.reference import dequantize, pack, quantize, unpack
+from lowrank_cache.kernels.packed import PackedTier
+from lowrank_cache.kernels.reference import pack, quantize, read_latents
 from lowrank_cache.models import SideShape
 from lowrank_cache.projections import Basis
 
@@ -29,6 +30,8 @@ class Coder:
         dtype: In which the projection matrices are held; products are float32 in any case.
         rotated: Mix each basis' channels by a Hadamard rotation, for one quantized tier that holds them all.
     """
+
+    rows_alike = True  # the same bases serve every row
 
     def __init__(
         self,
@@ -53,6 +56,7 @@ class Coder:
         # half precision never has to hold a bias, and channels that are not stored are read as their mean.
         self.constants = [torch.zeros(shape.heads, shape.head_dim) for shape in self.shapes]
         self.blocks = []
+        self._whole: dict[int, Tensor] = {}  # up-projections put together from several bases, by member
         start = 0
         for basis in store:
             inside = (kept >= start) & (kept < start + basis.rank)
@@ -85,8 +89,30 @@ class Coder:
     @property
     def nbytes(self) -> int:
         """Bytes of the truncated bases."""
-        tensors = [self.weight, *self.constants, *(tensor for block in self.blocks for tensor in block.tensors())]
+        blocks = (tensor for block in self.blocks for tensor in block.tensors())
+        tensors = [self.weight, *self.constants, *blocks, *self._whole.values()]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def up_proj(self, member: int) -> Tensor:
+        """``[rank, heads, head_dim]``: the up-projection of one member over all bases of the store.
+
+        A view where one basis covers all heads and channels; else a matrix with zeros between the bases.
+        """
+        shape = self.shapes[member]
+        only = self.blocks[0]
+        if len(self.blocks) == 1 and only.heads is None and only.channels is None:
+            return only.up_projs[member].unflatten(1, (shape.heads, shape.head_dim))
+        if member not in self._whole:
+            wide = any(block.up_projs[member].dtype == torch.float32 for block in self.blocks)
+            dtype = torch.float32 if wide else only.up_projs[member].dtype
+            whole = only.up_projs[member].new_zeros(self.rank, shape.heads, shape.head_dim, dtype=dtype)
+            for block in self.blocks:
+                part = block.up_projs[member].unflatten(1, (-1, shape.head_dim))
+                channels = torch.arange(self.rank, device=whole.device)[block.channel_index]
+                heads = torch.arange(shape.heads, device=whole.device)[block.head_index]
+                whole[channels[:, None], heads] = part.to(whole.dtype)
+            self._whole[member] = whole
+        return self._whole[member]
 
     def __deepcopy__(self, memo) -> "Coder":
         return self  # immutable but for the device; a copy of a cache shares its bases
@@ -96,6 +122,7 @@ class Coder:
         if self.weight.device != device:
             self.weight = self.weight.to(device)
             self.constants = [constant.to(device) for constant in self.constants]
+            self._whole.clear()
             for block in self.blocks:
                 block.to(device)
 
@@ -200,15 +227,16 @@ class PackedLatents:
             start += channels
         self.tokens += latents.shape[1]
 
-    def read(self) -> Tensor:
-        """All stored latents, ``[batch, tokens, rank]`` float32."""
-        parts = []
-        for (bits, channels), codes, steps in zip(self.tiers, self.codes, self.steps, strict=True):
-            if steps is None:
-                parts.append(codes.view()[..., :channels].float())
-            else:
-                parts.append(dequantize(unpack(codes.view(), bits)[..., :channels], steps.view(), bits))
-        return torch.cat(parts, dim=-1)
+    def views(self, start: int = 0) -> tuple[PackedTier, ...]:
+        """Tokens from ``start`` on as they lie in the buffers; appending leaves these views as they are."""
+        return tuple(
+            PackedTier(bits, channels, codes.view(start), None if steps is None else steps.view(start))
+            for (bits, channels), codes, steps in zip(self.tiers, self.codes, self.steps, strict=True)
+        )
+
+    def read(self, start: int = 0) -> Tensor:
+        """Stored latents from token ``start`` on, ``[batch, tokens, rank]`` float32."""
+        return read_latents(self.views(start))
 
     def truncate(self, tokens: int) -> None:
         """Keep the first ``tokens`` tokens."""

@@ -15,12 +15,22 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from lowrank_cache.kernels.rope import LAYOUTS, angle_tables, rotate
 
-__all__ = ["Group", "LayerShape", "ModelShape", "RopeShape", "SideShape", "decoder_of", "layer_groups", "model_shape"]
+__all__ = [
+    "Group",
+    "LayerShape",
+    "ModelShape",
+    "RopeShape",
+    "SideShape",
+    "decoder_of",
+    "layer_groups",
+    "model_shape",
+    "one_token_forward",
+]
 
 # Small, so that a dynamic or long-context rotary embedding does not leave its short-context state.
 PROBE_POSITION = 3
@@ -136,7 +146,7 @@ def _shapes(layer: LayerShape, side: str) -> list[SideShape]:
     return [layer.side(name) for name in (SIDES if side == BOTH else (side,))]
 
 
-def decoder_of(model: PreTrainedModel) -> nn.Module:
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     """The decoder stack inside ``model``: the module that receives positions, mask and cache.
 
     Raises:
@@ -266,10 +276,28 @@ def _same_inputs(decoder: nn.Module) -> Iterator[None]:
 def _observe(model: PreTrainedModel, config, position: int) -> dict[int, tuple[Tensor, Tensor]]:
     """One token at ``position`` through the model: what each layer handed to the cache, on CPU."""
     cache = _ProbeCache(config)
+    one_token_forward(model, cache, position)
+    seen = {index: (key.float().cpu(), value.float().cpu()) for index, (key, value) in cache.seen.items()}
+    for index, states in seen.items():
+        if not all(bool(torch.isfinite(state).all()) for state in states):
+            raise ValueError(
+                f"{type(model).__name__}: keys and values of layer {index} must be finite, got NaN or infinity; "
+                "check the model's weights"
+            )
+    return seen
+
+
+def one_token_forward(model: PreTrainedModel, cache: Cache, position: int = 0) -> None:
+    """Run one token at ``position`` through ``model`` in eval mode, without gradients.
+
+    Raises:
+        NotImplementedError: If the model takes no transformers cache or no positions.
+    """
     device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]  # nn.Module.__getattr__
     if device.type == "meta":  # accelerate keeps offloaded weights on meta and moves inputs itself
         device = torch.device("cpu")
-    token = torch.full((1, 1), min(7, config.vocab_size - 1), dtype=torch.long, device=device)
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    token = torch.full((1, 1), min(7, vocabulary - 1), dtype=torch.long, device=device)
     was_training = model.training
     model.eval()
     try:
@@ -287,14 +315,6 @@ def _observe(model: PreTrainedModel, config, position: int) -> dict[int, tuple[T
         ) from error
     finally:
         model.train(was_training)
-    seen = {index: (key.float().cpu(), value.float().cpu()) for index, (key, value) in cache.seen.items()}
-    for index, states in seen.items():
-        if not all(bool(torch.isfinite(state).all()) for state in states):
-            raise ValueError(
-                f"{type(model).__name__}: keys and values of layer {index} must be finite, got NaN or infinity; "
-                "check the model's weights"
-            )
-    return seen
 
 
 def _explain(at_zero: Tensor, rotated: Tensor, frequencies: dict[str, Tensor], dynamic: bool) -> RopeShape | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_cache.growing import GrowingTensor
+from lowrank_cache.kernels.packed import RotaryFrames
 from lowrank_cache.kernels.rope import angle_tables
 from lowrank_cache.models import RopeShape, rope_buffer
 
@@ -162,6 +163,23 @@ class PositionTrack:
         real = self._positions.view(start, stop) != PADDING
         first = 0 if self.first_real is None else self.first_real[:, None].to(real.device)
         return real & (torch.arange(start, stop, device=real.device) >= first + sinks)
+
+    def frames(self, rope: RopeShape, start: int, stop: int) -> RotaryFrames:
+        """The same rotations, one for each frame; one for each token if the slots are not cut into whole frames.
+
+        That is so where a dynamic rotary embedding has changed its frequencies, which ends a frame early.
+        """
+        whole = len(self._segments[rope.source]) == 1 and start == self.first_frame_slot
+        if self.frame_length == 1 or not whole:
+            cos, sin = self.rotation(rope, start, stop)
+            return RotaryFrames(cos[:, 0], sin[:, 0], 1, rope.layout)
+        key = (rope.source, start, stop, "frames")
+        if key not in self._tables:
+            positions = self._positions.view(start, stop)[:, :: self.frame_length]
+            self._tables[key] = angle_tables(
+                positions[:1] if self.rows_equal else positions, self._segments[rope.source][0][1]
+            )
+        return RotaryFrames(*self._tables[key], self.frame_length, rope.layout)
 
     def end(self) -> None:
         """Drop what served one forward; its tables are as large as one head's dense keys."""

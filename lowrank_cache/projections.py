@@ -15,7 +15,7 @@ from pathlib import Path
 
 import safetensors
 import torch
-from huggingface_hub import ModelHubMixin, snapshot_download
+from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -108,11 +108,35 @@ class Basis:
         )
 
 
+# Filled in by ModelHubMixin when projections are saved.
+_CARD = """---
+{{ card_data }}
+---
+
+# Projections of a low-rank KV cache
+
+Made by the method `{{ method }}` for {{ base_model }} ({{ model_type }}, {{ layers }} compressed layers, frames of
+{{ frame_length }}); {{ megabytes }} MB, for compression ratios from {{ ratio }}x on.
+
+```python
+from lowrank_cache import LowRankCache, Projections
+
+projections = Projections.from_pretrained("THIS_REPOSITORY")
+output = model.generate(**inputs, past_key_values=LowRankCache(model, projections, compression_ratio=8.0))
+```
+
+Calibration:
+{% for name, fact in provenance.items() %}
+- {{ name }}: {{ fact }}{% endfor %}
+"""
+
+
 class Projections(
     ModelHubMixin,
     library_name="lowrank-cache",
     tags=["kv-cache", "low-rank", "quantization"],
     license="apache-2.0",
+    model_card_template=_CARD,
 ):
     """The bases of one model, in the order of ``bases``, and where they come from.
 
@@ -184,6 +208,20 @@ class Projections(
             provenance=self.provenance,
             min_compression_ratio=compression_ratio,
         )
+
+    def generate_model_card(self, *args, **kwargs) -> ModelCard:
+        """The README.md that is saved beside the bases."""
+        facts = {
+            "method": self.method,
+            "base_model": self.provenance.get("base_model") or "a model without a name",
+            "model_type": self.shape.model_type,
+            "layers": len(self.shape.layers),
+            "frame_length": self.frame_length,
+            "megabytes": f"{self.nbytes / 1e6:.1f}",
+            "ratio": f"{self.min_compression_ratio:g}",
+            "provenance": self.provenance,
+        }
+        return super().generate_model_card(*args, **{**kwargs, **facts})
 
     def check_model(self, shape: ModelShape) -> None:
         """Raise ValueError, naming the first difference, if ``shape`` is not that of these projections."""

@@ -23,7 +23,7 @@ __all__ = ["NEW_TOKENS", "PromptCoder", "PromptStore", "leading_directions", "pr
 
 NEW_TOKENS = ("encode", "exact")
 VALUE_SHARE = 1.5  # value rank over key rank, as in the paper
-_FIT_TOKENS = 4096  # take a long prompt in pieces: its float32 copies stay small
+_FIT_TOKENS = 1024  # take a long prompt in pieces: its float32 copies stay small
 _ITERATIONS = 4  # of the subspace iteration, each of which squares singular values
 
 
@@ -38,6 +38,8 @@ class PromptCoder:
         bits: Of every channel; below 16 latents are rotated, see ``hadamard``.
         dtype: In which bases are held; products are float32 in any case.
     """
+
+    rows_alike = False
 
     def __init__(self, members: list[tuple[int, str, SideShape]], rank: int, bits: int, dtype: torch.dtype):
         self.name = f"{members[0][1]} states of layers {tuple(layer for layer, _, _ in members)}"

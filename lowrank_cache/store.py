@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from lowrank_cache.growing import GrowingTensor, is_read_only
+from lowrank_cache.kernels.packed import LatentSide, PackedTier
 from lowrank_cache.kernels.rope import rotate
 from lowrank_cache.latents import Coder, PackedLatents
 from lowrank_cache.positions import PositionTrack
+from lowrank_cache.view import StoredSide
 
 __all__ = ["LatentStore", "StoreOptions"]
 
-_ENCODE_TOKENS = 4096  # encode a long prompt in pieces: its float32 copies stay small
+_ENCODE_TOKENS = 1024  # encode a long prompt in pieces: their float32 copies stay smaller than the prompt's states
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class LatentStore:
         self.pending: list[Tensor | None] = [None] * members  # window and new states of a group that will encode
         self.latents: PackedLatents | None = None
         self._read: Tensor | None = None  # latents as read in the current forward, until its last member
+        self._tiers: tuple[PackedTier, ...] | None = None  # views of the latents, for the current forward
         self._before: tuple | None = None  # state before the current forward, for `rollback`
 
     def _new_window(self) -> GrowingTensor:
@@ -74,8 +77,35 @@ class LatentStore:
             ``[batch, heads, tokens, head_dim]``, dtype of ``states``: past tokens as they are stored,
             new ones exact.
         """
+        everything = states if self.lengths[member] == 0 else self._assemble(member, states)
+        self._take_in(member, states)
+        self._encode_if_last(member)
+        return everything
+
+    def extend(self, member: int, states: Tensor) -> StoredSide:
+        """``update`` that rebuilds nothing: past tokens come back as they are stored."""
+        latents = self._latent_side(member)
+        self._take_in(member, states)
+        pending, window, sinks = self.pending[member], self.windows[member], self.sinks[member]
+        if pending is not None:
+            tail = pending
+        else:
+            tail = window.view() if window.rows else states[:, :, :0]
+        kept = states[:, :, :0] if sinks is None else sinks[:, :, : self.lengths[member]]
+        self._encode_if_last(member)
+        return StoredSide(kept, latents, tail)
+
+    @property
+    def sink_slots(self) -> Tensor | None:
+        """``[batch, num_sink_tokens]``, the slot of every row's sinks; None if those are all rows' first slots."""
+        first_real = self.track.first_real
+        if first_real is None or self.options.num_sink_tokens == 0:
+            return None
+        return first_real[:, None] + torch.arange(self.options.num_sink_tokens, device=first_real.device)
+
+    def _take_in(self, member: int, states: Tensor) -> None:
+        """Put new states into sinks and window, or, if there will be something to encode, with the window aside."""
         past = self.lengths[member]
-        everything = states if past == 0 else self._assemble(member, states)
         self._keep_sinks(member, states, past)
         inside = states[:, :, max(0, self.options.num_sink_tokens - past) :]
         window = self.windows[member]
@@ -85,12 +115,26 @@ class LatentStore:
         else:
             self.pending[member] = torch.cat([window.view(), inside], dim=2) if window.rows else inside
         self.lengths[member] = past + states.shape[2]
+
+    def _encode_if_last(self, member: int) -> None:
+        """When every member of the forward is there, encode what waits."""
         if member == len(self.lengths) - 1:
             self._read = None
             if self.pending[member] is not None:
                 self._check_one_device()
                 self._encode_pending()
-        return everything
+
+    def _latent_side(self, member: int) -> LatentSide | None:
+        if self.latents is None or not self.latents.tokens:
+            return None
+        self.coder.to(self.latents.codes[0].view().device)
+        if self._tiers is None:  # every member of the forward reads the same latents
+            self._tiers = self.latents.views()
+        rope = self.coder.shapes[member].rope
+        frames = None
+        if rope is not None:
+            frames = self.track.frames(rope, self.options.num_sink_tokens, self.encoded_end)
+        return LatentSide(self._tiers, self.coder.up_proj(member), self.coder.constants[member], frames)
 
     def _encodes(self, waiting: int) -> bool:
         """Whether a window of ``waiting`` tokens, new ones included, gives away its oldest block."""
@@ -169,22 +213,22 @@ class LatentStore:
             everything[row, :, slot] = kept[row, :, nth]
         return everything
 
-    def _reconstruct(self, packed: PackedLatents, member: int, new: Tensor) -> Tensor:
-        """All encoded slots of one member, ``[batch, heads, tokens, head_dim]`` float32, post-RoPE.
+    def _reconstruct(self, packed: PackedLatents, member: int, new: Tensor, start: int = 0) -> Tensor:
+        """Encoded tokens of one member from ``start`` on, ``[batch, heads, tokens, head_dim]`` float32, post-RoPE.
 
         ``new``: the states of the forward; bfloat16 ones, and float16 ones on a GPU, lend their dtype to the
         product.
         """
         if self._read is None:  # every member of the forward reads the same latents
             if self.coder.rank:
-                self._read = packed.read()
+                self._read = packed.read(start)
             else:  # nothing is stored: every token is read as the calibration mean
-                self._read = self.coder.weight.new_empty(new.shape[0], packed.tokens, 0)
+                self._read = self.coder.weight.new_empty(new.shape[0], packed.tokens - start, 0)
         fast = new.dtype == torch.bfloat16 or (new.dtype == torch.float16 and new.is_cuda)
         states = self.coder.decode(self._read, member, new.dtype if fast else torch.float32)
         rope = self.coder.shapes[member].rope
         if rope is not None:
-            cos, sin = self.track.rotation(rope, self.options.num_sink_tokens, self.encoded_end)
+            cos, sin = self.track.rotation(rope, self.options.num_sink_tokens + start, self.encoded_end)
             states = rotate(states, cos, sin, rope.layout)
         return states
 
@@ -215,18 +259,18 @@ class LatentStore:
 
     def begin(self) -> None:
         """Note the state before a forward, so that `rollback` can return to it."""
-        self._read = None
+        self._read = self._tiers = None
         windows = [(window, window.rows) for window in self.windows]
         tokens = 0 if self.latents is None else self.latents.tokens
         self._before = (list(self.lengths), self.encoded_end, tokens, windows)
 
     def commit(self) -> None:
         """The forward ended well: let go of what `rollback` would need."""
-        self._before = None
+        self._before = self._tiers = None
 
     def rollback(self) -> None:
         """Undo the current forward. Sinks need no undoing: those past the length are written again."""
-        self._read = None
+        self._read = self._tiers = None
         if self._before is None:
             return
         self.lengths, self.encoded_end, tokens, windows = self._before

@@ -403,6 +403,30 @@ class TestForwards:
         text = random_tokens(2, 8)
         assert torch.equal(model(text, past_key_values=cache).logits, model(text, past_key_values=twin).logits)
 
+    @pytest.mark.parametrize(
+        "damage, message",
+        [
+            (lambda codes, steps: (codes[..., :-1], steps), r"must have shape .* with room for \d+ channels, got"),
+            (lambda codes, steps: (codes.float(), steps), "codes of a 4-bit tier must be torch.uint8, got torch.float"),
+            (lambda codes, steps: (codes, steps[:1]), r"steps must be float16 of shape \[2, .*\], one a token, got"),
+            (lambda codes, steps: (codes, steps.float()), "steps must be float16 of shape .* got torch.float32"),
+        ],
+    )
+    def test_damaged_latents(self, model, projections, damage, message):
+        cache = LowRankCache(model, projections, compression_ratio=4, bits=4, residual_length=4, block_size=4)
+        model(random_tokens(2, 30), past_key_values=cache)
+        twin = copy.deepcopy(cache)
+        latents = cache._stores[1].latents
+        codes, steps = latents.codes[0], latents.steps[0]
+        whole = codes.buffer, steps.buffer
+        codes.buffer, steps.buffer = damage(*whole)
+        with pytest.raises(ValueError, match=message):
+            model(random_tokens(2, 9), past_key_values=cache)
+        assert cache.get_seq_length() == 30
+        codes.buffer, steps.buffer = whole
+        text = random_tokens(2, 9, seed=3)
+        assert torch.equal(model(text, past_key_values=cache).logits, model(text, past_key_values=twin).logits)
+
 
 def _next(tokens):
     """Position ids that continue ``filled``."""

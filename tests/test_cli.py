@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -120,13 +121,26 @@ def test_calibrate_saves_projections_with_their_text(monkeypatch, model, tmp_pat
     out = tmp_path / "out"
     result = run(
         "calibrate", "tiny", "--out", out, "--data", text, "--tokens", 256, "--window", 64,
-        "--layer-group-size", "1,2", "--device", "cpu",
+        "--layer-group-size", "1,2", "--device", "cpu", "--seed", 3, "--recall-share", 0.25, "--sensitivity", "query",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     config = json.loads((out / "projections.json").read_text())
-    assert config["provenance"]["text"] == str(text)
+    facts = {"text": str(text), "seed": 3, "recall_share": 0.25, "sensitivity": "query"}
+    assert facts.items() <= config["provenance"].items()
+    assert re.search(r"Calibrated in \d+ s on \d+ threads", result.output)
     assert max(len(basis["layers"]) for basis in config["bases"] if basis["side"] == "value") == 2
     assert max(len(basis["layers"]) for basis in config["bases"] if basis["side"] == "key") == 1
+
+
+@pytest.mark.parametrize(("given", "expected"), [([], ()), (["1024:16", "4096:8"], ((1024, 16), (4096, 8)))])
+def test_needles_option(given, expected):
+    assert cli._needles(given) == expected
+
+
+@pytest.mark.parametrize("wrong", ["1024", "1024:", "a:4", "1024:4:4"])
+def test_wrong_needles_are_refused_by_name(wrong):
+    with pytest.raises(ValueError, match="needles must be TOKENS:QUESTIONS"):
+        cli._needles(["512:8", wrong])
 
 
 def test_timed_generation_gives_the_tokens_of_generate(model):

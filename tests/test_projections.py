@@ -72,6 +72,10 @@ def test_saving_writes_a_model_card_and_nothing_stray(saved):
     card = ModelCard.load(saved / "README.md")
     assert card.data.library_name == "lowrank-cache"
     assert "kv-cache" in card.data.tags
+    loaded = Projections.from_pretrained(saved)
+    assert f"method `{loaded.method}`" in card.text and "from 1x on" in card.text
+    assert all(f"- {name}: {fact}\n" in f"{card.text}\n" for name, fact in loaded.provenance.items())
+    assert "More Information Needed" not in card.text
 
 
 def test_saving_twice_gives_the_same_bytes(saved, tmp_path):

@@ -13,7 +13,14 @@ from lowrank_cache.evaluation.biased_model import with_key_bias
 from lowrank_cache.evaluation.configurations import Configuration, build, parse
 from lowrank_cache.evaluation.perplexity import stream, windows_of
 from lowrank_cache.evaluation.plots import plot_projections, plot_quality
-from lowrank_cache.evaluation.quality import QualitySettings, drift_markdown, markdown, measure
+from lowrank_cache.evaluation.quality import (
+    QualityRow,
+    QualitySettings,
+    drift_markdown,
+    markdown,
+    measure,
+    needle_markdown,
+)
 from lowrank_cache.models import layer_groups, model_shape
 from tests.models import full_rank_projections, random_tokens, tiny_model
 
@@ -22,10 +29,10 @@ SETTINGS = QualitySettings(
     window=48,
     chunk=8,
     batch=2,
-    lookups=2,
-    entries=3,
-    needles=1,
-    needle_tokens=400,
+    lookups=8,
+    entries=6,
+    needles=((400, 4), (500, 8)),
+    needle_chunk=50,
     residual_length=8,
     block_size=8,
 )
@@ -56,8 +63,10 @@ def test_measures_resumes_and_prints(tmp_path):
     results.write_text("\n".join(lines[:3]) + "\n")  # cut after two rows
     measure(model, _tokenizer, TEXT, configurations, SETTINGS, results, said.append)
     assert said[len(names) :] == [f"measuring {name}" for name in names[2:]]
+    assert all(len(row.lookup_losses) == 8 and len(row.needle_losses) == 12 for row in rows)
     table = markdown(rows)
     assert all(f"| {name} |" in table for name in names) and drift_markdown(rows).count("±") == 4 * 4
+    assert all(line.count("|") == 6 for line in needle_markdown(rows, SETTINGS.needles).splitlines())
     plot_quality(rows, tmp_path / "quality.png")
     assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
 
@@ -68,6 +77,21 @@ def test_other_settings_are_not_mixed_into_old_results(tmp_path):
     results.write_text(json.dumps({"settings": {"windows": 3}}) + "\n")
     with pytest.raises(ValueError, match="was made with other settings"):
         measure(model, _tokenizer, TEXT, configurations, SETTINGS, results)
+
+
+def test_exact_answers_are_counted_in_all_and_where_the_full_cache_is_right():
+    def row(name, exact):
+        answers = {"lookup_losses": [1.0] * 4, "lookup_exact": exact, "needle_losses": [], "needle_exact": []}
+        return QualityRow(name, None, 1.0, 1.0, 0, [1.0, 2.0], [[1.0] * 4] * 2, **answers)
+
+    table = markdown([row("full", [1.0, 1.0, 0.0, 0.0]), row("a", [1.0, 0.0, 1.0, 1.0])]).splitlines()
+    assert "| 1.000 | 0.50 |" in table[2] and "| +0.000 ± 0.000 | 0.75 (0.50) |" in table[3]
+
+
+@pytest.mark.parametrize("wrong", [{"lookups": 6}, {"needles": ((1000, 4), (2000, 3))}, {"lookups": -4}])
+def test_questions_come_in_fours(wrong):
+    with pytest.raises(ValueError, match="must be a multiple of 4, asked of each text, got"):
+        QualitySettings(**wrong)
 
 
 def test_a_row_is_what_the_cache_itself_gives(tmp_path):

@@ -13,7 +13,7 @@ from lowrank_cache.calibration.moments import collect_moments
 from lowrank_cache.calibration.recalkv import calibrate_once, group_similar_heads, head_similarity
 from lowrank_cache.models import SIDES, layer_groups, model_shape
 from tests.models import SMALL_SIZES, full_rank_projections, random_tokens, tiny_model
-from tests.test_generation import MODES, _compare
+from tests.test_generation import MODES, compare
 from tests.tolerance import rounding_band
 
 FAMILY = "qwen2-six-heads"
@@ -105,7 +105,7 @@ class TestReordering:
         assert any(list(basis.heads) != sorted(range(6))[: len(basis.heads)] for basis in made.bases)
         band = rounding_band(FAMILY, method="recalkv")
         assert mode in MODES
-        _compare(
+        compare(
             FAMILY,
             mode,
             lambda model: LowRankCache(model, made, compression_ratio=1, latent_dtype=None, **SMALL_SIZES),

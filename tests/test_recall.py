@@ -1,11 +1,13 @@
 """Synthetic recall text: for calibration, and, in other words, for evaluation."""
 
+import re
+
 import pytest
 import torch
 from transformers import DynamicCache
 
 from lowrank_cache.calibration.recall import mixed_batches, recall_text
-from lowrank_cache.evaluation.recall import RecallSample, lookup_samples, needle_samples, score_recall
+from lowrank_cache.evaluation.recall import RecallText, lookup_texts, needle_texts, score_recall
 from tests.models import random_tokens, tiny_model
 
 
@@ -45,24 +47,41 @@ def test_mixed_batches_refuse_what_they_cannot_do():
         list(mixed_batches(_tokenizer, "z" * 200, tokens=50, window=100))
 
 
-def test_samples_hold_their_answer_once_and_end_before_it():
-    for sample in [*lookup_samples(_tokenizer, 5, entries=8), *needle_samples(_tokenizer, torch.zeros(3000), 5, 900)]:
-        prompt = "".join(map(chr, sample.prompt.long().tolist()))
-        answer = "".join(map(chr, sample.answer.tolist()))
-        assert prompt.count(answer) == 1 and not prompt.endswith(answer)
+def test_texts_hold_each_answer_once_and_questions_do_not():
+    for tokens, text in [
+        *((None, text) for text in lookup_texts(_tokenizer, 5, entries=8)),
+        *((900, text) for text in needle_texts(_tokenizer, torch.zeros(3000), 5, 900)),
+    ]:
+        context = _string(text.context)
+        assert tokens is None or len(context) == tokens
+        assert len(text.questions) == 4
+        for question, answer in text.questions:
+            (line,) = [line for line in context.splitlines() if _string(answer) in line]
+            name = re.search(r"(\w+ \w+)( opens with the number| is)$", _string(question))[1]
+            assert name in line and _string(answer) not in _string(question)
+
+
+def _string(ids: torch.Tensor) -> str:
+    return "".join(map(chr, ids.long().tolist()))
 
 
 def test_the_score_is_the_models_own_loss_on_the_answer():
-    """Streamed, left-padded and batched, or in one forward alone: the same."""
+    """Streamed, padded and batched, or in one forward alone: the same."""
     model = tiny_model("llama")
-    samples = [
-        RecallSample(random_tokens(1, length, seed=length)[0], random_tokens(1, answer, seed=answer)[0])
-        for length, answer in ((20, 3), (33, 5), (41, 2))
+    lengths = (20, ((3, 3), (9, 1))), (33, ((5, 4), (2, 2))), (41, ((4, 2), (7, 5)))
+
+    def tokens(length):
+        return random_tokens(1, length, seed=length)[0]
+
+    texts = [
+        RecallText(tokens(context), tuple((tokens(question), tokens(answer)) for question, answer in pairs))
+        for context, pairs in lengths
     ]
-    result = score_recall(model, samples, lambda: DynamicCache(config=model.config), chunk=7, batch=3)
-    for sample, loss, exact in zip(samples, result.loss, result.exact, strict=True):
-        ids = torch.cat([sample.prompt, sample.answer])[None]
+    result = score_recall(model, texts, lambda: DynamicCache(config=model.config), chunk=7, batch=2)
+    asked = [(text.context, *pair) for text in texts for pair in text.questions]
+    for (context, question, answer), loss, exact in zip(asked, result.loss, result.exact, strict=True):
+        ids = torch.cat([context, question, answer])[None]
         with torch.no_grad():
-            logits = model(ids).logits[0, len(sample.prompt) - 1 : -1].double()
-        torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, sample.answer), rtol=1e-4, atol=1e-5)
-        assert bool(exact) == bool((logits.argmax(-1) == sample.answer).all())
+            logits = model(ids).logits[0, -len(answer) - 1 : -1].double()
+        torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, answer), rtol=1e-4, atol=1e-5)
+        assert bool(exact) == bool((logits.argmax(-1) == answer).all())

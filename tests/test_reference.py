@@ -8,6 +8,7 @@ from transformers.models.cohere.modeling_cohere import apply_rotary_pos_emb as r
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as rotate_half
 
 from lowrank_cache.budget import DISTORTION
+from lowrank_cache.kernels.packed import PackedTier
 from lowrank_cache.kernels.reference import QUANTIZED_BITS, dequantize, pack, quantize, unpack
 from lowrank_cache.kernels.rope import LAYOUTS, angle_tables, rotate
 
@@ -177,3 +178,29 @@ def test_angles_are_those_of_transformers(position):
     cos, sin = angle_tables(torch.tensor([position]), inv_freq)
     angles = torch.tensor([float(position)])[:, None] * inv_freq
     assert torch.equal(cos, angles.cos()) and torch.equal(sin, angles.sin())
+
+
+@pytest.mark.parametrize(
+    "bits, channels, codes, steps, message",
+    [
+        (3, 8, torch.zeros(1, 5, 16, dtype=torch.uint8), None, r"must be one of \(16, 8, 4, 2\), got 3"),
+        (4, 33, torch.zeros(1, 5, 16, dtype=torch.uint8), torch.zeros(1, 5).half(), "room for 33 channels, got"),
+        (4, 0, torch.zeros(1, 5, 16, dtype=torch.uint8), torch.zeros(1, 5).half(), "room for 0 channels, got"),
+        (8, 8, torch.zeros(5, 16, dtype=torch.uint8), torch.zeros(5).half(), r"\[batch, tokens, row\].*got \[5, 16\]"),
+        (16, 8, torch.zeros(1, 5, 16, dtype=torch.uint8), None, "16-bit tier must be floating, got torch.uint8"),
+        (
+            8,
+            8,
+            torch.zeros(1, 5, 16, dtype=torch.int8),
+            torch.zeros(1, 5).half(),
+            "must be torch.uint8, got torch.int8",
+        ),
+        (8, 8, torch.zeros(1, 5, 16, dtype=torch.uint8), None, "steps must be given below 16 bits"),
+        (16, 8, torch.zeros(1, 5, 16), torch.zeros(1, 5).half(), "steps must be given below 16 bits and only there"),
+        (2, 8, torch.zeros(1, 5, 16, dtype=torch.uint8), torch.zeros(1, 4).half(), r"shape \[1, 5\], one a token"),
+        (2, 8, torch.zeros(1, 5, 16, dtype=torch.uint8), torch.zeros(1, 5), "must be float16 .*got torch.float32"),
+    ],
+)
+def test_tiers_that_cannot_be_read_are_refused(bits, channels, codes, steps, message):
+    with pytest.raises(ValueError, match=message):
+        PackedTier(bits, channels, codes, steps)

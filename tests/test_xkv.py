@@ -1,5 +1,6 @@
 """xKV: bases come from each row's own prompt, follow it, and count in the bytes."""
 
+import contextlib
 import copy
 
 import pytest
@@ -7,12 +8,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from lowrank_cache import LowRankCache, models
+from lowrank_cache import LowRankCache, latent_attention, models
 from lowrank_cache.models import LayerShape, ModelShape, RopeShape, SideShape, model_shape
 from lowrank_cache.prompt_svd import PromptCoder, leading_directions, prompt_ranks
 from tests.memory import held_bytes
 from tests.models import SMALL_SIZES, full_rank_projections, random_tokens, tiny_model
-from tests.test_generation import MODES, _compare
+from tests.test_generation import MODES, compare
 from tests.tolerance import rounding_band
 
 NOTHING_EXACT = {"residual_length": 0, "num_sink_tokens": 0, "block_size": 1}
@@ -57,7 +58,7 @@ class TestFullRank:
             caches.append(xkv(model, 1, layer_group_size=group, new_tokens=new_tokens, **sizes))
             return caches[-1]
 
-        _compare(family, mode, make, rounding_band(family, method="palu"))
+        compare(family, mode, make, rounding_band(family, method="palu"))
         longest = max(cache.get_seq_length() for cache in caches)
         if longest > 20 and mode not in ("prefix_reuse", "prefix_for_several"):  # whose caches are copied
             assert any(store.latents is not None for cache in caches for store in cache._stores)
@@ -168,6 +169,16 @@ class TestRows:
             for tensor in (*store.coder.up_projs, *store.coder.constants, store.coder.units):
                 tensor.fill_(7)
         assert_same_states(read(cache), before)
+
+    def test_attention_over_latents_leaves_rows_with_bases_of_their_own_to_reconstruction(self, model):
+        logits = []
+        for switch in (contextlib.nullcontext(), latent_attention(model)):
+            cache = xkv(model, layer_group_size=2)
+            with switch:
+                for chunk in random_tokens(2, 60).split([50, 1, 9], dim=1):
+                    step = model(chunk, past_key_values=cache).logits
+            logits.append(step)
+        assert torch.equal(*logits)
 
 
 class TestLife:

@@ -50,15 +50,13 @@ def stream(
         cache = make_cache()
         rows = rows.to(model.device)
         starts = [0, *range(prompt or chunk, rows.shape[1], chunk)]
-        logits_before = None
         batch_losses = []
         for start, stop in zip(starts, [*starts[1:], rows.shape[1]], strict=True):
-            logits = model(input_ids=rows[:, start:stop], past_key_values=cache, use_cache=True).logits.float()
-            predictions = logits[:, :-1] if logits_before is None else torch.cat([logits_before, logits[:, :-1]], 1)
-            targets = rows[:, start + (logits_before is None) : stop]
-            loss = torch.nn.functional.cross_entropy(predictions.transpose(1, 2), targets, reduction="none")
-            batch_losses.append(loss.double().cpu())
-            logits_before = logits[:, -1:]
+            logits = model(input_ids=rows[:, start:stop], past_key_values=cache, use_cache=True).logits
+            targets = rows[:, start + 1 : stop + 1]  # the last token of a window has none
+            predictions = logits[:, : targets.shape[1]].flatten(0, 1).float()
+            loss = torch.nn.functional.cross_entropy(predictions, targets.flatten(), reduction="none")
+            batch_losses.append(loss.view(targets.shape).double().cpu())
             if progress is not None:
                 progress((stop - start) * rows.shape[0])
         losses.append(torch.cat(batch_losses, 1))

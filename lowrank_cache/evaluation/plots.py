@@ -5,11 +5,12 @@ from pathlib import Path
 import numpy as np
 
 from lowrank_cache.allocation import StorePlan, plan_stores, predicted_loss
+from lowrank_cache.evaluation.bench import BenchRow
 from lowrank_cache.evaluation.quality import QualityRow, perplexity_ratio
 from lowrank_cache.models import BOTH
 from lowrank_cache.projections import Projections
 
-__all__ = ["plot_projections", "plot_quality"]
+__all__ = ["plot_bench", "plot_projections", "plot_quality"]
 
 CURVE_RATIOS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24)
 
@@ -98,6 +99,31 @@ def plot_quality(rows: list[QualityRow], path: Path) -> None:
     for axis in axes:
         axis.grid(alpha=0.3)
         if axis.lines:
+            axis.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_bench(rows: list[BenchRow], path: Path) -> None:
+    """Write a PNG: decoded tokens a second and stored bytes against the context, a row for each batch size."""
+    plt = _pyplot()
+    batches = sorted({row.batch for row in rows})
+    figure, axes = plt.subplots(len(batches), 2, figsize=(13, 4.5 * len(batches)), squeeze=False, layout="constrained")
+    for (speed, size), batch in zip(axes, batches, strict=True):
+        for name in dict.fromkeys(row.name for row in rows):
+            members = sorted(
+                (row for row in rows if row.name == name and row.batch == batch), key=lambda row: row.context
+            )
+            contexts = [row.context for row in members]
+            speed.plot(contexts, [row.tokens_per_second for row in members], marker="o", label=name)
+            size.plot(contexts, [row.stored_bytes / 1e6 for row in members], marker="o", label=name)
+        speed.set(title=f"batch {batch}", xscale="log", xlabel="tokens in the cache", ylabel="decoded tokens a second")
+        size.set(xscale="log", yscale="log", xlabel="tokens in the cache", ylabel="bytes of the cache, MB")
+        for axis in (speed, size):
+            ticks = sorted({row.context for row in rows})
+            axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
             axis.legend(fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -18,9 +18,18 @@ from lowrank_cache import LowRankCache, Projections
 from lowrank_cache.allocation import full_bytes_per_token, plan_stores
 from lowrank_cache.evaluation.baselines import BASELINES, make_baseline, tensor_bytes
 from lowrank_cache.evaluation.perplexity import stream, windows_of
-from lowrank_cache.evaluation.recall import lookup_samples, needle_samples, score_recall
+from lowrank_cache.evaluation.recall import QUESTIONS, RecallText, lookup_texts, needle_texts, score_recall
+from lowrank_cache.evaluation.remembered import RememberingCache
 
-__all__ = ["QualityRow", "QualitySettings", "drift_markdown", "markdown", "measure", "perplexity_ratio"]
+__all__ = [
+    "QualityRow",
+    "QualitySettings",
+    "drift_markdown",
+    "markdown",
+    "measure",
+    "needle_markdown",
+    "perplexity_ratio",
+]
 
 
 @dataclass(frozen=True)
@@ -31,8 +40,10 @@ class QualitySettings:
         windows: Windows of evaluation text, evenly spaced; None for all.
         window: Tokens per window.
         chunk: Tokens per forward.
-        lookups: Key–value look-ups among ``entries``.
-        needles: Needles in ``needle_tokens`` tokens of prose.
+        batch: Windows or texts per forward.
+        lookups: Questions about key–value lists of ``entries``.
+        needles: Pairs of tokens of prose, and questions about facts hidden in texts of that length.
+        needle_chunk: Tokens per forward of the texts with needles.
         residual_length, num_sink_tokens, block_size: Of every LowRankCache.
     """
 
@@ -42,11 +53,16 @@ class QualitySettings:
     batch: int = 16
     lookups: int = 64
     entries: int = 22
-    needles: int = 0
-    needle_tokens: int = 2048
+    needles: tuple[tuple[int, int], ...] = ()
+    needle_chunk: int = 128
     residual_length: int = 32
     num_sink_tokens: int = 4
     block_size: int = 32
+
+    def __post_init__(self):
+        for name, questions in (("lookups", self.lookups), *((f"needles of {t}", n) for t, n in self.needles)):
+            if questions < 0 or questions % QUESTIONS:
+                raise ValueError(f"{name} must be a multiple of {QUESTIONS}, asked of each text, got {questions}")
 
 
 @dataclass(frozen=True)
@@ -61,7 +77,7 @@ class QualityRow:
         projection_bytes: Of the truncated bases.
         losses: Mean loss of each window, nats.
         quarter_losses: The same for each quarter of each window: ``[windows][4]``.
-        lookup_losses, lookup_exact, needle_losses, needle_exact: Per sample.
+        lookup_losses, lookup_exact, needle_losses, needle_exact: Per question; needles in the settings' order.
     """
 
     name: str
@@ -119,7 +135,7 @@ def measure(
 
 
 def _resume(results: Path, settings: QualitySettings) -> dict[str, QualityRow]:
-    header = {"settings": asdict(settings)}
+    header = json.loads(json.dumps({"settings": asdict(settings)}))
     if not results.exists():
         results.parent.mkdir(parents=True, exist_ok=True)
         results.write_text(json.dumps(header) + "\n", encoding="utf-8")
@@ -146,7 +162,7 @@ def _factory(name, projections, options, model, settings) -> tuple[Callable[[], 
     )
     ratio = full_bytes_per_token(projections) / sum(plan.bytes_per_token for plan in plans)
     bases = LowRankCache(model, projections, **sizes, **options).projection_bytes()
-    return lambda: LowRankCache(model, projections, **sizes, **options), ratio, bases
+    return lambda: RememberingCache(model, projections, **sizes, **options), ratio, bases
 
 
 def _measure_row(
@@ -162,14 +178,10 @@ def _measure_row(
     stored = tensor_bytes(caches[0])
     rows = windows.shape[0] % settings.batch or min(settings.batch, windows.shape[0])
     full, dynamic = _full_bytes(model, rows, settings.window)
-    score = {}
-    tasks = {
-        "lookup": lookup_samples(tokenizer, settings.lookups, settings.entries),
-        "needle": needle_samples(tokenizer, ids, settings.needles, settings.needle_tokens),
-    }
-    for task, samples in tasks.items():
-        if samples:
-            score[task] = score_recall(model, samples, make_cache, chunk=settings.chunk, batch=settings.batch)
+    texts = lookup_texts(tokenizer, settings.lookups // QUESTIONS, settings.entries)
+    lookup = _recall(model, [(texts, settings.chunk)], make_cache, settings.batch)
+    by_length = [needle_texts(tokenizer, ids, count // QUESTIONS, tokens) for tokens, count in settings.needles]
+    needle = _recall(model, [(texts, settings.needle_chunk) for texts in by_length], make_cache, settings.batch)
     return QualityRow(
         name=name,
         latent_ratio=ratio,
@@ -178,11 +190,24 @@ def _measure_row(
         projection_bytes=bases,
         losses=losses.mean(1).tolist(),
         quarter_losses=[[float(part.mean()) for part in row.tensor_split(4)] for row in losses],
-        lookup_losses=score["lookup"].loss.tolist() if "lookup" in score else [],
-        lookup_exact=score["lookup"].exact.tolist() if "lookup" in score else [],
-        needle_losses=score["needle"].loss.tolist() if "needle" in score else [],
-        needle_exact=score["needle"].exact.tolist() if "needle" in score else [],
+        lookup_losses=lookup[0],
+        lookup_exact=lookup[1],
+        needle_losses=needle[0],
+        needle_exact=needle[1],
     )
+
+
+def _recall(
+    model, tasks: list[tuple[list[RecallText], int]], make_cache, batch: int
+) -> tuple[list[float], list[float]]:
+    """Losses and exact answers of all questions of some texts, each list of texts with its chunk."""
+    losses: list[float] = []
+    exact: list[float] = []
+    for texts, chunk in tasks:
+        result = score_recall(model, texts, make_cache, chunk=chunk, batch=batch)
+        losses.extend(result.loss.tolist())
+        exact.extend(result.exact.tolist())
+    return losses, exact
 
 
 @torch.no_grad()
@@ -195,13 +220,33 @@ def _full_bytes(model: PreTrainedModel, rows: int, tokens: int) -> tuple[int, in
 
 
 def markdown(rows: list[QualityRow]) -> str:
-    """A Markdown table; differences to the full cache with 95 % intervals over windows or samples."""
+    """A Markdown table; differences to the full cache with 95 % intervals over windows or questions.
+
+    ``exact`` is the share of exact answers and, in brackets, the share among those that the full cache gives
+    exactly.
+    """
     lines = [
         "| cache | ratio in latents | real ratio | to DynamicCache | perplexity ratio | look-up loss, nats | exact "
         "| needle loss, nats | exact | bases, MB |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     lines.extend("| " + " | ".join(cells) + " |" for cells in _cells(rows))
+    return "\n".join(lines)
+
+
+def needle_markdown(rows: list[QualityRow], needles: tuple[tuple[int, int], ...]) -> str:
+    """A Markdown table of the needles' loss and exact answers by the length of their texts."""
+    full = rows[0]
+    lengths = [f"{tokens:,} tokens, nats | exact" for tokens, _ in needles]
+    lines = ["| " + " | ".join(["cache", *lengths]) + " |", "| --- " * (1 + 2 * len(needles)) + "|"]
+    for row in rows:
+        cells, start = [row.name], 0
+        for _, count in needles:
+            part = slice(start, start + count)
+            cells.append(_difference(row.needle_losses[part], full.needle_losses[part], row is full))
+            cells.append(_exact(row.needle_exact[part], full.needle_exact[part], row is full))
+            start += count
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -213,7 +258,7 @@ def drift_markdown(rows: list[QualityRow]) -> str:
         cells = []
         for quarter in range(4):
             ours, theirs = ([losses[quarter] for losses in entry.quarter_losses] for entry in (row, full))
-            mean, half = _interval(ours, theirs)
+            mean, half = interval(ours, theirs)
             cells.append(f"x{math.exp(mean):.4f} ± {half:.4f}")
         lines.append("| " + " | ".join([row.name, *cells]) + " |")
     return "\n".join(lines)
@@ -230,18 +275,25 @@ def _cells(rows: list[QualityRow]) -> Iterator[list[str]]:
             f"{row.dynamic_ratio:.2f}x",
             f"{math.exp(_mean(full.losses)):.3f}" if row is full else _ratio_cell(row, full),
             _difference(row.lookup_losses, full.lookup_losses, row is full),
-            f"{_mean(row.lookup_exact):.2f}" if row.lookup_exact else "–",
+            _exact(row.lookup_exact, full.lookup_exact, row is full),
             _difference(row.needle_losses, full.needle_losses, row is full),
-            f"{_mean(row.needle_exact):.2f}" if row.needle_exact else "–",
+            _exact(row.needle_exact, full.needle_exact, row is full),
             f"{row.projection_bytes / 1e6:.1f}",
         ]
+
+
+def _exact(answers: list[float], baseline: list[float], is_full: bool) -> str:
+    if not answers:
+        return "–"
+    kept = [mine for mine, theirs in zip(answers, baseline, strict=True) if theirs]
+    return f"{_mean(answers):.2f}" + (f" ({_mean(kept):.2f})" if kept and not is_full else "")
 
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def _interval(values: list[float], baseline: list[float]) -> tuple[float, float]:
+def interval(values: list[float], baseline: list[float]) -> tuple[float, float]:
     """Mean paired difference and half of its 95 % interval."""
     differences = torch.tensor(values, dtype=torch.float64) - torch.tensor(baseline, dtype=torch.float64)
     spread = float(differences.std()) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
@@ -250,7 +302,7 @@ def _interval(values: list[float], baseline: list[float]) -> tuple[float, float]
 
 def perplexity_ratio(row: QualityRow, full: QualityRow) -> tuple[float, float]:
     """Perplexity of ``row`` over that of ``full`` on the same windows, and half of its 95 % interval."""
-    mean, half = _interval(row.losses, full.losses)
+    mean, half = interval(row.losses, full.losses)
     return math.exp(mean), half
 
 
@@ -264,5 +316,5 @@ def _difference(losses: list[float], baseline: list[float], is_full: bool) -> st
         return "–"
     if is_full:
         return f"{_mean(losses):.3f}"
-    mean, half = _interval(losses, baseline)
+    mean, half = interval(losses, baseline)
     return f"{mean:+.3f} ± {half:.3f}"

@@ -16,11 +16,11 @@ from lowrank_cache.evaluation.biased_model import with_key_bias
 from lowrank_cache.evaluation.configurations import build
 from lowrank_cache.evaluation.model_source import demo_model
 from lowrank_cache.evaluation.plots import plot_quality
-from lowrank_cache.evaluation.quality import QualitySettings, drift_markdown, markdown, measure
+from lowrank_cache.evaluation.quality import QualitySettings, drift_markdown, markdown, measure, needle_markdown
 from lowrank_cache.evaluation.text_source import load_text
 from lowrank_cache.models import BOTH, layer_groups, model_shape
 
-__all__ = ["QualityRun", "run_quality"]
+__all__ = ["QualityRun", "in_dtype", "load_model", "moments_of", "run_quality"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class QualityRun:
 
     Attributes:
         model: Name or folder; None for the demo's model.
-        calibrate_on, evaluate_on: Text files; None for WikiText-2 (validation and test) or what stands in.
+        calibrate_on, evaluate_on: Texts as ``load_text`` takes them; None for WikiText-2 (validation and test).
+        moments: File of an earlier run's statistics, which replace calibration; None to calibrate.
         tokens, recall_share, sensitivity: Of calibration, in float32.
         dtype: In which the caches are measured.
         key_bias: Rebuild the model with this constant bias on its keys, see ``biased_model``; 0 for none.
@@ -38,6 +39,7 @@ class QualityRun:
     model: str | None
     calibrate_on: Path | None
     evaluate_on: Path | None
+    moments: Path | None
     tokens: int
     recall_share: float
     sensitivity: str
@@ -49,30 +51,20 @@ def run_quality(
     out: Path, specifications: list[str], run: QualityRun, settings: QualitySettings, report: Callable[[str], object]
 ) -> None:
     """Write ``moments.safetensors``, ``results.jsonl``, ``table.md`` and ``quality.png`` into ``out``."""
-    model: Any
-    if run.model is None:
-        model, tokenizer, name = demo_model(report)
-    else:
-        name = run.model
-        tokenizer = AutoTokenizer.from_pretrained(run.model)
-        model = AutoModelForCausalLM.from_pretrained(run.model, dtype=torch.float32)
-    model = model.float().eval()
+    model, tokenizer, name = load_model(run.model, report)
     if run.key_bias:
         model = with_key_bias(model, run.key_bias)
         name = f"{name} with a key bias of {run.key_bias:g}"
     out.mkdir(parents=True, exist_ok=True)
-    moments = _moments(out / "moments.safetensors", model, tokenizer, run, report)
+    moments = moments_of(run, out / "moments.safetensors", model, tokenizer, report)
     configurations = build(specifications, moments)
     text, source = load_text(run.evaluate_on, split="test")
     report(f"{name}, measured in {run.dtype} on {source}")
-    # Inverse frequencies stay float32, as in a model loaded in this dtype.
-    tables = {path: buffer.clone() for path, buffer in model.named_buffers() if path.endswith("inv_freq")}
-    model = model.to(getattr(torch, run.dtype))
-    for path, table in tables.items():
-        parent, _, leaf = path.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, table)
+    model = in_dtype(model, run.dtype)
     rows = measure(model, tokenizer, text, configurations, settings, out / "results.jsonl", report)
     table = f"{markdown(rows)}\n\nBy quarter of the windows:\n\n{drift_markdown(rows)}\n"
+    if settings.needles:
+        table += f"\nNeedles by length of the text:\n\n{needle_markdown(rows, settings.needles)}\n"
     (out / "table.md").write_text(table, encoding="utf-8")
     report(table)
     try:
@@ -81,8 +73,30 @@ def run_quality(
         report(str(error))
 
 
-def _moments(path: Path, model, tokenizer, run: QualityRun, report: Callable[[str], object]) -> Moments:
-    if path.exists():
+def load_model(name: str | None, report: Callable[[str], object]) -> tuple[Any, Any, str]:
+    """A float32 model in eval mode, its tokenizer and its name; the demo's for None."""
+    if name is None:
+        model, tokenizer, name = demo_model(report)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    return model.float().eval(), tokenizer, name
+
+
+def in_dtype(model: Any, dtype: str) -> Any:
+    """``model`` moved to a dtype by name; inverse frequencies stay float32, as in a model loaded in this dtype."""
+    tables = {path: buffer.clone() for path, buffer in model.named_buffers() if path.endswith("inv_freq")}
+    model = model.to(getattr(torch, dtype))
+    for path, table in tables.items():
+        parent, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, table)
+    return model
+
+
+def moments_of(run: QualityRun, path: Path, model, tokenizer, report: Callable[[str], object]) -> Moments:
+    """Statistics from the file that ``run`` names, else from ``path``, else calibrated now and kept there."""
+    path = run.moments or path
+    if run.moments or path.exists():
         report(f"statistics read from {path}")
         return Moments.load(path)
     text, source = load_text(run.calibrate_on, split="validation")

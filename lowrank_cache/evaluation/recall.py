@@ -2,124 +2,168 @@
 
 Scored by the answer's next-token loss and by whether every answer token is the model's first choice.
 The wording shares no form with ``calibration.recall``, so that calibrating on recall text is not
-calibrating on the test.
+calibrating on the test. Each text is streamed once and asked several times, each time from a copy of the cache.
 """
 
+import copy
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-__all__ = ["RecallResult", "RecallSample", "lookup_samples", "needle_samples", "score_recall"]
+__all__ = ["QUESTIONS", "RecallResult", "RecallText", "lookup_texts", "needle_texts", "score_recall"]
 
+QUESTIONS = 4  # asked of each text
 _COLOURS = "red blue green black white yellow orange purple brown grey pink crimson".split()
 _ANIMALS = "tiger eagle shark wolf bear fox owl whale horse moose lynx crane cobra bison".split()
+_NAMES = [f"{colour} {animal}" for colour in _COLOURS for animal in _ANIMALS]
 
 
 @dataclass(frozen=True)
-class RecallSample:
-    """A prompt that ends where the answer must begin: ``[tokens]`` and ``[answer_tokens]`` ids."""
+class RecallText:
+    """What is read, ``[tokens]`` ids, and questions about it with their answers, ``[tokens]`` ids each."""
 
-    prompt: Tensor
-    answer: Tensor
+    context: Tensor
+    questions: tuple[tuple[Tensor, Tensor], ...]
 
 
 @dataclass(frozen=True)
 class RecallResult:
-    """Per sample, float64 ``[samples]``: mean loss of the answer's tokens, and 1 for an exact answer."""
+    """Per question, float64 ``[texts * questions]``: mean loss of the answer's tokens, and 1 for an exact answer."""
 
     loss: Tensor
     exact: Tensor
 
 
-def lookup_samples(tokenizer, count: int, entries: int = 22, seed: int = 0) -> list[RecallSample]:
-    """Each sample lists ``entries`` similar facts and asks for one of them."""
-    samples = []
+def lookup_texts(tokenizer, count: int, entries: int = 22, seed: int = 0) -> list[RecallText]:
+    """Each text lists ``entries`` similar facts; some of them are asked for."""
+    texts = []
     for index in range(count):
         draw = random.Random(seed * 1_000_003 + index)
-        names = draw.sample([f"{colour} {animal}" for colour in _COLOURS for animal in _ANIMALS], entries)
-        codes = {name: str(draw.randrange(10000, 100000)) for name in names}
+        codes = {name: _code(draw) for name in draw.sample(_NAMES, entries)}
         facts = "".join(
             f"Agent {name} was given the secret code {code} this morning.\n" for name, code in codes.items()
         )
-        asked = draw.choice(names)
-        prompt = f"Read the list of agents and codes.\n\n{facts}\nThe secret code that was given to agent {asked} is"
-        samples.append(_sample(tokenizer, prompt, f" {codes[asked]}"))
-    return samples
+        asked = draw.sample(list(codes), QUESTIONS)
+        questions = ((f"\nThe secret code that was given to agent {name} is", codes[name]) for name in asked)
+        context = f"Read the list of agents and codes.\n\n{facts}"
+        texts.append(RecallText(_ids(tokenizer, context), _questions(tokenizer, questions)))
+    return texts
 
 
-def needle_samples(tokenizer, haystack: Tensor, count: int, tokens: int, seed: int = 0) -> list[RecallSample]:
-    """Each sample hides one fact in ``tokens`` tokens of prose (``haystack`` ids) and asks for it."""
-    samples = []
+def needle_texts(tokenizer, haystack: Tensor, count: int, tokens: int, seed: int = 0) -> list[RecallText]:
+    """Each text hides facts in ``tokens`` tokens of prose in all (``haystack`` ids), and all are asked for."""
+    texts = []
     for index in range(count):
         draw = random.Random(seed * 1_000_003 + index)
-        name, code = f"{draw.choice(_COLOURS)} {draw.choice(_ANIMALS)}", str(draw.randrange(10000, 100000))
-        fact = torch.tensor(tokenizer(f"\nThe vault of the {name} opens with the number {code}.\n")["input_ids"])
-        question = f"\nWhich number opens the vault of the {name}? The vault of the {name} opens with the number"
-        asked = torch.tensor(tokenizer(question)["input_ids"])
-        room = tokens - len(fact) - len(asked)
+        codes = {name: _code(draw) for name in draw.sample(_NAMES, QUESTIONS)}
+        facts = [
+            _ids(tokenizer, f"\nThe vault of the {name} opens with the number {code}.\n")
+            for name, code in codes.items()
+        ]
+        questions = (
+            (f"\nWhich number opens the vault of the {name}? The vault of the {name} opens with the number", code)
+            for name, code in codes.items()
+        )
+        room = tokens - sum(map(len, facts))
         start = draw.randrange(0, max(1, len(haystack) - room))
         prose = haystack[start : start + room]
-        at = draw.randrange(len(prose) // 10, len(prose) * 9 // 10)
-        prompt = torch.cat([prose[:at], fact, prose[at:], asked])
-        samples.append(RecallSample(prompt, torch.tensor(tokenizer(f" {code}")["input_ids"])))
-    return samples
+        places = sorted(draw.sample(range(len(prose) // 20, len(prose) * 19 // 20), QUESTIONS))
+        parts = prose.tensor_split(places)
+        context = torch.cat([parts[0], *(part for pair in zip(facts, parts[1:], strict=True) for part in pair)])
+        texts.append(RecallText(context, _questions(tokenizer, questions)))
+    return texts
 
 
-def _sample(tokenizer, prompt: str, answer: str) -> RecallSample:
-    return RecallSample(torch.tensor(tokenizer(prompt)["input_ids"]), torch.tensor(tokenizer(answer)["input_ids"]))
+def _code(draw: random.Random) -> str:
+    return str(draw.randrange(10000, 100000))
+
+
+def _ids(tokenizer, text: str) -> Tensor:
+    return torch.tensor(tokenizer(text)["input_ids"])
+
+
+def _questions(tokenizer, questions: Iterable[tuple[str, str]]) -> tuple[tuple[Tensor, Tensor], ...]:
+    return tuple((_ids(tokenizer, question), _ids(tokenizer, f" {code}")) for question, code in questions)
 
 
 @torch.no_grad()
 def score_recall(
     model: PreTrainedModel,
-    samples: list[RecallSample],
+    texts: list[RecallText],
     make_cache: Callable[[], Cache],
     *,
     chunk: int = 32,
     batch: int = 8,
     progress: Callable[[int], object] | None = None,
 ) -> RecallResult:
-    """Stream each prompt ``chunk`` tokens at a time through a fresh cache, then force the answer.
+    """Stream each context ``chunk`` tokens at a time through a fresh cache, then ask, and force each answer.
 
-    Samples of a batch are left-padded to one length. Only the last prompt token and the answer's own
-    tokens are seen exactly besides what the cache keeps exact.
+    Contexts of a batch are left-padded to one length. Only a question's and its answer's own tokens are seen
+    exactly besides what the cache keeps exact.
     """
-    losses, exact = [], []
-    for start in range(0, len(samples), batch):
-        part = samples[start : start + batch]
-        length = max(len(sample.prompt) for sample in part)
-        answers = max(len(sample.answer) for sample in part)
-        ids = torch.zeros(len(part), length + answers, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, sample in enumerate(part):
-            begin = length - len(sample.prompt)
-            ids[row, begin:length] = sample.prompt
-            ids[row, length : length + len(sample.answer)] = sample.answer
-            mask[row, begin : length + answers] = 1
-        logits = _stream_answer(model, ids.to(model.device), mask.to(model.device), length, make_cache(), chunk)
-        for row, sample in enumerate(part):
-            steps = logits[row, : len(sample.answer)].double().cpu()
-            losses.append(torch.nn.functional.cross_entropy(steps, sample.answer))
-            exact.append((steps.argmax(-1) == sample.answer).all().double())
+    losses: list[float] = []
+    exact: list[bool] = []
+    for start in range(0, len(texts), batch):
+        part = texts[start : start + batch]
+        cache = make_cache()
+        mask = _stream_contexts(model, part, cache, chunk)
+        asked = [_ask(model, questions, mask, copy.deepcopy(cache)) for questions in _transposed(part)]
+        for scores in zip(*asked, strict=True):  # by text
+            losses.extend(loss for loss, _ in scores)
+            exact.extend(right for _, right in scores)
         if progress is not None:
             progress(len(part))
-    return RecallResult(torch.stack(losses), torch.stack(exact))
+    return RecallResult(torch.tensor(losses, dtype=torch.float64), torch.tensor(exact, dtype=torch.float64))
 
 
-def _stream_answer(model, ids: Tensor, mask: Tensor, length: int, cache: Cache, chunk: int) -> Tensor:
-    """Logits that predict the answer, ``[batch, answer_tokens, vocabulary]``."""
+def _transposed(texts: list[RecallText]) -> Iterable[tuple[tuple[Tensor, Tensor], ...]]:
+    """The first question of every text, then the second of every text, and so on."""
+    return zip(*(text.questions for text in texts), strict=True)
+
+
+def _stream_contexts(model, texts: list[RecallText], cache: Cache, chunk: int) -> Tensor:
+    """Fill ``cache``; returns the mask ``[batch, tokens]`` of what it holds."""
+    length = max(len(text.context) for text in texts)
+    ids = torch.zeros(len(texts), length, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, text in enumerate(texts):
+        ids[row, length - len(text.context) :] = text.context
+        mask[row, length - len(text.context) :] = 1
+    ids, mask = ids.to(model.device), mask.to(model.device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    edges = [*range(0, length - 1, chunk), length - 1, ids.shape[1]]
-    for start, stop in zip(edges[:-1], edges[1:], strict=True):
-        logits = model(
+    for start in range(0, length, chunk):
+        stop = min(start + chunk, length)
+        model(
             input_ids=ids[:, start:stop],
             attention_mask=mask[:, :stop],
             position_ids=positions[:, start:stop],
             past_key_values=cache,
             use_cache=True,
-        ).logits
-    return logits[:, :-1]
+            logits_to_keep=1,
+        )
+    return mask
+
+
+def _ask(model, questions: tuple[tuple[Tensor, Tensor], ...], mask: Tensor, cache: Cache) -> list[tuple[float, bool]]:
+    """Loss of the answer and whether it is exact, for one question a row."""
+    length = max(len(question) + len(answer) for question, answer in questions)
+    ids = torch.zeros(len(questions), length, dtype=torch.long)
+    real = torch.zeros_like(ids)  # shorter questions are padded on the right, where no earlier token sees it
+    for row, (question, answer) in enumerate(questions):
+        ids[row, : len(question) + len(answer)] = torch.cat([question, answer])
+        real[row, : len(question) + len(answer)] = 1
+    mask = torch.cat([mask, real.to(mask.device)], dim=1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -length:]
+    logits = model(
+        input_ids=ids.to(mask.device), attention_mask=mask, position_ids=positions, past_key_values=cache
+    ).logits
+    scores = []
+    for row, (question, answer) in enumerate(questions):
+        steps = logits[row, len(question) - 1 : len(question) + len(answer) - 1].double().cpu()
+        loss = torch.nn.functional.cross_entropy(steps, answer)
+        scores.append((loss.item(), bool((steps.argmax(-1) == answer).all())))
+    return scores

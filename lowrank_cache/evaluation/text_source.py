@@ -6,6 +6,7 @@ import inspect
 from pathlib import Path
 
 from lowrank_cache.evaluation.hub import hub_reachable
+from lowrank_cache.evaluation.machine_text import machine_text
 
 __all__ = ["bundled_text", "load_text"]
 
@@ -43,7 +44,7 @@ def load_text(path: str | Path | None = None, *, split: str = "train") -> tuple[
     """Text and the name of its source.
 
     Args:
-        path: A UTF-8 file to use instead of any other source.
+        path: A UTF-8 file to use instead of any other source, or one of ``machine_text``'s names.
         split: Of WikiText-2: ``"train"``, ``"validation"`` or ``"test"``. The other sources have none.
 
     Returns:
@@ -51,11 +52,11 @@ def load_text(path: str | Path | None = None, *, split: str = "train") -> tuple[
         ``bundled_text()``.
 
     Raises:
-        ValueError: If the file holds no text.
+        ValueError: If the file holds no text, or the machine has none of that name.
         OSError: If it cannot be read.
     """
     if path is not None:
-        return _read(Path(path)), str(path)
+        return machine_text(str(path)) or (_read(Path(path)), str(path))
     name, configuration = DATASET
     if importlib.util.find_spec("datasets") is not None and hub_reachable(f"datasets/{name}/resolve/main/README.md"):
         from datasets import load_dataset

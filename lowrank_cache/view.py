@@ -1,0 +1,111 @@
+"""What one layer holds during a forward, by segment, for attention that never rebuilds the whole of it.
+
+``Cache.update`` returns dense keys and values, or, to a model under ``latent_attention``, the forward's own
+states with a ``LatentView`` of everything else. See docs/cache_contract.md, "Attending to latents".
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_cache.kernels.api import latent_decode
+from lowrank_cache.kernels.packed import LatentSide
+from lowrank_cache.kernels.reference import attend, merge
+
+__all__ = ["LatentView", "StoredSide"]
+
+
+@dataclass(frozen=True)
+class StoredSide:
+    """One layer's keys or values, at the time of its update.
+
+    Attributes:
+        sinks: ``[batch, heads, sinks, head_dim]`` exact.
+        latents: The tokens between sinks and tail; None while there are none.
+        tail: ``[batch, heads, tokens, head_dim]`` exact: the window and the forward's own tokens.
+    """
+
+    sinks: Tensor
+    latents: LatentSide | None
+    tail: Tensor
+
+
+@dataclass(frozen=True)
+class LatentView:
+    """Keys and values of one layer, and where their segments stand among the slots.
+
+    Attributes:
+        key, value: What is stored.
+        slots: Tokens in all, those of the forward included.
+        encoded_end: First slot of the tail; latents stand before it.
+        sink_slots: ``[batch, sinks]``, the slot of each row's sinks, ``slots`` or more where a row has not come to
+            one yet; None if they are the first slots of every row.
+        impl: Kernels that read the latents, see ``kernels.api.latent_decode``.
+    """
+
+    key: StoredSide
+    value: StoredSide
+    slots: int
+    encoded_end: int
+    sink_slots: Tensor | None
+    impl: str = "auto"
+
+    def attend(
+        self,
+        query: Tensor,
+        *,
+        scaling: float,
+        mask: Tensor | None = None,
+        softcap: float | None = None,
+        sink_logits: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of the forward's queries over all slots.
+
+        Args:
+            query: ``[batch, q_heads, q_tokens, head_dim]``, post-RoPE, of the last ``q_tokens`` slots.
+            scaling, softcap: See ``kernels.reference.attend``.
+            mask: bool ``[1 or batch, 1, q_tokens, slots]``, True where a query sees a slot; None for causal.
+            sink_logits: ``[q_heads]``, see ``kernels.reference.merge``.
+
+        Returns:
+            ``[batch, q_heads, q_tokens, value_dim]``, at least float32.
+        """
+        if mask is None and query.shape[2] > 1:
+            mask = _causal(query.shape[2], self.slots, query.device)
+        options: dict[str, Any] = {"scaling": scaling, "softcap": softcap}
+        sink_mask, mask = self._split_off_sinks(mask)
+        first_latent = self.key.sinks.shape[2]
+        segments = []
+        if first_latent:
+            segments.append(attend(query, self.key.sinks, self.value.sinks, mask=sink_mask, **options))
+        if self.key.latents is not None and self.value.latents is not None:
+            seen = None if mask is None else mask[..., self.encoded_end - self.key.latents.tokens : self.encoded_end]
+            segments.append(
+                latent_decode(query, self.key.latents, self.value.latents, mask=seen, impl=self.impl, **options)
+            )
+        if self.key.tail.shape[2]:
+            seen = None if mask is None else mask[..., self.slots - self.key.tail.shape[2] :]
+            segments.append(attend(query, self.key.tail, self.value.tail, mask=seen, **options))
+        return merge(segments, sink_logits)[0]
+
+    def _split_off_sinks(self, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """The mask of the sink segment, and the mask of slots without those that sinks stand for."""
+        if self.sink_slots is None:
+            return (None if mask is None else mask[..., : self.key.sinks.shape[2]]), mask
+        batch = self.sink_slots.shape[0]
+        if mask is None:  # one query token and, says the model, no padding
+            mask = self.sink_slots.new_ones(batch, 1, 1, self.slots, dtype=torch.bool)
+        mask = mask.expand(batch, *mask.shape[1:])
+        # A sink that is not there yet has a slot past the end: one more column takes them all.
+        padded = torch.nn.functional.pad(mask, (0, 1))
+        slots = self.sink_slots.clamp(max=self.slots)
+        sinks = padded.gather(3, slots[:, None, None].expand(-1, 1, mask.shape[2], -1))
+        elsewhere = padded.new_ones(batch, self.slots + 1).scatter_(1, slots, False)[:, None, None, : self.slots]
+        return sinks, mask & elsewhere
+
+
+def _causal(q_tokens: int, slots: int, device: torch.device) -> Tensor:
+    """``[1, 1, q_tokens, slots]``: the last ``q_tokens`` slots see themselves and what is before them."""
+    return torch.ones(q_tokens, slots, dtype=torch.bool, device=device).tril_(slots - q_tokens)[None, None]
