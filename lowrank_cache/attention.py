@@ -190,6 +190,7 @@ def _attend_over_eager(module, query, key, value, attention_mask, **kwargs) -> t
     return _attend(eager, module, query, key, value, attention_mask, **kwargs)
 
 
+@torch.compiler.disable(reason="the number of cached tokens changes with every step")
 def _attend(others: Callable, module, query, key, value, attention_mask, **kwargs) -> tuple[Tensor, Tensor | None]:
     """transformers' attention function: latents where ``key`` carries a view, ``others`` elsewhere."""
     view = view_of(key)

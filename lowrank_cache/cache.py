@@ -75,9 +75,8 @@ class LowRankLayer(CacheLayerMixin):
         return LatentView(keys, values, self.get_seq_length(), encoded_end, store.sink_slots, impl)
 
     def can_extend(self) -> bool:
-        """Whether there are past tokens, and channels that store them with the same bases in all rows."""
-        coders = [store.coder for store in self.stores.values()]
-        return self.get_seq_length() > 0 and all(coder.rank and coder.rows_alike for coder in coders)
+        """Whether there are past tokens, in stores that can be attended to."""
+        return self.get_seq_length() > 0 and all(store.attendable for store in self.stores.values())
 
     def _checked(self, key_states: Tensor, value_states: Tensor) -> dict[str, Tensor]:
         states = {"key": key_states.detach(), "value": value_states.detach()}
@@ -228,6 +227,7 @@ class LowRankCache(Cache):
         """Cached tokens, padding included; during a forward, and after one that failed, those before it."""
         return super().get_seq_length(layer_idx) if self._updated is None else self._length_before
 
+    @torch.compiler.disable(reason="buffers grow and latents are encoded by Python control flow")
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[Tensor, Tensor]:

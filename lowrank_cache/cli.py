@@ -191,6 +191,9 @@ def quality(
     moments: Annotated[Path | None, typer.Option(help="Statistics of an earlier run, not to calibrate again.")] = None,
     windows: Annotated[int, typer.Option(help="Evaluation windows, evenly spaced.")] = 16,
     window: Annotated[int, typer.Option(help="Tokens per evaluation window.")] = 1024,
+    prompt: Annotated[
+        int, typer.Option(help="Tokens of windows and look-ups that come in one first forward and are not scored.")
+    ] = 0,
     chunk: Annotated[int, typer.Option(help="Tokens per forward of windows and look-ups.")] = 32,
     lookups: Annotated[int, typer.Option(help="Questions about key–value lists of 22 entries, 4 a list.")] = 64,
     needles: Annotated[
@@ -202,7 +205,12 @@ def quality(
     """Measure perplexity and recall of many caches on one model, in one run, as a table and a plot."""
     with _errors_as_messages():
         settings = QualitySettings(
-            windows=windows, window=window, chunk=chunk, lookups=lookups, needles=_needles(needles or [])
+            windows=windows,
+            window=window,
+            prompt=prompt,
+            chunk=chunk,
+            lookups=lookups,
+            needles=_needles(needles or []),
         )
         run = QualityRun(model, calibrate_on, evaluate_on, moments, tokens, recall_share, sensitivity, dtype, key_bias)
         run_quality(out, cache, run, settings, typer.echo)

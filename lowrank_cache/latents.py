@@ -31,8 +31,6 @@ class Coder:
         rotated: Mix each basis' channels by a Hadamard rotation, for one quantized tier that holds them all.
     """
 
-    rows_alike = True  # the same bases serve every row
-
     def __init__(
         self,
         store: tuple[Basis, ...],

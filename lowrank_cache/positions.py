@@ -158,12 +158,6 @@ class PositionTrack:
         cos, sin = (torch.cat(tables, dim=1)[:, None] for tables in zip(*parts, strict=True))
         return cos, sin
 
-    def real_after_sinks(self, start: int, stop: int, sinks: int) -> Tensor:
-        """``[batch, stop - start]`` bool: neither padding nor one of its row's first ``sinks`` tokens."""
-        real = self._positions.view(start, stop) != PADDING
-        first = 0 if self.first_real is None else self.first_real[:, None].to(real.device)
-        return real & (torch.arange(start, stop, device=real.device) >= first + sinks)
-
     def frames(self, rope: RopeShape, start: int, stop: int) -> RotaryFrames:
         """The same rotations, one for each frame; one for each token if the slots are not cut into whole frames.
 
@@ -180,6 +174,12 @@ class PositionTrack:
                 positions[:1] if self.rows_equal else positions, self._segments[rope.source][0][1]
             )
         return RotaryFrames(*self._tables[key], self.frame_length, rope.layout)
+
+    def real_after_sinks(self, start: int, stop: int, sinks: int) -> Tensor:
+        """``[batch, stop - start]`` bool: neither padding nor one of its row's first ``sinks`` tokens."""
+        real = self._positions.view(start, stop) != PADDING
+        first = 0 if self.first_real is None else self.first_real[:, None].to(real.device)
+        return real & (torch.arange(start, stop, device=real.device) >= first + sinks)
 
     def end(self) -> None:
         """Drop what served one forward; its tables are as large as one head's dense keys."""

@@ -39,8 +39,6 @@ class PromptCoder:
         dtype: In which bases are held; products are float32 in any case.
     """
 
-    rows_alike = False
-
     def __init__(self, members: list[tuple[int, str, SideShape]], rank: int, bits: int, dtype: torch.dtype):
         self.name = f"{members[0][1]} states of layers {tuple(layer for layer, _, _ in members)}"
         self.members = tuple((layer, side) for layer, side, _ in members)
@@ -141,6 +139,8 @@ class PromptStore(LatentStore):
         self.new_tokens = new_tokens
         self._fitted_before = False
         super().__init__(coder, track, options)  # type: ignore[arg-type]
+
+    attendable = False  # every row has bases of its own, which no kernel takes
 
     def clear(self) -> None:
         super().clear()

@@ -96,6 +96,11 @@ class LatentStore:
         return StoredSide(kept, latents, tail)
 
     @property
+    def attendable(self) -> bool:
+        """Whether ``extend`` can take the place of ``update``: latents have channels, and one basis for all rows."""
+        return self.coder.rank > 0
+
+    @property
     def sink_slots(self) -> Tensor | None:
         """``[batch, num_sink_tokens]``, the slot of every row's sinks; None if those are all rows' first slots."""
         first_real = self.track.first_real

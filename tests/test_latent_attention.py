@@ -1,5 +1,6 @@
 """A model that attends to latents gives what it gives with rebuilt keys and values, in every mode, and is restored."""
 
+import contextlib
 import copy
 import gc
 import weakref
@@ -304,3 +305,39 @@ def test_what_attention_cannot_honour_is_refused():
         model.eval()
         assert torch.isfinite(model(tokens[:, :1], past_key_values=cache).logits).all()  # the cache is as before
         assert cache.get_seq_length() == 21
+
+
+@pytest.mark.parametrize("attend", [False, True], ids=["rebuilt", "attended"])
+def test_a_compiled_forward_gives_the_same(attend):
+    """The cache breaks the graph; what is around it is compiled. Eager back-end: tracing is what could fail."""
+    model, tokens = tiny_model("llama"), random_tokens(1, 24)
+    projections = full_rank_projections("llama", 4)
+
+    def logits(forward):
+        cache = exact_cache(model, projections)
+        with torch.no_grad():
+            return torch.cat(
+                [forward(part, past_key_values=cache).logits for part in tokens.split([15, 1, 1, 6, 1], 1)], 1
+            )
+
+    expected = logits(model)
+    torch._dynamo.reset()
+    with latent_attention(model) if attend else contextlib.nullcontext():
+        torch.testing.assert_close(
+            logits(torch.compile(model.forward, backend="eager")), expected, rtol=1e-4, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("new_tokens", ["encode", "exact"])
+def test_bases_of_prompts_are_rebuilt(new_tokens):
+    """xKV's bases differ by row, which no kernel takes; such a cache goes on as without the switch."""
+    model, tokens = tiny_model("llama"), random_tokens(2, 40)
+
+    def logits():
+        cache = LowRankCache(model, method="xkv", compression_ratio=2, new_tokens=new_tokens, **SMALL_SIZES)
+        with torch.no_grad():
+            return torch.cat([model(part, past_key_values=cache).logits for part in tokens.split([32, 1, 7], 1)], 1)
+
+    expected = logits()
+    with latent_attention(model):
+        assert torch.equal(logits(), expected)
