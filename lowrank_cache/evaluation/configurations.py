@@ -10,6 +10,7 @@ from lowrank_cache.calibration.api import METHODS, projections_from_moments
 from lowrank_cache.calibration.moments import Moments
 from lowrank_cache.evaluation.baselines import BASELINES
 from lowrank_cache.projections import Projections
+from lowrank_cache.prompt_svd import NEW_TOKENS
 
 __all__ = ["Configuration", "build", "parse"]
 
@@ -26,6 +27,7 @@ class Configuration:
         frame: ``frame_length``.
         joint: Whether keys and values share a latent; None for the method's default.
         compression_ratio, bits, ranks: Of the cache; ranks replace the ratio.
+        new: xkv's ``new_tokens``.
     """
 
     method: str
@@ -35,12 +37,14 @@ class Configuration:
     joint: bool | None = None
     bits: int | None = None
     ranks: int | None = None
+    new: str | None = None
 
 
 def parse(specification: str) -> Configuration | None:
     """A configuration, or None if ``specification`` names a baseline.
 
-    ``METHOD:RATIO`` and, after commas, ``groups=``, ``frame=``, ``joint=`` (0 or 1), ``bits=`` and ``ranks=``.
+    ``METHOD:RATIO`` and, after commas, ``groups=``, ``frame=``, ``joint=`` (0 or 1), ``bits=`` and ``ranks=``,
+    for xkv also ``new=`` (encode or exact).
 
     Raises:
         ValueError: If it cannot be read.
@@ -55,6 +59,9 @@ def parse(specification: str) -> Configuration | None:
         fields: dict = {}
         for option in options:
             name, _, value = option.partition("=")
+            if name == "new" and method == XKV and value in NEW_TOKENS:
+                fields[name] = value
+                continue
             if name not in ("groups", "frame", "joint", "bits", "ranks"):
                 raise ValueError
             fields[name] = value if value == "auto" else int(value)
@@ -64,7 +71,7 @@ def parse(specification: str) -> Configuration | None:
     except ValueError:
         raise ValueError(
             f"cache must be one of {BASELINES} or METHOD:RATIO[,groups=G][,frame=L][,joint=0|1][,bits=B][,ranks=R] "
-            f"with a method of {sorted((*METHODS, XKV))}, got {specification!r}"
+            f"with a method of {sorted((*METHODS, XKV))} (for xkv also ,new=encode|exact), got {specification!r}"
         ) from None
 
 
@@ -89,7 +96,8 @@ def build(
         options = {name: getattr(configuration, name) for name in ("compression_ratio", "bits", "ranks")}
         if configuration.method == XKV:
             size = 4 if configuration.groups == "auto" else configuration.groups
-            built[specification] = (None, {**options, "method": XKV, "layer_group_size": size})
+            of_prompt = {"method": XKV, "layer_group_size": size, "new_tokens": configuration.new}
+            built[specification] = (None, {**options, **of_prompt})
             continue
         of_ranks = 1.0
         if configuration.method == "recalkv" and configuration.ranks is None:
