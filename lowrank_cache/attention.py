@@ -104,8 +104,8 @@ def _switch(model: PreTrainedModel, decoder: PreTrainedModel, impl: str) -> _Swi
     others = "eager" if previous == "eager" else "sdpa"
     for key, function in _FUNCTIONS.items():
         # Both: where the mask's name is unknown, transformers makes no mask at all.
-        AttentionInterface.register(_NAMES[key], function)  # type: ignore[arg-type]  # its Callable is a bare name
-        AttentionMaskInterface.register(_NAMES[key], _MASKS[key])
+        AttentionInterface.register(_NAMES[key], function)
+        AttentionMaskInterface.register(_NAMES[key], _MASKS[key])  # type: ignore[arg-type]  # a dict of functions
     decoder.set_attn_implementation(_NAMES[others])
     weakref.finalize(decoder, _unregister_if_unused)  # a model may die switched
     _SWITCHED[decoder] = _Switched(previous, impl)

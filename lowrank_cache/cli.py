@@ -72,6 +72,9 @@ def calibrate(
     recall_share: Annotated[float, typer.Option(help="Fraction of sequences that are generated look-ups.")] = 0.5,
     seed: Annotated[int, typer.Option(help="Of the generated look-ups.")] = 0,
     method: Annotated[str | None, typer.Option(help="How bases are found; see docs/method.md.")] = None,
+    preset: Annotated[
+        str, typer.Option(help="'smallest' or 'fastest': the defaults of the two options that follow.")
+    ] = "smallest",
     frame_length: Annotated[int | None, typer.Option(help="Tokens per rotary frame; 1 stores pre-RoPE keys.")] = None,
     layer_group_size: Annotated[
         str | None, typer.Option(help="Adjacent layers that share a latent: a number, KEYS,VALUES, or auto.")
@@ -89,7 +92,10 @@ def calibrate(
             "frame_length": frame_length,
             "layer_group_size": _group_size(layer_group_size),
         }
-        options = {name: value for name, value in given.items() if value is not None}
+        if preset not in calibration.PRESETS:
+            raise ValueError(f"preset must be one of {sorted(calibration.PRESETS)}, got {preset!r}")
+        chosen = {name: value for name, value in given.items() if value is not None}
+        options = {**calibration.PRESETS[preset], **chosen}
         text, source = load_text(data)
         typer.echo(f"Text: {source}")
         tokenizer = AutoTokenizer.from_pretrained(model)
