@@ -21,6 +21,7 @@ from lowrank_cache.evaluation.bench_run import bench as run_bench
 from lowrank_cache.evaluation.demo import DemoSettings, run_demo
 from lowrank_cache.evaluation.inspection import inspect_projections
 from lowrank_cache.evaluation.model_source import DownloadError
+from lowrank_cache.evaluation.papers import check_papers
 from lowrank_cache.evaluation.plots import plot_projections
 from lowrank_cache.evaluation.prefill import prefill_peak
 from lowrank_cache.evaluation.quality import QualitySettings
@@ -196,6 +197,9 @@ def quality(
     moments: Annotated[Path | None, typer.Option(help="Statistics of an earlier run, not to calibrate again.")] = None,
     windows: Annotated[int, typer.Option(help="Evaluation windows, evenly spaced.")] = 16,
     window: Annotated[int, typer.Option(help="Tokens per evaluation window.")] = 1024,
+    prompt: Annotated[
+        int, typer.Option(help="Tokens of windows and look-ups that come in one first forward and are not scored.")
+    ] = 0,
     chunk: Annotated[int, typer.Option(help="Tokens per forward of windows and look-ups.")] = 32,
     lookups: Annotated[int, typer.Option(help="Questions about key–value lists of 22 entries, 4 a list.")] = 64,
     needles: Annotated[
@@ -207,7 +211,12 @@ def quality(
     """Measure perplexity and recall of many caches on one model, in one run, as a table and a plot."""
     with _errors_as_messages():
         settings = QualitySettings(
-            windows=windows, window=window, chunk=chunk, lookups=lookups, needles=_needles(needles or [])
+            windows=windows,
+            window=window,
+            prompt=prompt,
+            chunk=chunk,
+            lookups=lookups,
+            needles=_needles(needles or []),
         )
         run = QualityRun(model, calibrate_on, evaluate_on, moments, tokens, recall_share, sensitivity, dtype, key_bias)
         run_quality(out, cache, run, settings, typer.echo)
@@ -252,3 +261,17 @@ def _numbers(name: str, given: str) -> tuple[int, ...]:
     if not all(part.isdigit() and int(part) > 0 for part in parts):
         raise ValueError(f"{name} must be positive integers separated by commas, got {given!r}")
     return tuple(int(part) for part in parts)
+
+
+@app.command()
+def papers(
+    out: Annotated[Path, typer.Option(help="Folder for the trained models and papers.md; rerunning keeps the models.")],
+    text: Annotated[Path | None, typer.Option(help="Text to use instead of Python's own sources.")] = None,
+    steps: Annotated[
+        int, typer.Option(help="Training batches of the multi-head model; the MLA model gets half.")
+    ] = 1200,
+    windows: Annotated[int, typer.Option(help="Evaluation windows of 256 bytes.")] = 48,
+) -> None:
+    """Train two small models and check on them what ReCalKV, Palu and xKV say of their methods."""
+    with _errors_as_messages():
+        check_papers(out, text, steps=steps, windows=windows, report=typer.echo)

@@ -23,7 +23,7 @@ __all__ = ["NEW_TOKENS", "PromptCoder", "PromptStore", "leading_directions", "pr
 
 NEW_TOKENS = ("encode", "exact")
 VALUE_SHARE = 1.5  # value rank over key rank, as in the paper
-_FIT_TOKENS = 4096  # take a long prompt in pieces: its float32 copies stay small
+_FIT_TOKENS = 1024  # take a long prompt in pieces: its float32 copies stay small
 _ITERATIONS = 4  # of the subspace iteration, each of which squares singular values
 
 

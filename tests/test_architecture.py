@@ -75,6 +75,7 @@ ALLOWED = {
         "latents",
         "models",
         "projections",
+        "prompt_svd",
         "store",
     },
     "kernels/": set(),

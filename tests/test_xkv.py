@@ -1,5 +1,6 @@
 """xKV: bases come from each row's own prompt, follow it, and count in the bytes."""
 
+import contextlib
 import copy
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from lowrank_cache import LowRankCache, models
+from lowrank_cache import LowRankCache, latent_attention, models
 from lowrank_cache.models import LayerShape, ModelShape, RopeShape, SideShape, model_shape
 from lowrank_cache.prompt_svd import PromptCoder, leading_directions, prompt_ranks
 from tests.memory import held_bytes
@@ -168,6 +169,16 @@ class TestRows:
             for tensor in (*store.coder.up_projs, *store.coder.constants, store.coder.units):
                 tensor.fill_(7)
         assert_same_states(read(cache), before)
+
+    def test_attention_over_latents_leaves_rows_with_bases_of_their_own_to_reconstruction(self, model):
+        logits = []
+        for switch in (contextlib.nullcontext(), latent_attention(model)):
+            cache = xkv(model, layer_group_size=2)
+            with switch:
+                for chunk in random_tokens(2, 60).split([50, 1, 9], dim=1):
+                    step = model(chunk, past_key_values=cache).logits
+            logits.append(step)
+        assert torch.equal(*logits)
 
 
 class TestLife:

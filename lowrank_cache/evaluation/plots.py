@@ -78,25 +78,29 @@ def _bits_picture(entries: list[tuple[tuple, StorePlan]]) -> tuple[np.ndarray, l
 
 
 def plot_quality(rows: list[QualityRow], path: Path) -> None:
-    """Write a PNG: perplexity ratio and look-up loss against stored bytes, one line per family of caches."""
+    """Write a PNG: perplexity ratio, look-up loss and exact answers against stored bytes, one line per family."""
     plt = _pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(13, 5), constrained_layout=True)
+    figure, axes = plt.subplots(1, 3, figsize=(19, 5), constrained_layout=True)
+    full, others = rows[0], rows[1:]
     families: dict[str, list[QualityRow]] = {}
-    for row in rows[1:]:
+    for row in others:
         families.setdefault(_family(row.name), []).append(row)
     for family, members in families.items():
         members = sorted(members, key=lambda row: row.real_ratio)
-        ratios = [row.real_ratio for row in members]
-        excess = [max(perplexity_ratio(row, rows[0])[0] - 1, 1e-4) for row in members]
-        axes[0].plot(ratios, excess, marker="o", label=family)
-        if members[0].lookup_losses and rows[0].lookup_losses:
-            recall = [np.mean(row.lookup_losses) - np.mean(rows[0].lookup_losses) for row in members]
-            axes[1].plot(ratios, recall, marker="o", label=family)
-    axes[0].set(xscale="log", yscale="log", xlabel="real ratio at the end of a window, 16-bit full cache = 1")
-    axes[0].set_ylabel("perplexity ratio − 1")
-    axes[1].set(xscale="log", xlabel="real ratio at the end of a window, 16-bit full cache = 1")
-    axes[1].set_ylabel("look-up loss above the full cache, nats a token")
+        stored = [100 / row.real_ratio for row in members]
+        excess = [max(perplexity_ratio(row, full)[0] - 1, 1e-4) for row in members]
+        axes[0].plot(stored, excess, marker="o", label=family)
+        if members[0].lookup_losses and full.lookup_losses:
+            recall = [np.mean(row.lookup_losses) - np.mean(full.lookup_losses) for row in members]
+            axes[1].plot(stored, recall, marker="o", label=family)
+            axes[2].plot(stored, [np.mean(row.lookup_exact) for row in members], marker="o", label=family)
+    if full.lookup_exact:
+        axes[2].axhline(np.mean(full.lookup_exact), color="grey", linestyle=":", label="full")
+    axes[0].set(yscale="log", ylabel="perplexity ratio − 1")
+    axes[1].set(ylabel="look-up loss above the full cache, nats a token")
+    axes[2].set(ylabel="share of exact answers")
     for axis in axes:
+        axis.set(xscale="log", xlabel="stored bytes at the end of a window, % of the full cache at 16 bits")
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend(fontsize=8)
