@@ -22,10 +22,18 @@ from torch import Tensor
 
 from lowrank_cache.kernels.packed import LatentSide
 from lowrank_cache.kernels.triton_scores import absorb, absorbed_scores, rebuilt_scores
-from lowrank_cache.kernels.triton_tiers import TierArguments, block, dot_dtype, precision, tier_arguments, warps
+from lowrank_cache.kernels.triton_tiers import (
+    TierArguments,
+    block,
+    dot_dtype,
+    precision,
+    tier_arguments,
+    up_proj_arguments,
+    warps,
+)
 from lowrank_cache.kernels.triton_values import combine, project, weigh
 
-__all__ = ["latent_decode", "up_proj_arguments"]
+__all__ = ["latent_decode"]
 
 _CHUNK = 128  # positions of a latent that are unpacked at once
 _SMALL_CHUNK = 64  # where a tile of the up-projection has to lie beside it
@@ -244,27 +252,6 @@ def _waves(step: _Step, frame_length: int) -> list[_Wave]:
     at_a_time = max(1, _ABSORBED_BYTES // (step.batch * step.rows * step.keys.chunks(_CHUNK) * _CHUNK * size))
     tile = block(frame_length, 16, 64)
     return [_Wave(first, min(at_a_time, frames - first), frame_length, tile) for first in range(0, frames, at_a_time)]
-
-
-def up_proj_arguments(side: LatentSide) -> dict[str, Any]:
-    """Keyword arguments of every kernel that reads an up-projection, its rotation included."""
-    up_proj, rope = side.up_proj, side.rope
-    if up_proj.stride(2) != 1 or up_proj.stride(0) % 8 or up_proj.stride(1) % 8 or up_proj.storage_offset() % 8:
-        up_proj = up_proj.contiguous()
-    tables: dict[str, Any] = {"cos": side.constant, "sin": side.constant, "cos_batch": 0, "HALF": 0}
-    if rope is not None:
-        cos, sin = rope.cos.contiguous(), rope.sin.contiguous()
-        tables = {"cos": cos, "sin": sin, "cos_batch": 0 if len(cos) == 1 else cos.stride(0), "HALF": cos.shape[2]}
-    return {
-        "up_proj": up_proj,
-        "up_rank": up_proj.stride(0) // 8,
-        "up_head": up_proj.stride(1) // 8,
-        "constant": side.constant.contiguous(),
-        "heads": up_proj.shape[1],
-        "HEAD_DIM": up_proj.shape[2],
-        "INTERLEAVED": rope is not None and rope.layout == "interleaved",
-        **tables,
-    }
 
 
 def _absorbed_scores(step: _Step, wave: _Wave, scores: Tensor) -> None:

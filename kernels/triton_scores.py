@@ -7,21 +7,14 @@ that never cross a frame; a tile's unused slots hold -inf. ``slot_tokens`` finds
 import triton
 import triton.language as tl
 
-from lowrank_cache.kernels.triton_tiers import (
-    channel_of,
-    half_steps,
-    layout_names,
-    load_levels,
-    make_tier,
-    tier_names,
-)
+from lowrank_cache.kernels.triton_rebuild import REBUILD_INTEGERS, pair_columns, rebuild_pair
+from lowrank_cache.kernels.triton_tiers import channel_of, half_steps, layout_names, load_levels, make_tiers, tier_names
 
-__all__ = ["absorb", "absorbed_scores", "add_pair", "pair_columns", "rebuilt_scores", "rotate_pair", "slot_tokens"]
+__all__ = ["absorb", "absorbed_scores", "rebuilt_scores", "slot_tokens"]
 
 _ABSORB_INTEGERS = ["head_rows", "heads", "frames", "first_frame", "cos_batch", "up_rank", "up_head", "chunks", "steps"]
 _SCORE_INTEGERS = ["rows", "tokens", "frames", "first_frame", "frame_length", "frame_tiles", "tiles", "q_tokens"]
 _MASK_INTEGERS = ["mask_batch", "mask_query", "mask_token"]
-_REBUILD_INTEGERS = ["head_rows", "heads", "tokens", "frame_length", "cos_batch", "up_rank", "up_head", "q_tokens"]
 
 
 @triton.jit
@@ -173,10 +166,14 @@ def absorbed_scores(
     token, valid = slot_tokens(slot, tiles * TILE, tokens, first_frame, frame_length, frame_tiles, TILE)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     in_rows = row < rows
-    tier16 = make_tier(codes16, steps8, batch, row16, codes_batch16, codes_token16, 0, 0, channels16, 16, CHUNK)
-    tier8 = make_tier(codes8, steps8, batch, row8, codes_batch8, codes_token8, steps_batch8, steps_token8, 0, 8, CHUNK)
-    tier4 = make_tier(codes4, steps4, batch, row4, codes_batch4, codes_token4, steps_batch4, steps_token4, 0, 4, CHUNK)
-    tier2 = make_tier(codes2, steps2, batch, row2, codes_batch2, codes_token2, steps_batch2, steps_token2, 0, 2, CHUNK)
+    tier16, tier8, tier4, tier2 = make_tiers(
+        batch, codes16, codes8, codes4, codes2, steps8, steps4, steps2,
+        row16, codes_batch16, codes_token16,
+        row8, codes_batch8, codes_token8, steps_batch8, steps_token8,
+        row4, codes_batch4, codes_token4, steps_batch4, steps_token4,
+        row2, codes_batch2, codes_token2, steps_batch2, steps_token2,
+        channels16, 0, 0, 0, CHUNK,
+    )  # fmt: skip
     line = (batch * frames + tile // frame_tiles) * rows + row
     at = absorbed + line * ((tier16[6] + tier8[6] + tier4[6] + tier2[6]) * CHUNK)
     scores = tl.zeros((TILE, ROWS), tl.float32)
@@ -194,76 +191,9 @@ def absorbed_scores(
     tl.store(target, scores, mask=in_rows[None, :])
 
 
-@triton.jit
-def pair_columns(HEAD_DIM: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, PAIRS: tl.constexpr):
-    """Columns of a head that rotate together, ``[PAIRS]`` each, and which of them exist.
-
-    Columns beyond the rotation are paired too, and then not rotated. Without ``INTERLEAVED`` both halves are runs.
-    """
-    pair = tl.arange(0, PAIRS)
-    if INTERLEAVED:
-        first, second = 2 * pair, 2 * pair + 1
-    else:
-        REST: tl.constexpr = HEAD_DIM // 2 - HALF
-        first = tl.where(pair < HALF, pair, pair + HALF)
-        second = tl.where(pair < HALF, pair + HALF, pair + HALF + REST)
-        if HALF % 8 == 0 and REST % 8 == 0:
-            # Runs of eight stay together, which the compiler cannot see.
-            first = tl.max_contiguous(tl.multiple_of(first, 8), 8)
-            second = tl.max_contiguous(tl.multiple_of(second, 8), 8)
-    return first, second, pair < HEAD_DIM // 2
-
-
-@triton.jit
-def add_pair(
-    one, two, token, valid, tier, start, first, second, in_pairs, up_proj, up_rank,
-    HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
-    BITS: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Add a tier's share of the states of one head to ``[TILE, PAIRS]`` twice, the members of pairs apart.
-
-    ``start``: the tier's first row of ``up_proj``, which points to the head.
-    """
-    chunks, channels = tier[6], tier[5]
-    PLANES: tl.constexpr = 8 // BITS if BITS < 16 else 1
-    UNIT: tl.constexpr = 128 // tier[0].dtype.element_ty.primitive_bitwidth
-    if chunks > 0:
-        if BITS < 16:
-            scale = half_steps(tier, token, valid)
-            one, two = one / scale[:, None], two / scale[:, None]
-        for chunk in tl.range(0, chunks):
-            levels = load_levels(tier, token, valid, chunk, BITS, TILE, CHUNK, DOT)
-            local = tl.arange(0, CHUNK)
-            column = chunk * (CHUNK // PLANES) + local // PLANES
-            channel = local % PLANES * (tier[2] * UNIT) + column
-            stored = ((column < tier[2] * UNIT) & (channel < channels))[:, None]
-            at = up_proj + (start + channel).to(tl.int64)[:, None] * (up_rank * 8)
-            if INTERLEAVED:
-                # One contiguous load that is split in registers.
-                dims = tl.arange(0, 2 * PAIRS)
-                up = tl.load(at + dims[None, :], mask=stored & (dims < HEAD_DIM)[None, :], other=0.0).to(DOT)
-                up_one, up_two = tl.split(tl.reshape(up, (CHUNK, PAIRS, 2)))
-            else:
-                up_one = tl.load(at + first[None, :], mask=stored & in_pairs[None, :], other=0.0).to(DOT)
-                up_two = tl.load(at + second[None, :], mask=stored & in_pairs[None, :], other=0.0).to(DOT)
-            one = tl.dot(levels, up_one, one, input_precision=PRECISION)
-            two = tl.dot(levels, up_two, two, input_precision=PRECISION)
-        if BITS < 16:
-            one, two = one * scale[:, None], two * scale[:, None]
-    return one, two
-
-
-@triton.jit
-def rotate_pair(one, two, token, valid, cos, sin, frame_length, HALF: tl.constexpr, PAIRS: tl.constexpr):
-    """Rotate pairs ``[TILE, PAIRS]`` by their token's frame; ``cos`` and ``sin`` point to the row of the batch."""
-    pair = tl.arange(0, PAIRS)
-    offset = (token // frame_length).to(tl.int64)[:, None] * HALF + pair[None, :]
-    inside = valid[:, None] & (pair < HALF)[None, :]
-    c, s = tl.load(cos + offset, mask=inside, other=1.0), tl.load(sin + offset, mask=inside, other=0.0)
-    return one * c - two * s, two * c + one * s
-
-
-@triton.jit(do_not_specialize=[*_REBUILD_INTEGERS, *_MASK_INTEGERS, *tier_names(), *layout_names()])
+@triton.jit(
+    do_not_specialize=["head_rows", "q_tokens", *REBUILD_INTEGERS, *_MASK_INTEGERS, *tier_names(), *layout_names()]
+)
 def rebuilt_scores(
     out,  # [batch, heads * head_rows, tiles * TILE] float32
     query,  # [batch, heads * head_rows, HEAD_DIM]
@@ -291,107 +221,21 @@ def rebuilt_scores(
     tile, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     slot = tile * TILE + tl.arange(0, TILE)
     valid = slot < tokens
-    tier16 = make_tier(codes16, steps8, batch, row16, codes_batch16, codes_token16, 0, 0, channels16, 16, CHUNK)
-    tier8 = make_tier(
-        codes8, steps8, batch, row8, codes_batch8, codes_token8, steps_batch8, steps_token8, channels8, 8, CHUNK
-    )
-    tier4 = make_tier(
-        codes4, steps4, batch, row4, codes_batch4, codes_token4, steps_batch4, steps_token4, channels4, 4, CHUNK
-    )
-    tier2 = make_tier(
-        codes2, steps2, batch, row2, codes_batch2, codes_token2, steps_batch2, steps_token2, channels2, 2, CHUNK
-    )
+    tiers = make_tiers(
+        batch, codes16, codes8, codes4, codes2, steps8, steps4, steps2,
+        row16, codes_batch16, codes_token16,
+        row8, codes_batch8, codes_token8, steps_batch8, steps_token8,
+        row4, codes_batch4, codes_token4, steps_batch4, steps_token4,
+        row2, codes_batch2, codes_token2, steps_batch2, steps_token2,
+        channels16, channels8, channels4, channels2, CHUNK,
+    )  # fmt: skip
+    one, two = rebuild_pair(
+        tiers, (start16, start8, start4, start2), slot, valid,
+        up_proj + head.to(tl.int64) * (up_head * 8), up_rank, constant + head * HEAD_DIM,
+        cos + batch * cos_batch, sin + batch * cos_batch, frame_length,
+        HEAD_DIM, PAIRS, HALF, INTERLEAVED, TILE, CHUNK, UP_DOT, PRECISION,
+    )  # fmt: skip
     first, second, in_pairs = pair_columns(HEAD_DIM, HALF, INTERLEAVED, PAIRS)
-    up = up_proj + head.to(tl.int64) * (up_head * 8)
-    one, two = tl.zeros((TILE, PAIRS), tl.float32), tl.zeros((TILE, PAIRS), tl.float32)
-    one, two = add_pair(
-        one,
-        two,
-        slot,
-        valid,
-        tier16,
-        start16,
-        first,
-        second,
-        in_pairs,
-        up,
-        up_rank,
-        HEAD_DIM,
-        PAIRS,
-        INTERLEAVED,
-        16,
-        TILE,
-        CHUNK,
-        UP_DOT,
-        PRECISION,
-    )
-    one, two = add_pair(
-        one,
-        two,
-        slot,
-        valid,
-        tier8,
-        start8,
-        first,
-        second,
-        in_pairs,
-        up,
-        up_rank,
-        HEAD_DIM,
-        PAIRS,
-        INTERLEAVED,
-        8,
-        TILE,
-        CHUNK,
-        UP_DOT,
-        PRECISION,
-    )
-    one, two = add_pair(
-        one,
-        two,
-        slot,
-        valid,
-        tier4,
-        start4,
-        first,
-        second,
-        in_pairs,
-        up,
-        up_rank,
-        HEAD_DIM,
-        PAIRS,
-        INTERLEAVED,
-        4,
-        TILE,
-        CHUNK,
-        UP_DOT,
-        PRECISION,
-    )
-    one, two = add_pair(
-        one,
-        two,
-        slot,
-        valid,
-        tier2,
-        start2,
-        first,
-        second,
-        in_pairs,
-        up,
-        up_rank,
-        HEAD_DIM,
-        PAIRS,
-        INTERLEAVED,
-        2,
-        TILE,
-        CHUNK,
-        UP_DOT,
-        PRECISION,
-    )
-    one += tl.load(constant + head * HEAD_DIM + first, mask=in_pairs, other=0.0)[None, :]
-    two += tl.load(constant + head * HEAD_DIM + second, mask=in_pairs, other=0.0)[None, :]
-    cos, sin = cos + batch * cos_batch, sin + batch * cos_batch
-    one, two = rotate_pair(one, two, slot, valid, cos, sin, frame_length, HALF, PAIRS)
     one, two = one.to(DOT), two.to(DOT)
     mask += batch * mask_batch
     line = (batch * heads + head) * head_rows

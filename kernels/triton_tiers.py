@@ -11,16 +11,16 @@ given in units of 16 bytes, from which the compiler learns that they are aligned
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowrank_cache.kernels.packed import PackedTier
+from lowrank_cache.kernels.packed import ROW_BYTES, LatentSide, PackedTier, RotaryFrames
 
 __all__ = [
-    "ROW_BYTES",
     "TIER_BITS",
     "TierArguments",
     "block",
@@ -31,15 +31,17 @@ __all__ = [
     "interpreted",
     "layout_names",
     "load_levels",
-    "make_tier",
+    "make_tiers",
     "precision",
+    "rotary_arguments",
+    "three_part_precision",
     "tier_arguments",
     "tier_names",
+    "up_proj_arguments",
     "warps",
 ]
 
 TIER_BITS = (16, 8, 4, 2)
-ROW_BYTES = 16  # rows of codes start and end on multiples of it
 
 _TIER_INTEGERS = ("row", "codes_batch", "codes_token", "steps_batch", "steps_token")
 _LAYOUT_INTEGERS = ("row", "start", "channels")
@@ -150,6 +152,36 @@ def _check_rows(tier: PackedTier) -> None:
         )
 
 
+def rotary_arguments(rope: RotaryFrames | None, anything: Tensor) -> dict[str, Any]:
+    """Keyword arguments of every kernel that rotates; ``anything`` is a float32 tensor that stands in for tables."""
+    if rope is None:
+        return {"cos": anything, "sin": anything, "cos_batch": 0, "HALF": 0, "INTERLEAVED": False}
+    cos, sin = rope.cos.contiguous(), rope.sin.contiguous()
+    return {
+        "cos": cos,
+        "sin": sin,
+        "cos_batch": 0 if len(cos) == 1 else cos.stride(0),
+        "HALF": cos.shape[2],
+        "INTERLEAVED": rope.layout == "interleaved",
+    }
+
+
+def up_proj_arguments(side: LatentSide) -> dict[str, Any]:
+    """Keyword arguments of every kernel that reads an up-projection, its rotation included."""
+    up_proj, constant = side.up_proj, side.constant.contiguous()
+    if up_proj.stride(2) != 1 or up_proj.stride(0) % 8 or up_proj.stride(1) % 8 or up_proj.storage_offset() % 8:
+        up_proj = up_proj.contiguous()
+    return {
+        "up_proj": up_proj,
+        "up_rank": up_proj.stride(0) // 8,
+        "up_head": up_proj.stride(1) // 8,
+        "constant": constant,
+        "heads": up_proj.shape[1],
+        "HEAD_DIM": up_proj.shape[2],
+        **rotary_arguments(side.rope, constant),
+    }
+
+
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on the CPU, and not compiled."""
     return not isinstance(channel_of, triton.runtime.jit.JITFunction)
@@ -173,8 +205,18 @@ def dot_dtype(dtype: torch.dtype) -> tl.dtype:
 
 
 def precision(exact: bool) -> str:
-    """How float32 operands are multiplied: exactly, or on tensor cores with the 11 bits of float16."""
-    return "ieee" if exact or interpreted() else "tf32"
+    """How products of float32 operands are taken: exactly, or on tensor cores with the 11 bits of float16."""
+    if exact or interpreted():
+        return "ieee"
+    target = triton.runtime.driver.active.get_current_target()
+    return "tf32" if target.backend == "cuda" or target.arch == "gfx942" else "ieee"
+
+
+def three_part_precision() -> str:
+    """How products of float32 operands are taken on matrix cores with an error near that of float32."""
+    if interpreted() or triton.runtime.driver.active.get_current_target().backend != "cuda":
+        return "ieee"  # AMD's matrix cores multiply float32
+    return "tf32x3"
 
 
 # A tier in a kernel is a tuple (codes, steps, row, codes_token, steps_token, channels, chunks): pointers to one row of
@@ -190,7 +232,7 @@ def chunk_count(row, unit, BITS: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def make_tier(
+def _make_tier(
     codes, steps, batch, row, codes_batch, codes_token, steps_batch, steps_token, channels,
     BITS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -198,6 +240,27 @@ def make_tier(
     codes += batch.to(tl.int64) * (codes_batch * UNIT)
     steps += batch.to(tl.int64) * steps_batch
     return codes, steps, row, codes_token, steps_token, channels, chunk_count(row, UNIT, BITS, CHUNK)
+
+
+@triton.jit
+def make_tiers(
+    batch, codes16, codes8, codes4, codes2, steps8, steps4, steps2,
+    row16, codes_batch16, codes_token16,
+    row8, codes_batch8, codes_token8, steps_batch8, steps_token8,
+    row4, codes_batch4, codes_token4, steps_batch4, steps_token4,
+    row2, codes_batch2, codes_token2, steps_batch2, steps_token2,
+    channels16, channels8, channels4, channels2, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """The four tiers of one row of the batch."""
+    return (
+        _make_tier(codes16, steps8, batch, row16, codes_batch16, codes_token16, 0, 0, channels16, 16, CHUNK),
+        _make_tier(codes8, steps8, batch, row8, codes_batch8, codes_token8, steps_batch8, steps_token8, channels8,
+                   8, CHUNK),
+        _make_tier(codes4, steps4, batch, row4, codes_batch4, codes_token4, steps_batch4, steps_token4, channels4,
+                   4, CHUNK),
+        _make_tier(codes2, steps2, batch, row2, codes_batch2, codes_token2, steps_batch2, steps_token2, channels2,
+                   2, CHUNK),
+    )  # fmt: skip
 
 
 @triton.jit

@@ -7,14 +7,7 @@ import triton
 import triton.language as tl
 
 from lowrank_cache.kernels.triton_scores import slot_tokens
-from lowrank_cache.kernels.triton_tiers import (
-    channel_of,
-    half_steps,
-    layout_names,
-    load_levels,
-    make_tier,
-    tier_names,
-)
+from lowrank_cache.kernels.triton_tiers import channel_of, half_steps, layout_names, load_levels, make_tiers, tier_names
 
 __all__ = ["combine", "project", "weigh"]
 
@@ -97,10 +90,14 @@ def weigh(
     batch = (tl.program_id(2) // row_blocks).to(tl.int64)
     row = tl.program_id(2) % row_blocks * ROWS + tl.arange(0, ROWS)
     in_rows = row < rows
-    tier16 = make_tier(codes16, steps8, batch, row16, codes_batch16, codes_token16, 0, 0, channels16, 16, CHUNK)
-    tier8 = make_tier(codes8, steps8, batch, row8, codes_batch8, codes_token8, steps_batch8, steps_token8, 0, 8, CHUNK)
-    tier4 = make_tier(codes4, steps4, batch, row4, codes_batch4, codes_token4, steps_batch4, steps_token4, 0, 4, CHUNK)
-    tier2 = make_tier(codes2, steps2, batch, row2, codes_batch2, codes_token2, steps_batch2, steps_token2, 0, 2, CHUNK)
+    tier16, tier8, tier4, tier2 = make_tiers(
+        batch, codes16, codes8, codes4, codes2, steps8, steps4, steps2,
+        row16, codes_batch16, codes_token16,
+        row8, codes_batch8, codes_token8, steps_batch8, steps_token8,
+        row4, codes_batch4, codes_token4, steps_batch4, steps_token4,
+        row2, codes_batch2, codes_token2, steps_batch2, steps_token2,
+        channels16, 0, 0, 0, CHUNK,
+    )  # fmt: skip
     end16 = tier16[6]
     end8 = end16 + tier8[6]
     end4 = end8 + tier4[6]

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lowrank_cache.allocation import StorePlan
-from lowrank_cache.budget import padded_channels
 from lowrank_cache.growing import GrowingTensor
+from lowrank_cache.kernels.packed import padded_channels
 from lowrank_cache.kernels.reference import dequantize, pack, quantize, unpack
 from lowrank_cache.models import SideShape
 from lowrank_cache.projections import Basis

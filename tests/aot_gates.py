@@ -1,6 +1,7 @@
 """Compile every kernel for real cards without one, and judge the result.
 
-    python -m tests.aot_gates [--target sm_90 ...] [--shape llama ...] [--control] [--jobs 2]
+    python -P tests/aot_gates.py [--target sm_90 ...] [--shape llama-64 ...] [--jobs 2]
+    python -P tests/aot_gates.py --control misaligned|oversized|float32
 
 What is compiled is what would be launched: the public functions run on CPU tensors of real shapes, with a driver that
 names another target and launches nothing. So block sizes, strides and alignment are those of the launch code.
@@ -15,17 +16,22 @@ Gates, per compiled kernel:
   from tiles that have no 16 bytes for every thread. Tokens' steps (2 bytes a token and tier), masks, queries and
   rotary tables are small or not contiguous, and are not judged.
 
+A control compiles what is known to be bad, and must fail: rows of codes that are not aligned, blocks that are too
+large, and products of float32.
+
 It must run without ``TRITON_INTERPRET``: interpreted kernels cannot be compiled. Static numbers are no measure of
 speed.
 """
 
 import argparse
+import dataclasses
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,9 +42,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from lowrank_cache.budget import padded_channels
-from lowrank_cache.kernels.packed import LatentSide, PackedTier, RotaryFrames
+from lowrank_cache.kernels import triton_decode
+from lowrank_cache.kernels.packed import LatentSide, PackedTier, RotaryFrames, padded_channels
 from lowrank_cache.kernels.triton_decode import latent_decode
+from lowrank_cache.kernels.triton_encode import encode
+from lowrank_cache.kernels.triton_reconstruct import reconstruct
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -51,7 +59,7 @@ TARGETS = {
 # Compute Capability"; AMD CDNA 3 ISA (64 KiB of LDS).
 SHARED_KIB = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}
 
-# Lines of the kernels, by how they start, and the narrowest load in bytes that may come from them: more than one element.
+# Lines of the kernels, by how they start, and the narrowest load in bytes that may come from them: never one element.
 BULK = {
     "loaded = tl.load(codes": 4,  # packed latents
     "part = tl.load(absorbed": 8,  # absorbed queries
@@ -60,8 +68,13 @@ BULK = {
     "up = tl.load(": 8,  # up-projections
     "up_one = tl.load(": 8,
     "up_two = tl.load(": 8,
+    "one = tl.load(": 8,  # states to encode
+    "two = tl.load(": 8,
+    "both = tl.load(": 8,
+    "part = tl.load(down": 4,  # the down-projection
+    "z = tl.load(": 8,
 }
-NO_MATRICES = {"combine"}
+NO_MATRICES = {"combine", "_quantize"}
 
 
 @dataclass(frozen=True)
@@ -131,25 +144,27 @@ def compiling_for(target: str):
         return kernel
 
     triton.runtime.driver.set_active(_Driver(list(TARGETS).index(target), TARGETS[target]))
-    JITFunction.run = compile_only
+    JITFunction.run, empty = compile_only, torch.Tensor.new_empty
+    torch.Tensor.new_empty = torch.Tensor.new_zeros  # nothing writes results, and encoders check theirs
     try:
         yield compiled
     finally:
-        JITFunction.run = run
+        JITFunction.run, torch.Tensor.new_empty = run, empty
 
 
-def tier(bits: int, channels: int, shape: Shape, misalign: int) -> PackedTier:
+def tier(bits: int, channels: int, shape: Shape, misaligned: bool) -> PackedTier:
     row = padded_channels(bits, channels) * bits // 8
-    codes = torch.zeros(shape.batch * shape.tokens * row + 16, dtype=torch.uint8)
-    codes = codes[misalign : misalign + shape.batch * shape.tokens * row]
-    if bits == 16:
-        codes = codes.view(torch.float16) if not misalign else torch.zeros(len(codes) // 2 + 1, dtype=torch.float16)[1:]
+    memory = bytearray(shape.batch * shape.tokens * row + 32)
+    start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % 16 + (2 if misaligned else 0)
+    dtype = torch.float16 if bits == 16 else torch.uint8
+    count = shape.batch * shape.tokens * row // dtype.itemsize
+    codes = torch.frombuffer(memory, dtype=dtype, offset=start, count=count)
     steps = None if bits == 16 else torch.zeros(shape.batch, shape.tokens, dtype=torch.float16)
     return PackedTier(bits, channels, codes.view(shape.batch, shape.tokens, -1), steps)
 
 
-def side(tiers: dict[int, int], shape: Shape, rotary: bool, misalign: int) -> LatentSide:
-    packed = tuple(tier(bits, channels, shape, misalign) for bits, channels in tiers.items())
+def side(tiers: dict[int, int], shape: Shape, rotary: bool, misaligned: bool) -> LatentSide:
+    packed = tuple(tier(bits, channels, shape, misaligned) for bits, channels in tiers.items())
     up_proj = torch.zeros(sum(tiers.values()), shape.heads, shape.head_dim, dtype=torch.float16)
     rope = None
     if rotary and shape.frame_length is not None:
@@ -158,13 +173,30 @@ def side(tiers: dict[int, int], shape: Shape, rotary: bool, misalign: int) -> La
     return LatentSide(packed, up_proj, torch.zeros(shape.heads, shape.head_dim), rope)
 
 
-def compile_shape(shape: Shape, misalign: int = 0) -> None:
-    """Call every public function once, as for a bfloat16 model."""
-    query = torch.zeros(shape.batch, shape.q_heads, shape.q_tokens, shape.head_dim, dtype=torch.bfloat16)
-    key = side(shape.key_tiers, shape, True, misalign)
-    value = side(shape.value_tiers, shape, False, misalign)
+def compile_shape(shape: Shape, control: str | None = None) -> None:
+    """Call every public function once, as for a bfloat16 model; with a control only attention, done wrong."""
+    dtype = torch.float32 if control == "float32" else torch.bfloat16
+    query = torch.zeros(shape.batch, shape.q_heads, shape.q_tokens, shape.head_dim, dtype=dtype)
+    key = side(shape.key_tiers, shape, True, control == "misaligned")
+    value = side(shape.value_tiers, shape, False, control == "misaligned")
     mask = torch.ones(shape.batch, 1, 1, shape.tokens, dtype=torch.bool)
+    if control == "oversized":
+        triton_decode._CHUNK = 512
     latent_decode(query, key, value, scaling=0.1, mask=mask)
+    if control:
+        return
+    reconstruct(key, torch.bfloat16)
+    reconstruct(value, torch.bfloat16)
+    states = torch.zeros(shape.batch, shape.heads, 128, shape.head_dim, dtype=torch.bfloat16)
+    encode(
+        [states, states],
+        [key.constant, value.constant],
+        [None if key.rope is None else dataclasses.replace(key.rope, frame_length=64), None],
+        torch.zeros(2 * shape.heads * shape.head_dim, sum(shape.key_tiers.values()), dtype=torch.float16),
+        tuple(shape.key_tiers.items()),
+        torch.ones(sum(shape.key_tiers.values())),
+        torch.float16,
+    )
 
 
 @dataclass
@@ -262,13 +294,13 @@ def loads_by_line(assembly: str) -> dict[str, Counter]:
     return found
 
 
-def check(target: str, shapes: list[str], control: bool) -> int:
+def check(target: str, shapes: list[str], control: str | None) -> int:
     """Print a line per compiled kernel; the number of kernels that breach a gate."""
     bad = 0
     seen: set[str] = set()
     for name in shapes:
         with compiling_for(target) as compiled:
-            compile_shape(SHAPES[name])
+            compile_shape(SHAPES[name], control)
         for key, (kernel_name, kernel) in compiled.items():
             if key in seen:
                 continue
@@ -285,13 +317,37 @@ def check(target: str, shapes: list[str], control: bool) -> int:
     return bad
 
 
-if __name__ == "__main__":
+def check_in_parallel(targets: list[str], jobs: int, rest: list[str]) -> int:
+    """``check`` in one process per target, ``jobs`` at a time; the number of targets that fail."""
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {**os.environ, "TRITON_CACHE_DIR": cache}
+
+        def run(target: str) -> int:
+            command = [sys.executable, "-P", __file__, "--target", target, *rest]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            print(done.stdout + (done.stderr if done.returncode > 1 or not done.stdout else ""), end="", flush=True)
+            return done.returncode
+
+        with ThreadPoolExecutor(jobs) as pool:
+            return sum(bool(code) for code in pool.map(run, targets))
+
+
+def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--target", nargs="+", default=list(TARGETS), choices=TARGETS)
     parser.add_argument("--shape", nargs="+", default=list(SHAPES), choices=SHAPES)
-    parser.add_argument("--control", action="store_true")
-    arguments = parser.parse_args()
+    parser.add_argument("--control", choices=["misaligned", "oversized", "float32"])
+    parser.add_argument("--jobs", type=int, default=1)
+    given = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("TRITON_INTERPRET must be unset: interpreted kernels cannot be compiled")
     torch.set_num_threads(1)
-    sys.exit(bool(sum(check(target, arguments.shape, arguments.control) for target in arguments.target)))
+    if len(given.target) == 1:
+        return check(given.target[0], given.shape, given.control)
+    rest = ["--shape", *given.shape, *(["--control", given.control] if given.control else [])]
+    return check_in_parallel(given.target, given.jobs, rest)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what triton 3.9 does unasked, and warns about
+    sys.exit(bool(main()))

@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lowrank_cache.budget import padded_channels
-from lowrank_cache.kernels.packed import LatentSide, PackedTier, RotaryFrames
+from lowrank_cache.kernels.packed import LatentSide, PackedTier, RotaryFrames, padded_channels
 from lowrank_cache.kernels.reference import latent_decode, pack, quantize, read_latents
 from lowrank_cache.kernels.rope import angle_tables
 
