@@ -10,7 +10,15 @@ from torch import Tensor
 
 from lowrank_cache.kernels.rope import spread_tables
 
-__all__ = ["LatentSide", "PackedTier", "RotaryFrames"]
+__all__ = ["ROW_BYTES", "LatentSide", "PackedTier", "RotaryFrames", "padded_channels"]
+
+ROW_BYTES = 16  # a row of codes that starts on a multiple of it can be loaded 16 bytes at a time
+
+
+def padded_channels(bits: int, channels: int) -> int:
+    """Channels of a tier after padding its row to ``ROW_BYTES``; a 16-bit tier counts two bytes a channel."""
+    granule = ROW_BYTES * 8 // bits
+    return -(-channels // granule) * granule
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ class LatentView:
             mask = _causal(query.shape[2], self.slots, query.device)
         options: dict[str, Any] = {"scaling": scaling, "softcap": softcap}
         sink_mask, mask = self._split_off_sinks(mask)
-        sinks, tail = self.key.sinks.shape[2], self.key.tail.shape[2]
+        tail = self.key.tail.shape[2]
         seen = mask
         if mask is not None and sink_mask is not None:
             seen = torch.cat([sink_mask.expand(mask.shape[0], -1, -1, -1), mask[..., self.slots - tail :]], dim=3)
