@@ -8,7 +8,7 @@ from lowrank_cache.kernels.packed import LatentSide, PackedTier, RotaryFrames, p
 from lowrank_cache.kernels.reference import latent_decode, pack, quantize, read_latents
 from lowrank_cache.kernels.rope import angle_tables
 
-__all__ = ["attention_band", "make_rope", "make_side", "make_tiers", "with_noise"]
+__all__ = ["assert_decodes_like_the_reference", "attention_band", "make_rope", "make_side", "make_tiers", "with_noise"]
 
 # Two maxima over a few hundred errors of equal size differ by less; the band itself is a maximum over few draws.
 BAND_FACTOR = 3.0
@@ -101,3 +101,25 @@ def attention_band(
         seen = ~truth_lse.isneginf()
         moved_lse.append(float((lse - truth_lse)[seen].abs().max()) if bool(seen.any()) else 0.0)
     return truth, truth_lse, BAND_FACTOR * max(moved), BAND_FACTOR * max(moved_lse) + FLOAT32_ROUNDING * 16
+
+
+def assert_decodes_like_the_reference(decode, query: Tensor, key: LatentSide, value: LatentSide, **options) -> None:
+    """Fail unless ``decode`` is as near to the float64 truth as the float32 reference, give or take.
+
+    Errors of sums of a thousand products, taken in another order, differ by a small factor; absorbing
+    a query moves a rotation and a product to its side and may double them. Below that stands one rounding of
+    the largest number.
+    """
+    truth = latent_decode(query.double(), key, value, **options)
+    reference = latent_decode(query, key, value, **options)
+    for actual, expected, exact in zip(decode(query, key, value, **options), reference, truth, strict=True):
+        assert actual.dtype == torch.float32 and actual.shape == exact.shape
+        assert torch.equal(actual.isneginf(), exact.isneginf())
+        finite = ~exact.isneginf()
+        assert bool(torch.isfinite(actual[finite]).all())
+        if not bool(finite.any()):
+            continue
+        error = float((actual[finite].double() - exact[finite]).abs().max())
+        own = float((expected[finite].double() - exact[finite]).abs().max())
+        allowed = 8 * own + 16 * 2.0**-24 * float(exact[finite].abs().max())
+        assert error <= allowed, f"{error:.3g} from the float64 truth, allowed {allowed:.3g}"

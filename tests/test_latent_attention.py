@@ -24,7 +24,7 @@ from tests.models import (
     random_tokens,
     tiny_model,
 )
-from tests.test_generation import MODES, MORE_MODES, compare
+from tests.test_generation import MODES, MORE_MODES, PROMPT, compare
 from tests.tolerance import assert_within_reference_error, rounding_band
 
 # Families of which no layer hands its cache's keys to attention as they are, and why.
@@ -170,7 +170,7 @@ def test_decode_makes_no_dense_keys_or_values(monkeypatch):
     model = tiny_model("llama")
     projections = full_rank_projections("llama", 4)
 
-    options = {"ranks": 40, "bits": 4}  # latents of another width than heads, so that shapes tell them apart
+    options = {"ranks": 40, "bits": 8}  # latents of another width than heads, so that shapes tell them apart
 
     def is_dense(shape):
         # Keys and values of all 180 or more latent tokens, as heads of 16 or as rows of 2 heads.
@@ -341,3 +341,26 @@ def test_bases_of_prompts_are_rebuilt(new_tokens):
     expected = logits()
     with latent_attention(model):
         assert torch.equal(logits(), expected)
+
+
+@pytest.mark.parametrize("frame_length", [1, 4])
+def test_triton_generates_what_torch_does(frame_length):
+    """In the interpreter on a machine without a GPU."""
+    pytest.importorskip("triton", reason="the kernels under test need triton")
+    model, projections = tiny_model("llama"), full_rank_projections("llama", frame_length)
+    results = []
+    for impl in ("torch", "triton"):
+        with latent_attention(model, impl=impl):
+            results.append(
+                model.generate(
+                    random_tokens(1, PROMPT),
+                    past_key_values=exact_cache(model, projections),
+                    max_new_tokens=4,
+                    do_sample=False,
+                    return_dict_in_generate=True,
+                    output_logits=True,
+                )
+            )
+    assert torch.equal(results[0].sequences, results[1].sequences)
+    for one, other in zip(results[0].logits, results[1].logits, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

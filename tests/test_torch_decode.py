@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from lowrank_cache.kernels import torch_decode
 from lowrank_cache.kernels.api import latent_decode
 from lowrank_cache.kernels.reference import attend, merge
-from tests.latent_cases import assert_decodes_like_the_reference, make_frames, make_side, make_tiers
+from tests.latent_sides import assert_decodes_like_the_reference, make_rope, make_side, make_tiers
 
 
 def random_case(frame_length, q_tokens, joint, layout="half", batch=2, tokens=75, tiers=None, rows=None):
     q_heads, heads, head_dim, value_dim = 6, 2, 16, 24
-    key_tiers = make_tiers(batch, tokens, tiers or {8: 5, 4: 19, 2: 50})
-    value_tiers = key_tiers if joint else make_tiers(batch, tokens, {16: 3, 4: 11})
-    rope = None if frame_length is None else make_frames(rows or batch, tokens, frame_length, 12, layout)
+    key_tiers = make_tiers(tiers or {8: 5, 4: 19, 2: 50}, batch, tokens, room=5)
+    value_tiers = key_tiers if joint else make_tiers({16: 3, 4: 11}, batch, tokens, seed=1)
+    rope = None if frame_length is None else make_rope(batch, tokens, 12, frame_length, layout, rows)
     return (
         torch.randn(batch, q_heads, q_tokens, head_dim),
         make_side(key_tiers, heads, head_dim, rope),
