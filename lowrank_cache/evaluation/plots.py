@@ -91,12 +91,13 @@ def plot_quality(rows: list[QualityRow], path: Path) -> None:
         if members[0].lookup_losses and rows[0].lookup_losses:
             recall = [np.mean(row.lookup_losses) - np.mean(rows[0].lookup_losses) for row in members]
             axes[1].plot(ratios, recall, marker="o", label=family)
-    axes[0].set(xscale="log", yscale="log", xlabel="real ratio at the end of a window, 16-bit full cache = 1")
+    axes[0].set(yscale="log", xlabel="real ratio at the end of a window, 16-bit full cache = 1")
     axes[0].set_ylabel("perplexity ratio − 1")
-    axes[1].set(xscale="log", xlabel="real ratio at the end of a window, 16-bit full cache = 1")
+    axes[1].set(xlabel="real ratio at the end of a window, 16-bit full cache = 1")
     axes[1].set_ylabel("look-up loss above the full cache, nats a token")
     for axis in axes:
         axis.grid(alpha=0.3)
+        axis.xaxis.set_major_formatter("{x:g}x")
         if axis.lines:
             axis.legend(fontsize=8)
     figure.savefig(path, dpi=120)
