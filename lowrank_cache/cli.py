@@ -165,11 +165,13 @@ def prefill(
         loaded = in_dtype(loaded.eval(), dtype)
         bases = Projections.from_pretrained(projections, compression_ratio=ratio)
         prompt = torch.randint(loaded.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
-        low_rank = LowRankCache(loaded, bases, compression_ratio=ratio)
-        caches = {"full": DynamicCache(config=loaded.config), "low-rank": low_rank}
         typer.echo(f"{name} in {dtype}, a prompt of {tokens} tokens, {ratio:g}x")
-        for kind, cache in caches.items():
-            peak = prefill_peak(loaded, cache, prompt)
+        makers = {
+            "full": lambda: DynamicCache(config=loaded.config),
+            "low-rank": lambda: LowRankCache(loaded, bases, compression_ratio=ratio),
+        }
+        for kind, make_cache in makers.items():
+            peak = prefill_peak(loaded, make_cache(), prompt)
             typer.echo(
                 f"{kind} cache: dense keys and values alive at most {peak.dense / 1e6:.1f} MB, allocated at most "
                 f"{peak.allocated / 1e6:.1f} MB, left {peak.left / 1e6:.1f} MB"

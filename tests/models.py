@@ -27,6 +27,7 @@ __all__ = [
     "full_rank_projections",
     "random_tokens",
     "tiny_model",
+    "wide_llama",
 ]
 
 VOCAB = 128
@@ -373,3 +374,17 @@ def exact_cache(model: nn.Module, projections: Projections, **sizes) -> LowRankC
     """A cache that keeps every channel in the model's dtype, so small that latents are in use after 9 tokens."""
     options = {**SMALL_SIZES, **sizes}
     return LowRankCache(model, projections, compression_ratio=1, latent_dtype=None, **options)
+
+
+def wide_llama() -> PreTrainedModel:
+    """Heads of 32, which baselines that quantize 32 numbers at a time need."""
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "head_dim": 32,
+    }
+    config = transformers.LlamaConfig(vocab_size=128, num_key_value_heads=1, **sizes)
+    return transformers.LlamaForCausalLM(config).eval()

@@ -23,7 +23,7 @@ from lowrank_cache.evaluation.quality import (
     needle_markdown,
 )
 from lowrank_cache.models import layer_groups, model_shape
-from tests.models import full_rank_projections, random_tokens, tiny_model
+from tests.models import full_rank_projections, random_tokens, tiny_model, wide_llama
 
 SETTINGS = QualitySettings(
     windows=2,
@@ -45,7 +45,7 @@ def _tokenizer(text: str) -> dict:
 
 
 def _configurations(names: list[str]):
-    model = _wide_llama()
+    model = wide_llama()
     groups = {"both": layer_groups(model_shape(model), "both", 2)}
     moments = collect_moments(model, [random_tokens(2, 60)], groups)
     return model, build(names, moments)
@@ -181,7 +181,7 @@ def test_wrong_specifications_are_refused_by_name(wrong):
 
 
 def test_simulated_kivi_quantizes_what_left_its_window_and_counts_three_bits():
-    model = _wide_llama()
+    model = wide_llama()
     cache = SimulatedKiviCache(model, bits=2, residual_length=32)
     exact = DynamicCache(config=model.config)
     tokens = random_tokens(1, 200)
@@ -199,20 +199,6 @@ def test_simulated_kivi_quantizes_what_left_its_window_and_counts_three_bits():
     assert ((layer.values[:, :, :160].unflatten(3, (-1, 32)) - values).abs().amax(4) <= bound).all()
     numbers = 2 * sum(layer.keys[:, :, 0].numel() for layer in cache.layers)
     assert cache.stored_bytes() == numbers * 160 * 3 / 8 + numbers * 40 * 4
-
-
-def _wide_llama():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    sizes = {
-        "hidden_size": 64,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "head_dim": 32,
-    }
-    return LlamaForCausalLM(LlamaConfig(vocab_size=128, num_key_value_heads=1, **sizes)).eval()
 
 
 def test_bytes_of_baselines_are_those_of_their_tensors():

@@ -6,9 +6,12 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from lowrank_cache import LowRankCache
+from lowrank_cache.calibration import calibrate
 from lowrank_cache.calibration.recall import mixed_batches, recall_text
+from lowrank_cache.evaluation.baselines import make_baseline
 from lowrank_cache.evaluation.recall import RecallText, lookup_texts, needle_texts, score_recall
-from tests.models import random_tokens, tiny_model
+from tests.models import random_tokens, tiny_model, wide_llama
 
 
 def _tokenizer(text: str) -> dict:
@@ -85,3 +88,22 @@ def test_the_score_is_the_models_own_loss_on_the_answer():
             logits = model(ids).logits[0, -len(answer) - 1 : -1].double()
         torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, answer), rtol=1e-4, atol=1e-5)
         assert bool(exact) == bool((logits.argmax(-1) == answer).all())
+
+
+@pytest.mark.parametrize("name", ["full", "quantized-fp8", "quantized-4", "kivi-2", "low-rank"])
+def test_a_question_does_not_change_what_the_next_one_sees(name):
+    if name == "quantized-4":
+        pytest.importorskip("optimum.quanto")
+    model = wide_llama()
+    projections = calibrate(model, [random_tokens(2, 60)], progress=False)
+
+    def make_cache():
+        if name == "low-rank":
+            return LowRankCache(model, projections, compression_ratio=4, residual_length=8, block_size=8)
+        return make_baseline(name, model, 32)
+
+    tokens = [random_tokens(1, 40, seed=seed)[0] for seed in range(4)]
+    context, pairs = torch.cat([tokens[3]] * 3), tuple((each[:35], each[35:]) for each in tokens[:3])
+    together = score_recall(model, [RecallText(context, pairs)], make_cache, chunk=16)
+    alone = [score_recall(model, [RecallText(context, (pair,))], make_cache, chunk=16) for pair in pairs]
+    assert together.loss.tolist() == [float(each.loss) for each in alone]

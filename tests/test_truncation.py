@@ -51,3 +51,16 @@ def test_a_cache_built_again_reuses_its_bases():
     one, other = (LowRankCache(model, projections, compression_ratio=4) for _ in range(2))
     assert one._coders is other._coders
     assert LowRankCache(model, projections, compression_ratio=5)._coders is not one._coders
+
+
+def test_neither_loading_nor_making_a_cache_decomposes_anything(tmp_path, monkeypatch):
+    """All that is slow was done by calibration: a cache only chooses channels."""
+    full_rank_projections("llama").save_pretrained(tmp_path)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a decomposition at load")
+
+    for name in ("eigh", "eigvalsh", "svd", "svdvals", "qr", "cholesky", "inv", "lstsq", "solve"):
+        monkeypatch.setattr(torch.linalg, name, refuse)
+    loaded = Projections.from_pretrained(tmp_path, compression_ratio=4)
+    assert LowRankCache(tiny_model("llama"), loaded, compression_ratio=5).projection_bytes() > 0

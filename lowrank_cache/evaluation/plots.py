@@ -102,6 +102,7 @@ def plot_quality(rows: list[QualityRow], path: Path) -> None:
     for axis in axes:
         axis.set(xscale="log", xlabel="stored bytes at the end of a window, % of the full cache at 16 bits")
         axis.grid(alpha=0.3)
+        axis.xaxis.set_major_formatter("{x:g} %")
         if axis.lines:
             axis.legend(fontsize=8)
     figure.savefig(path, dpi=120)

@@ -229,7 +229,8 @@ def _recall(
 def _full_bytes(model: PreTrainedModel, rows: int, tokens: int) -> tuple[int, int]:
     """Bytes of the full cache at 16 bits, and of ``DynamicCache`` as it is, for ``rows`` windows."""
     cache = DynamicCache(config=model.config)
-    model(input_ids=torch.zeros(1, tokens, dtype=torch.long, device=model.device), past_key_values=cache)
+    ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
+    model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
     numbers = sum(keys.numel() + values.numel() for keys, values, *_ in cache)
     return 2 * numbers * rows, tensor_bytes(cache) * rows
 

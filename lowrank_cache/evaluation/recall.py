@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from lowrank_cache import LowRankCache
+
 __all__ = ["QUESTIONS", "RecallResult", "RecallText", "lookup_texts", "needle_texts", "score_recall"]
 
 QUESTIONS = 4  # asked of each text
@@ -114,13 +116,23 @@ def score_recall(
         part = texts[start : start + batch]
         cache = make_cache()
         mask = _stream_contexts(model, part, cache, chunk, prompt)
-        asked = [_ask(model, questions, mask, copy.deepcopy(cache)) for questions in _transposed(part)]
+        asked = [_ask(model, questions, mask, _branch(cache)) for questions in _transposed(part)]
         for scores in zip(*asked, strict=True):  # by text
             losses.extend(loss for loss, _ in scores)
             exact.extend(right for _, right in scores)
         if progress is not None:
             progress(len(part))
     return RecallResult(torch.tensor(losses, dtype=torch.float64), torch.tensor(exact, dtype=torch.float64))
+
+
+def _branch(cache: Cache) -> Cache:
+    """A cache that goes on from the same tokens and leaves ``cache`` as it is."""
+    if isinstance(cache, LowRankCache):
+        return copy.deepcopy(cache)
+    # The layers of other caches replace their tensors and never write into them; quanto's refuse to be copied.
+    branch = copy.copy(cache)
+    branch.layers = [copy.copy(layer) for layer in cache.layers]
+    return branch
 
 
 def _transposed(texts: list[RecallText]) -> Iterable[tuple[tuple[Tensor, Tensor], ...]]:
