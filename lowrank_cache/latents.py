@@ -9,10 +9,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lowrank_cache.allocation import StorePlan
-from lowrank_cache.budget import padded_channels
 from lowrank_cache.growing import GrowingTensor
 from lowrank_cache.hadamard import channel_mixing
-from lowrank_cache.kernels.packed import PackedTier
+from lowrank_cache.kernels.packed import PackedTier, padded_channels
 from lowrank_cache.kernels.reference import pack, quantize, read_latents
 from lowrank_cache.models import SideShape
 from lowrank_cache.projections import Basis

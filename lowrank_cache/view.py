@@ -76,18 +76,17 @@ class LatentView:
             mask = _causal(query.shape[2], self.slots, query.device)
         options: dict[str, Any] = {"scaling": scaling, "softcap": softcap}
         sink_mask, mask = self._split_off_sinks(mask)
-        first_latent = self.key.sinks.shape[2]
-        segments = []
-        if first_latent:
-            segments.append(attend(query, self.key.sinks, self.value.sinks, mask=sink_mask, **options))
+        tail = self.key.tail.shape[2]
+        seen = mask
+        if mask is not None and sink_mask is not None:
+            seen = torch.cat([sink_mask.expand(mask.shape[0], -1, -1, -1), mask[..., self.slots - tail :]], dim=3)
+        keys, values = (torch.cat([side.sinks, side.tail], dim=2) for side in (self.key, self.value))
+        segments = [attend(query, keys, values, mask=seen, **options)]
         if self.key.latents is not None and self.value.latents is not None:
             seen = None if mask is None else mask[..., self.encoded_end - self.key.latents.tokens : self.encoded_end]
             segments.append(
                 latent_decode(query, self.key.latents, self.value.latents, mask=seen, impl=self.impl, **options)
             )
-        if self.key.tail.shape[2]:
-            seen = None if mask is None else mask[..., self.slots - self.key.tail.shape[2] :]
-            segments.append(attend(query, self.key.tail, self.value.tail, mask=seen, **options))
         return merge(segments, sink_logits)[0]
 
     def _split_off_sinks(self, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowrank_cache.allocation import full_bytes_per_token, plan_stores
-from lowrank_cache.budget import ChannelCosts, TierCounts, padded_channels, spend, tier_bytes
+from lowrank_cache.budget import ChannelCosts, TierCounts, spend, tier_bytes
 from lowrank_cache.calibration import calibrate
+from lowrank_cache.kernels.packed import padded_channels
 from lowrank_cache.latents import PackedLatents
 from tests.models import full_rank_projections, random_tokens, tiny_model
 
