@@ -114,11 +114,14 @@ class PromptCoder:
         self.up_projs = [function(part) for part in self.up_projs]
         self.constants = [function(part) for part in self.constants]
 
+    def tensors(self) -> list[Tensor]:
+        """The bases of all rows."""
+        return [*self.up_projs, *self.constants, self.units]
+
     @property
     def nbytes(self) -> int:
         """Bytes of the bases of all rows."""
-        tensors = [*self.up_projs, *self.constants, self.units]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
 
 
 class PromptStore(LatentStore):

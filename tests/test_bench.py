@@ -23,6 +23,7 @@ def configurations():
         "quantized-fp8": (None, {}),
         "fisher:4,groups=1,frame=4": (projections, options),
         "fisher:4,groups=1,frame=4,attend=0": (projections, options),
+        "xkv:4": (None, {**options, "method": "xkv", "layer_group_size": 3}),
     }
 
 
@@ -30,7 +31,7 @@ def test_every_row_is_measured_beside_the_full_cache_and_resumed(tmp_path):
     model, ids, out = tiny_model("llama"), random_tokens(1, 90)[0], tmp_path / "bench.jsonl"
     said = []
     rows = run_bench(model, ids, configurations(), SETTINGS, out, said.append)
-    assert [(row.context, row.batch) for row in rows[::4]] == [(40, 1), (40, 2), (80, 1), (80, 2)]
+    assert [(row.context, row.batch) for row in rows[::5]] == [(40, 1), (40, 2), (80, 1), (80, 2)]
     assert {row.name for row in rows} == set(configurations())
     assert model.config._attn_implementation == "sdpa"
     for row in rows:

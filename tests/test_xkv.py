@@ -166,7 +166,7 @@ class TestRows:
         before = [states.clone() for states in read(cache)]
         other = copy.deepcopy(cache)
         for store in other._stores:
-            for tensor in (*store.coder.up_projs, *store.coder.constants, store.coder.units):
+            for tensor in store.coder.tensors():
                 tensor.fill_(7)
         assert_same_states(read(cache), before)
 

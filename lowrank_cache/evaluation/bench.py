@@ -140,7 +140,7 @@ def _resume(out: Path, settings: BenchSettings) -> dict[tuple[str, int, int], Be
 
 def _maker(name: str, configuration, model, settings: BenchSettings) -> Callable[[], Cache]:
     projections, options = configuration
-    if projections is None:
+    if projections is None and "method" not in options:
         return lambda: make_baseline(name, model, settings.residual_length)
     sizes: dict[str, Any] = {
         "residual_length": settings.residual_length,

@@ -61,6 +61,8 @@ def _ops(model, configurations: dict, settings: BenchSettings) -> str:
         configuration = parse(specification.removesuffix(",attend=0"))
         if configuration is None or configuration.groups != 1 or specification.endswith(",attend=0"):
             continue
+        if projections is None:  # xkv, whose rows have bases of their own, does not attend to latents
+            continue
         heads = model.config.get_text_config(decoder=True).num_attention_heads
         rows += [
             time_ops(specification, projections, options["compression_ratio"], heads, context, batch, model.dtype)

@@ -32,7 +32,13 @@ Report = Callable[[str], object]
 
 
 def check_papers(
-    out: Path, text: Path | None = None, *, steps: int = 1200, windows: int = 48, report: Report = print
+    out: Path,
+    text: Path | None = None,
+    *,
+    steps: int = 1200,
+    windows: int = 48,
+    calibration_windows: int = 96,
+    report: Report = print,
 ) -> None:
     """Train both models unless ``out`` holds them, measure, and write ``out/papers.md``.
 
@@ -40,11 +46,12 @@ def check_papers(
         text: To train, calibrate and evaluate on, in disjoint parts; None for Python's own sources.
         steps: Training batches of the multi-head model; the MLA model gets half of them.
         windows: Evaluation windows of 256 bytes.
+        calibration_windows: Likewise, of the training text.
     """
     out.mkdir(parents=True, exist_ok=True)
     training, held_out = byte_tokens(python_sources() if text is None else text.read_text(encoding="utf-8"))
     evaluation = windows_of(held_out, WINDOW, windows)
-    batches = list(windows_of(training, WINDOW, 96).split(8))
+    batches = list(windows_of(training, WINDOW, calibration_windows).split(8))
     model = trained(multi_head_config(), training, out / "multi-head", steps, report)
     shape = model_shape(model)
     moments = collect_moments(model, batches, {side: layer_groups(shape, side, 1) for side in SIDES})

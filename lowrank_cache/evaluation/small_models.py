@@ -32,7 +32,7 @@ _COMMON: dict[str, Any] = {
 
 def multi_head_config() -> LlamaConfig:
     """4 layers of 8 KV heads of 24."""
-    return LlamaConfig(**_COMMON, head_dim=24)
+    return LlamaConfig(**_COMMON)
 
 
 def mla_config() -> DeepseekV3Config:
