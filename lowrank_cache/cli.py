@@ -1,4 +1,4 @@
-"""The ``lowrank-cache`` command: ``demo``, ``calibrate``, ``inspect``, ``quality``.
+"""The ``lowrank-cache`` command: ``demo``, ``calibrate``, ``inspect``, ``quality``, ``roofline``.
 
 Arguments and messages only; what the commands do lives in ``evaluation`` and ``calibration``.
 """
@@ -14,6 +14,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowrank_cache import Projections, calibration
+from lowrank_cache.calibration.moments import Moments
 from lowrank_cache.calibration.recall import mixed_batches
 from lowrank_cache.evaluation.demo import DemoSettings, run_demo
 from lowrank_cache.evaluation.inspection import inspect_projections
@@ -21,6 +22,7 @@ from lowrank_cache.evaluation.model_source import DownloadError
 from lowrank_cache.evaluation.plots import plot_projections
 from lowrank_cache.evaluation.quality import QualitySettings
 from lowrank_cache.evaluation.quality_run import QualityRun, run_quality
+from lowrank_cache.evaluation.roofline_run import run_roofline
 from lowrank_cache.evaluation.text_source import load_text
 
 __all__ = ["app"]
@@ -153,3 +155,14 @@ def quality(
         )
         run = QualityRun(model, calibrate_on, evaluate_on, tokens, recall_share, sensitivity, dtype, key_bias)
         run_quality(out, cache, run, settings, typer.echo)
+
+
+@app.command()
+def roofline(
+    moments: Annotated[Path, typer.Argument(help="Statistics that calibrate or quality saved: moments.safetensors.")],
+    ratio: Annotated[float, typer.Option(help="Target compression ratio per token in latents.")] = 8.0,
+    query_heads: Annotated[int, typer.Option(help="Query heads of the model of MOMENTS; SmolLM2-135M has 9.")] = 9,
+) -> None:
+    """Estimate on paper how fast GPUs attend over latents, with the channels that calibration gives."""
+    with _errors_as_messages():
+        run_roofline(Moments.load(moments), query_heads, ratio, typer.echo)
