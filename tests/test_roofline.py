@@ -30,6 +30,7 @@ def test_costs_are_those_counted_by_hand():
     costs = by_kernel(64)
     assert costs["scores"].memory == 258 and costs["weigh"].memory == 258
     assert costs["scores"].matrix == 2 * 32 * 256
+    assert costs["scores"].unpacked == costs["weigh"].unpacked == 256
     assert costs["absorb"].matrix == 2 * 32 * 128 * 256 / 64
     assert costs["absorb"].l2 == 2 * 32 * 256 / 64
     # Rebuilding multiplies every channel with every number of every head, then 16 rows with every key.
@@ -43,8 +44,8 @@ def test_absorbing_is_cheaper_the_longer_the_frame():
 
 def test_the_scarcest_resource_decides():
     card = dataclasses.replace(H100, memory=1.0, l2=1.0, matrix=1.0, vector=1.0)
-    assert KernelCost("any", 0.85, 0.5, 0.1, 0.1).seconds(card) == pytest.approx(1.0)
-    assert KernelCost("any", 0.1, 0.1, 1.2, 0.1).seconds(card) == pytest.approx(2.0)
+    assert KernelCost("any", 0.85, 0.5, 0.1, 0.1, 0).seconds(card) == pytest.approx(1.0)
+    assert KernelCost("any", 0.1, 0.1, 1.2, 0.1, 0).seconds(card) == pytest.approx(2.0)
     # The full cache of Llama is bound by memory: 4,096 bytes a token and layer.
     assert dense_time(LLAMA, H100) == pytest.approx(4096 / (0.85 * H100.memory))
 

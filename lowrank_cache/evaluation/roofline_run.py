@@ -204,10 +204,5 @@ def _table(
 def _bound(costs: list, card: Card) -> str:
     """The slowest kernel and what bounds it."""
     slowest = max(costs, key=lambda cost: cost.seconds(card))
-    times = {
-        "memory": slowest.memory / (0.85 * card.memory),
-        "L2": slowest.l2 / card.l2,
-        "matrix": slowest.matrix / (0.6 * card.matrix),
-        "vector": slowest.vector / (0.6 * card.vector),
-    }
+    times = slowest.times(card)
     return f"{slowest.kernel}: {max(times, key=lambda name: times[name])}"
