@@ -288,7 +288,7 @@ def _absorbed_scores(step: _Step, wave: _Wave, scores: Tensor) -> None:
         **up,
         **step.keys.layout,
     )
-    rows = block(step.rows, 16, 128)
+    rows = block(step.rows, 16, 64 if step.exact else 128)  # float32 tiles take twice the shared memory
     # So many threads that each loads 8 bytes of codes or more.
     threads = min(4 * wave.tile, 128 if rows < 64 else 256)
     absorbed_scores[(wave.slots // wave.tile, triton.cdiv(step.rows, rows), step.batch)](
@@ -329,7 +329,7 @@ def _rebuilt_scores(step: _Step, wave: _Wave, scores: Tensor) -> None:
         PAIRS=block(up["HEAD_DIM"] // 2, 16, 128),
         ROWS=block(head_rows, 16, 64),
         TILE=wave.tile,
-        CHUNK=_SMALL_CHUNK,
+        CHUNK=_SMALL_CHUNK // 2 if step.exact and up["HEAD_DIM"] > 128 else _SMALL_CHUNK,
         SOFTCAP=step.softcap,
         UP_DOT=tl.float32 if step.exact else dot_dtype(up["up_proj"].dtype),
         DOT=step.dot,

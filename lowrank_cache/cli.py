@@ -1,4 +1,4 @@
-"""The ``lowrank-cache`` command: ``demo``, ``calibrate``, ``inspect``, ``prefill``, ``quality``.
+"""The ``lowrank-cache`` command and its sub-commands.
 
 Arguments and messages only; what the commands do lives in ``evaluation`` and ``calibration``.
 """
@@ -15,6 +15,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from lowrank_cache import LowRankCache, Projections, calibration
+from lowrank_cache.calibration.moments import Moments
 from lowrank_cache.calibration.recall import mixed_batches
 from lowrank_cache.evaluation.bench import BenchSettings
 from lowrank_cache.evaluation.bench_run import bench as run_bench
@@ -26,6 +27,7 @@ from lowrank_cache.evaluation.plots import plot_projections
 from lowrank_cache.evaluation.prefill import prefill_peak
 from lowrank_cache.evaluation.quality import QualitySettings
 from lowrank_cache.evaluation.quality_run import QualityRun, in_dtype, load_model, run_quality
+from lowrank_cache.evaluation.roofline_run import run_roofline
 from lowrank_cache.evaluation.text_source import load_text
 
 __all__ = ["app"]
@@ -277,3 +279,14 @@ def papers(
     """Train two small models and check on them what ReCalKV, Palu and xKV say of their methods."""
     with _errors_as_messages():
         check_papers(out, text, steps=steps, windows=windows, report=typer.echo)
+
+
+@app.command()
+def roofline(
+    moments: Annotated[Path, typer.Argument(help="Statistics that calibrate or quality saved: moments.safetensors.")],
+    ratio: Annotated[float, typer.Option(help="Target compression ratio per token in latents.")] = 8.0,
+    query_heads: Annotated[int, typer.Option(help="Query heads of the model of MOMENTS; SmolLM2-135M has 9.")] = 9,
+) -> None:
+    """Estimate on paper how fast GPUs attend over latents, with the channels that calibration gives."""
+    with _errors_as_messages():
+        run_roofline(Moments.load(moments), query_heads, ratio, typer.echo)
