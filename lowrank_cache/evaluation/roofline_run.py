@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lowrank_cache.budget import ChannelCosts, TierCounts, spend, tier_bytes
 from lowrank_cache.calibration.fisher import weighted_basis
-from lowrank_cache.calibration.moments import Moments, layer_groups
+from lowrank_cache.calibration.moments import Moments
 from lowrank_cache.evaluation.roofline import (
     ASSUMPTIONS,
     CARDS,
@@ -18,7 +18,7 @@ from lowrank_cache.evaluation.roofline import (
     dense_time,
     kernel_costs,
 )
-from lowrank_cache.models import BOTH, SIDES
+from lowrank_cache.models import BOTH, SIDES, layer_groups
 
 __all__ = ["Setting", "Share", "measure_shares", "run_roofline"]
 
