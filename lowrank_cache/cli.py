@@ -242,7 +242,7 @@ def bench(
     batches: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,4",
     new_tokens: Annotated[int, typer.Option(help="Timed decode steps of each cache.")] = 24,
     threads: Annotated[int, typer.Option(help="Threads of PyTorch.")] = 1,
-    dtype: Annotated[str, typer.Option(help="Dtype of the model.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="Dtype of the model.")] = "bfloat16",
     quick: Annotated[bool, typer.Option(help="1,024 tokens, batch 1, 8 steps.")] = False,
 ) -> None:
     """Time prefill and decoding of compressed caches against the full cache, and count their bytes."""
@@ -257,7 +257,7 @@ def bench(
         run_bench(out, cache or BENCH_CACHES, run, settings, typer.echo)
 
 
-BENCH_CACHES = ["full", "quantized-fp8", "fisher:8,groups=1,frame=64", "fisher:10"]
+BENCH_CACHES = ["full", "quantized-fp8", "fisher:8,groups=1,frame=64,joint=0", "fisher:10"]
 
 
 def _numbers(name: str, given: str) -> tuple[int, ...]:

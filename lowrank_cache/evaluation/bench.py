@@ -4,10 +4,8 @@ Machines are noisy, so a context's caches decode in turn, one step each, and wha
 and its ratio to the full cache's in the same minutes. ``DynamicCache`` runs on transformers' SDPA.
 """
 
-import gc
 import json
 import statistics
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
@@ -23,6 +20,7 @@ from transformers import Cache, PreTrainedModel
 from lowrank_cache.attention import latent_attention
 from lowrank_cache.cache import LowRankCache
 from lowrank_cache.evaluation.baselines import make_baseline, tensor_bytes
+from lowrank_cache.evaluation.memory import watch_allocated
 from lowrank_cache.projections import Projections
 
 __all__ = ["BenchRow", "BenchSettings", "bench_markdown", "run_bench"]
@@ -58,8 +56,7 @@ class BenchRow:
         prefill_seconds: Of one forward over the whole context.
         step_seconds: Of each timed decode step of the batch.
         stored_bytes: Of the cache's tensors after decoding.
-        prefill_peak, decode_peak: Growth of the process's resident memory, at its highest in that phase, over
-            what it was before the cache was made.
+        prefill_peak, decode_peak: Most bytes that the cache and its forwards had allocated at once in that phase.
     """
 
     name: str
@@ -168,13 +165,12 @@ def _measure_together(
     prefills: dict[str, tuple[float, int]] = {}
     for name, make in makers.items():
         progress(f"prefill of {context} tokens, batch {batch}: {name}")
-        with _peak_memory() as peak:
+        with _attention(model, name), watch_allocated(model.device) as allocated:
             start = time.perf_counter()
             caches[name] = make()
-            with _attention(model, name):
-                model(tokens[:, :context], past_key_values=caches[name], logits_to_keep=1)
+            model(tokens[:, :context], past_key_values=caches[name], logits_to_keep=1)
             seconds = time.perf_counter() - start
-        prefills[name] = (seconds, peak())
+        prefills[name] = (seconds, allocated.highest)
     progress(f"decode after {context} tokens, batch {batch}: {', '.join(makers)}")
     steps: dict[str, list[float]] = {name: [] for name in makers}
     peaks = dict.fromkeys(makers, 0)
@@ -183,9 +179,9 @@ def _measure_together(
         for name, cache in caches.items():
             with _attention(model, name):
                 if step < settings.warm:  # watching memory takes time, so it is done apart
-                    with _peak_memory() as peak:
+                    with watch_allocated(model.device) as allocated:
                         model(token, past_key_values=cache)
-                    peaks[name] = max(peaks[name], peak())
+                    peaks[name] = max(peaks[name], allocated.highest)
                     continue
                 start = time.perf_counter()
                 model(token, past_key_values=cache)
@@ -204,29 +200,6 @@ def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
         return
     with latent_attention(model):
         yield
-
-
-@contextmanager
-def _peak_memory(interval: float = 0.002) -> Iterator[Callable[[], int]]:
-    """A function that tells by how much resident memory grew, at its highest, inside the block."""
-    gc.collect()
-    process = psutil.Process()
-    start = highest = process.memory_info().rss
-    stop = threading.Event()
-
-    def watch() -> None:
-        nonlocal highest
-        while not stop.wait(interval):
-            highest = max(highest, process.memory_info().rss)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield lambda: highest - start
-    finally:
-        stop.set()
-        thread.join()
-        highest = max(highest, process.memory_info().rss)
 
 
 def bench_markdown(rows: list[BenchRow]) -> str:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from lowrank_cache.evaluation.memory import watch_allocated
 from lowrank_cache.models import SIDES, model_shape
 
 __all__ = ["PrefillPeak", "prefill_peak"]
@@ -46,18 +47,12 @@ def prefill_peak(model: PreTrainedModel, cache: Cache, input_ids: Tensor) -> Pre
         return states
 
     cache.update = watched  # type: ignore[method-assign]
-    activities = [torch.profiler.ProfilerActivity.CPU]
     try:
-        with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        with watch_allocated(input_ids.device) as allocated:
             model(input_ids=input_ids, past_key_values=cache, logits_to_keep=1)
     finally:
         del cache.update  # the class' own is there again
-    now = highest = 0
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        highest = max(highest, now)
-    return PrefillPeak(max(seen), highest, now)
+    return PrefillPeak(max(seen), allocated.highest, allocated.left)
 
 
 def _dense_bytes(kinds: set[tuple[int, int, int]]) -> int:
