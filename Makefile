@@ -62,6 +62,7 @@ lint: $(STAMP)
 
 # What `make check` does beside the tests; .ci/run calls it after `make test`.
 gates: lint
+	$(BIN)/python -P tests/aot_gates.py --jobs 2
 
 check: test gates
 

@@ -8,7 +8,8 @@ model. Mathematics: docs/method.md, "The fisher basis".
 import torch
 from torch import Tensor
 
-from lowrank_cache.calibration.moments import Group, Moments
+from lowrank_cache.calibration.moments import Moments
+from lowrank_cache.models import Group
 from lowrank_cache.projections import Basis
 
 __all__ = ["fisher_bases", "weighted_basis"]

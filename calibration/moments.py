@@ -7,7 +7,7 @@ but these sums is kept. Mathematics: docs/method.md, "Calibration".
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,9 +21,8 @@ from transformers import DynamicCache, PreTrainedModel
 from lowrank_cache.calibration.query_sensitivity import QueryStatistics, record_queries
 from lowrank_cache.kernels.rope import angle_tables, rotate
 from lowrank_cache.models import (
-    BOTH,
     SIDES,
-    LayerShape,
+    Group,
     ModelShape,
     RopeShape,
     SideShape,
@@ -32,11 +31,10 @@ from lowrank_cache.models import (
     rope_buffer,
 )
 
-__all__ = ["Group", "Moments", "collect_moments", "layer_groups"]
+__all__ = ["Moments", "Recorder", "collect_moments", "positions_of", "usable_tokens"]
 
 SKIPPED_TOKENS = 4  # a sequence's first real tokens are attention sinks with outlier keys; the cache keeps them exact
 _COUNTS = ("tokens", "sequences", "loss", "predicted", "sensitivity_kind")
-Group = tuple[int, ...]  # adjacent compressible layers
 
 
 @dataclass
@@ -157,31 +155,13 @@ class Moments:
         return moments
 
 
-def layer_groups(shape: ModelShape, side: str, size: int) -> list[Group]:
-    """Cut the compressible layers into groups of ``size`` adjacent ones; the last may be shorter.
-
-    A group never mixes layers whose states differ in heads, head_dim or rope.
-    """
-    groups: list[list[int]] = []
-    for layer in shape.layers:
-        alike = groups and _shapes(shape.layer(groups[-1][0]), side) == _shapes(layer, side)
-        if alike and len(groups[-1]) < size:
-            groups[-1].append(layer.layer_idx)
-        else:
-            groups.append([layer.layer_idx])
-    return [tuple(group) for group in groups]
-
-
-def _shapes(layer: LayerShape, side: str) -> list[SideShape]:
-    return [layer.side(name) for name in (SIDES if side == BOTH else (side,))]
-
-
 def collect_moments(
     model: PreTrainedModel,
     batches: Iterable,
     groups: dict[str, list[Group]],
     *,
     sensitivity: str = "gradient",
+    make_recorder: Callable[[PreTrainedModel, ModelShape, Tensor], "Recorder"] | None = None,
     progress=None,
 ) -> Moments:
     """Run ``batches`` through ``model`` and sum up what its cache would hold.
@@ -192,6 +172,8 @@ def collect_moments(
         groups: From ``layer_groups``, under ``"key"`` and ``"value"`` or under ``"both"``.
         sensitivity: ``"gradient"`` runs a backward pass per batch; ``"query"`` needs none, see
             ``query_sensitivity``.
+        make_recorder: What stands in for the cache instead of ``Recorder``, made for each batch. Sensitivities
+            are then not collected.
         progress: Called with the number of tokens of each finished batch.
 
     Raises:
@@ -202,11 +184,16 @@ def collect_moments(
         raise ValueError(f"sensitivity must be 'gradient' or 'query', got {sensitivity!r}")
     shape = model_shape(model)
     moments = Moments(shape, groups, sensitivity_kind=sensitivity)
-    statistics = QueryStatistics() if sensitivity == "query" else None
+    statistics = QueryStatistics() if sensitivity == "query" and make_recorder is None else None
     longest = 0
-    with _prepared(model, differentiable=statistics is None):
+    with _prepared(model, differentiable=statistics is None and make_recorder is None):
         for input_ids, attention_mask in _tensors(batches, model):
-            if statistics is None:
+            if make_recorder is not None:
+                recorder = make_recorder(model, shape, attention_mask)
+                with torch.no_grad():
+                    _forward(moments, model, recorder, input_ids, attention_mask)
+                moments.add(_usable_rows(moments, recorder.states, attention_mask), {side: {} for side in SIDES})
+            elif statistics is None:
                 _add_batch(moments, model, input_ids, attention_mask)
             else:
                 _add_batch_without_gradients(moments, statistics, model, input_ids, attention_mask)
@@ -222,12 +209,20 @@ def collect_moments(
     return moments
 
 
-class _Recorder(DynamicCache):
-    """Passes states on and keeps, for one forward, what compressible layers were given."""
+class Recorder(DynamicCache):
+    """Passes states on and keeps, for one forward, what compressible layers were given.
 
-    def __init__(self, config, layers: set[int]):
-        super().__init__(config=config)
-        self.recorded = layers
+    Args:
+        model: Whose forward it is.
+        shape: Its shape.
+        attention_mask: ``[batch, tokens]`` of that forward.
+    """
+
+    def __init__(self, model: PreTrainedModel, shape: ModelShape, attention_mask: Tensor):
+        super().__init__(config=model.config.get_text_config(decoder=True))
+        self.shape = shape
+        self.attention_mask = attention_mask
+        self.recorded = {layer.layer_idx for layer in shape.layers}
         self.states: dict[str, dict[int, Tensor]] = {side: {} for side in SIDES}
         self.gradients: dict[str, dict[int, Tensor]] = {side: {} for side in SIDES}
 
@@ -237,7 +232,13 @@ class _Recorder(DynamicCache):
                 self.states[side][layer_idx] = tensor.detach()
                 if tensor.requires_grad:
                     tensor.register_hook(_keeper(self.gradients[side], layer_idx))
+            key_states = self.pass_on("key", layer_idx, key_states)
+            value_states = self.pass_on("value", layer_idx, value_states)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def pass_on(self, side: str, layer_idx: int, states: Tensor) -> Tensor:
+        """What attention reads for ``states``: themselves."""
+        return states
 
 
 def _keeper(gradients: dict[int, Tensor], layer_idx: int):
@@ -253,7 +254,7 @@ def _keeper(gradients: dict[int, Tensor], layer_idx: int):
 
 def _add_batch(moments: Moments, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> None:
     """Forward and backward over one batch, then its rows into the sums."""
-    recorder = _recorder(moments, model)
+    recorder = Recorder(model, moments.shape, attention_mask)
     with torch.enable_grad():
         loss = _forward(moments, model, recorder, input_ids, attention_mask)
         try:
@@ -276,12 +277,12 @@ def _add_batch_without_gradients(
     moments: Moments, statistics: QueryStatistics, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor
 ) -> None:
     """Forward over one batch: states, queries and residual norms into the sums."""
-    recorder = _recorder(moments, model)
+    recorder = Recorder(model, moments.shape, attention_mask)
     seen: dict[int, tuple] = {}
     hidden: list[Tensor] = []
     with torch.no_grad(), record_queries(model, seen):
         _forward(moments, model, recorder, input_ids, attention_mask, hidden)
-    usable = _usable_tokens(attention_mask)
+    usable = usable_tokens(attention_mask)
     for layer in moments.shape.layers:
         index, rope = layer.layer_idx, layer.key.rope
         if index not in seen or seen[index][0].shape[3] != layer.key.head_dim:
@@ -290,7 +291,7 @@ def _add_batch_without_gradients(
                 f"{layer.key.head_dim} through transformers' attention interface; calibrate with sensitivity='gradient'"
             )
         queries, statistics.modules[index], statistics.scaling[index] = seen.pop(index)
-        rows = _rows(queries, _positions(attention_mask), usable, rope, moments.inv_freq)
+        rows = _rows(queries, positions_of(attention_mask), usable, rope, moments.inv_freq)
         statistics.add_queries(index, rows.unflatten(1, (-1, layer.key.head_dim)), layer.key.heads)
         norms = hidden[index + 1].float().square().sum(-1)[usable.to(hidden[index + 1].device)]
         statistics.residual[index] = statistics.residual.get(index, 0.0) + norms.sum().item()
@@ -315,17 +316,12 @@ def _finish_query_sensitivity(moments: Moments, statistics: QueryStatistics, con
         moments.sensitivity["key", index] = key * moments.tokens
 
 
-def _recorder(moments: Moments, model: PreTrainedModel) -> _Recorder:
-    layers = {layer.layer_idx for layer in moments.shape.layers}
-    return _Recorder(model.config.get_text_config(decoder=True), layers)
-
-
 def _forward(moments, model, recorder, input_ids: Tensor, attention_mask: Tensor, hidden: list | None = None) -> Tensor:
     """One forward; returns the summed next-token loss and adds it, and the rotary tables, to ``moments``."""
     output = model(
         input_ids=input_ids,
         attention_mask=attention_mask,
-        position_ids=_positions(attention_mask),
+        position_ids=positions_of(attention_mask),
         past_key_values=recorder,
         use_cache=True,
         output_hidden_states=hidden is not None,
@@ -349,18 +345,19 @@ def _forward(moments, model, recorder, input_ids: Tensor, attention_mask: Tensor
     return loss
 
 
-def _positions(attention_mask: Tensor) -> Tensor:
+def positions_of(attention_mask: Tensor) -> Tensor:
+    """``[batch, tokens]``: how many real tokens stand before each; 0 for leading padding."""
     return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
 
 
-def _usable_tokens(attention_mask: Tensor) -> Tensor:
+def usable_tokens(attention_mask: Tensor) -> Tensor:
     """``[batch, tokens]`` bool: real tokens that are not sinks."""
     return attention_mask.bool() & (attention_mask.long().cumsum(1) > SKIPPED_TOKENS)
 
 
 def _usable_rows(moments: Moments, recorded: dict[str, dict[int, Tensor]], attention_mask: Tensor) -> dict:
     """Per side and layer, ``[usable tokens, layer_width]`` pre-RoPE, taken out of ``recorded``."""
-    positions, usable = _positions(attention_mask), _usable_tokens(attention_mask)
+    positions, usable = positions_of(attention_mask), usable_tokens(attention_mask)
     rows: dict[str, dict[int, Tensor]] = {side: {} for side in SIDES}
     for layer in moments.shape.layers:
         for side in SIDES:

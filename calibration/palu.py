@@ -6,12 +6,14 @@ cache sees, so no weight is needed. Source: Palu (arXiv:2407.21118), G-LRD.
 """
 
 import torch
+from torch import Tensor
 
 from lowrank_cache.calibration.fisher import unit_variance
-from lowrank_cache.calibration.moments import Group, Moments
+from lowrank_cache.calibration.moments import Moments
+from lowrank_cache.models import Group, SideShape
 from lowrank_cache.projections import Basis
 
-__all__ = ["head_groups", "palu_bases"]
+__all__ = ["head_groups", "head_rows", "palu_bases", "principal_basis", "rank_weight"]
 
 
 def head_groups(heads: int, size: int) -> list[tuple[int, ...]]:
@@ -20,28 +22,43 @@ def head_groups(heads: int, size: int) -> list[tuple[int, ...]]:
 
 
 def palu_bases(
-    moments: Moments, groups: dict[str, list[Group]], frame_length: int, head_group_size: int = 4
+    moments: Moments, groups: dict[str, list[Group]], frame_length: int, *, head_group_size: int = 4
 ) -> list[Basis]:
-    """One basis per head group, keys and values alike.
-
-    Rank weights follow Palu's: proportional to the mean root of the Fisher information, here of the
-    states rather than of the projection weights, which a cache does not see.
-    """
+    """One basis per head group, keys and values alike."""
     bases = []
     for side in ("key", "value"):
         for group in groups[side]:
             second, mean, sensitivity = moments.of_group(side, group, frame_length)
-            shape = moments.side(side, group)
+            shape, weight = moments.side(side, group), rank_weight(sensitivity)
             for heads in head_groups(shape.heads, head_group_size):
-                rows = [
-                    (member * shape.heads + head) * shape.head_dim + number
-                    for member in range(len(group))
-                    for head in heads
-                    for number in range(shape.head_dim)
-                ]
-                block = second[rows][:, rows]
-                _, components = torch.linalg.eigh(block)
-                arrays = unit_variance(components, components.T, block, mean[rows])
-                weight = float(sensitivity.diagonal()[rows].sqrt().mean()) * len(rows)
-                bases.append(Basis(side, group, heads, **arrays, rank_weight=weight))
+                rows = head_rows(shape, len(group), heads)
+                bases.append(principal_basis(side, group, heads, second[rows][:, rows], mean[rows], weight))
     return bases
+
+
+def head_rows(shape: SideShape, members: int, heads: tuple[int, ...]) -> list[int]:
+    """Where some heads stand in the states of ``members`` layers, in the order of a basis' rows."""
+    return [
+        (member * shape.heads + head) * shape.head_dim + number
+        for member in range(members)
+        for head in heads
+        for number in range(shape.head_dim)
+    ]
+
+
+def rank_weight(sensitivity: Tensor) -> float:
+    """Share of a projection's numbers in the rank budget: the mean root of the Fisher information.
+
+    Source: Palu, section 3.3. Differs: of the states rather than of the projection's weights, which a
+    cache does not see. A projection's rank is split over its head groups by their widths.
+    """
+    return float(sensitivity.diagonal().sqrt().mean())
+
+
+def principal_basis(
+    side: str, group: Group, heads: tuple[int, ...], second: Tensor, mean: Tensor, weight: float
+) -> Basis:
+    """Principal components of the states of some heads, from their second moment and mean, float64."""
+    _, components = torch.linalg.eigh(second)
+    arrays = unit_variance(components, components.T, second, mean)
+    return Basis(side, group, heads, **arrays, rank_weight=weight * len(mean))

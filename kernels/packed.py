@@ -3,12 +3,22 @@
 Plain holders of tensors, shared by the reference, the torch path and the Triton kernels.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-__all__ = ["LatentSide", "PackedTier", "RotaryFrames"]
+from lowrank_cache.kernels.rope import spread_tables
+
+__all__ = ["ROW_BYTES", "LatentSide", "PackedTier", "RotaryFrames", "padded_channels"]
+
+ROW_BYTES = 16  # a row of codes that starts on a multiple of it can be loaded 16 bytes at a time
+
+
+def padded_channels(bits: int, channels: int) -> int:
+    """Channels of a tier after padding its row to ``ROW_BYTES``; a 16-bit tier counts two bytes a channel."""
+    granule = ROW_BYTES * 8 // bits
+    return -(-channels // granule) * granule
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,14 @@ class RotaryFrames:
     sin: Tensor
     frame_length: int
     layout: str
+    _spread: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
+
+    def spread(self, head_dim: int) -> tuple[Tensor, Tensor]:
+        """``rope.spread_tables`` as ``[1 or batch, frames, 1, head_dim]``, made once for all layers of a forward."""
+        if head_dim not in self._spread:
+            cos, sin = spread_tables(self.cos, self.sin, head_dim, self.layout)
+            self._spread[head_dim] = cos[:, :, None], sin[:, :, None]
+        return self._spread[head_dim]
 
 
 @dataclass(frozen=True)

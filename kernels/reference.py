@@ -8,20 +8,23 @@ and tier. Mathematics: docs/method.md, "The quantizer" and "Attending to latents
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from lowrank_cache.kernels.packed import LatentSide, PackedTier
+from lowrank_cache.kernels.packed import LatentSide, PackedTier, RotaryFrames, padded_channels
 from lowrank_cache.kernels.rope import rotate
 
 __all__ = [
     "QUANTIZED_BITS",
     "attend",
     "dequantize",
+    "encode",
     "latent_decode",
     "merge",
     "pack",
     "quantize",
     "read_latents",
     "reconstruct",
+    "softmax",
     "unpack",
 ]
 
@@ -129,6 +132,66 @@ def read_latents(tiers: tuple[PackedTier, ...], dtype: torch.dtype = torch.float
     return torch.cat(parts, dim=-1)
 
 
+def encode(
+    states: list[Tensor],
+    constants: list[Tensor],
+    frames: list[RotaryFrames | None],
+    down_proj: Tensor,
+    tiers: tuple[tuple[int, int], ...],
+    weight: Tensor,
+    latent_dtype: torch.dtype,
+) -> tuple[PackedTier, ...]:
+    """Latents of states that share one: rotated into their frames, centred, projected, quantized and packed.
+
+    Everything before the codes is computed in float32. A 16-bit tier is cut off at the largest number of its dtype.
+
+    Args:
+        states: By member ``[batch, heads, tokens, head_dim]``, post-RoPE; heads and head_dim may differ.
+        constants: By member ``[heads, head_dim]`` float32.
+        frames: By member; its first frame starts at the first token. None: not rotated.
+        down_proj: ``[width, rank]``, ``width`` the heads of all members side by side.
+        tiers: ``(bits, channels)`` in the order of the channels, each width once.
+        weight: ``[rank]`` float32: what a squared error in each channel costs.
+        latent_dtype: Floating dtype of a 16-bit tier.
+
+    Returns:
+        One ``PackedTier`` for each of ``tiers``, rows padded to ``packed.ROW_BYTES``.
+
+    Raises:
+        ValueError: If a latent is not finite.
+    """
+    rows = []
+    for member, constant, rope in zip(states, constants, frames, strict=True):
+        member = member.float()
+        if rope is not None:
+            cos, sin = _token_tables(rope, member.shape[2], torch.float32)
+            member = rotate(member, cos, sin, rope.layout, inverse=True)
+        rows.append((member - constant[:, None]).transpose(1, 2).flatten(2))
+    latents = torch.matmul(torch.cat(rows, dim=2), down_proj.float())
+    if not bool(torch.isfinite(latents).all()):
+        raise ValueError("states must be finite, got NaN or infinity: the forward overflowed")
+    packed, start = [], 0
+    for bits, channels in tiers:
+        tier = latents[..., start : start + channels]
+        padding = (0, padded_channels(bits, channels) - channels)
+        if bits == 16:
+            limit = min(torch.finfo(latent_dtype).max, torch.finfo(tier.dtype).max)
+            packed.append(PackedTier(bits, channels, pad(tier.clamp(-limit, limit).to(latent_dtype), padding), None))
+        else:
+            levels, steps = quantize(tier, bits, weight[start : start + channels])
+            packed.append(PackedTier(bits, channels, pack(pad(levels, padding), bits), steps))
+        start += channels
+    return tuple(packed)
+
+
+def _token_tables(rope: RotaryFrames, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``[1 or batch, 1, tokens, rotary_dim / 2]``: every token of a frame is rotated alike."""
+    cos, sin = (
+        table.to(dtype).repeat_interleave(rope.frame_length, dim=1)[:, None, :tokens] for table in (rope.cos, rope.sin)
+    )
+    return cos, sin
+
+
 def reconstruct(side: LatentSide, dtype: torch.dtype = torch.float32) -> Tensor:
     """States of one layer and side, post-RoPE: ``[batch, heads, tokens, head_dim]`` in ``dtype``.
 
@@ -140,11 +203,7 @@ def reconstruct(side: LatentSide, dtype: torch.dtype = torch.float32) -> Tensor:
     states = states.transpose(1, 2) + side.constant.to(dtype)[:, None]
     if side.rope is None:
         return states
-    # [1 or batch, 1, tokens, rotary_dim / 2]: every token of a frame is rotated alike
-    cos, sin = (
-        table.to(dtype).repeat_interleave(side.rope.frame_length, dim=1)[:, None, : latents.shape[1]]
-        for table in (side.rope.cos, side.rope.sin)
-    )
+    cos, sin = _token_tables(side.rope, latents.shape[1], dtype)
     return rotate(states, cos, sin, side.rope.layout)
 
 
@@ -181,12 +240,24 @@ def attend(
     scores = (torch.matmul(rows, keys.to(wide).transpose(2, 3)) * scaling).view(batch, q_heads, q_tokens, -1)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
+    weights, lse = softmax(scores, mask)
+    output = torch.matmul(weights.view(batch, heads, rows.shape[2], -1), values.to(wide))
+    return output.view(batch, q_heads, q_tokens, -1), lse
+
+
+def softmax(scores: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Softmax over the last axis, zeros where a query sees nothing, and its log-sum-exp (-inf there).
+
+    ``mask`` is as ``attend`` describes it.
+    """
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    lse = torch.logsumexp(scores, dim=-1)
-    weights = torch.exp(scores - torch.where(lse.isneginf(), 0.0, lse)[..., None])
-    output = torch.matmul(weights.reshape(batch, heads, rows.shape[2], -1), values.to(wide))
-    return output.view(batch, q_heads, q_tokens, -1), lse
+    weights = torch.softmax(scores, dim=-1)
+    if mask is not None:
+        weights = weights.nan_to_num_(nan=0.0)
+    # The highest score's weight is 1 / sum(exp(scores - highest)).
+    lse = scores.amax(-1) - weights.amax(-1).log_()
+    return weights, lse if mask is None else lse.nan_to_num_(nan=-torch.inf, posinf=-torch.inf)
 
 
 def latent_decode(
@@ -218,12 +289,18 @@ def merge(segments: list[tuple[Tensor, Tensor]], sink_logits: Tensor | None = No
     Returns:
         Output and log-sum-exp over all segments, shaped alike. A query that sees nothing has output 0.
     """
-    lse = torch.stack([lse for _, lse in segments])
-    total = torch.logsumexp(lse, dim=0)
+    output, total = segments[0]
+    for part, lse in segments[1:]:
+        joint = torch.logaddexp(total, lse)
+        output = torch.lerp(output, part, _share(lse, joint)[..., None])
+        total = joint
     if sink_logits is not None:
-        total = torch.logaddexp(total, sink_logits.to(total)[:, None].expand_as(total))
-    shares = torch.exp(lse - torch.where(total.isneginf(), 0.0, total))[..., None]
-    output = shares[0] * segments[0][0]
-    for share, (part, _) in zip(shares[1:], segments[1:], strict=True):
-        output = torch.addcmul(output, share, part)
+        joint = torch.logaddexp(total, sink_logits.to(total)[:, None])
+        output = output * _share(total, joint)[..., None]
+        total = joint
     return output, total
+
+
+def _share(lse: Tensor, joint: Tensor) -> Tensor:
+    """``exp(lse) / exp(joint)``; 0 where both are -inf."""
+    return (lse - joint).exp_().nan_to_num_(nan=0.0)

@@ -7,8 +7,9 @@ orthogonal: scaling factors such as YaRN's stay inside the numbers that are rota
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-__all__ = ["LAYOUTS", "angle_tables", "rotate"]
+__all__ = ["LAYOUTS", "angle_tables", "rotate", "spread_tables", "swap_pairs"]
 
 LAYOUTS = ("half", "interleaved")
 
@@ -68,3 +69,22 @@ def _pair_views(states: Tensor, half: int, layout: str) -> tuple[Tensor, Tensor]
     if layout == "half":
         return states[..., :half], states[..., half : 2 * half]
     return states[..., 0 : 2 * half : 2], states[..., 1 : 2 * half : 2]
+
+
+def spread_tables(cos: Tensor, sin: Tensor, head_dim: int, layout: str) -> tuple[Tensor, Tensor]:
+    """Tables ``c, s`` ``[..., head_dim]`` with ``rotate(x, ..., inverse=True) == x * c + swap_pairs(x) * s``."""
+    passed = head_dim - 2 * cos.shape[-1]
+    if layout == "half":
+        cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([sin, -sin], dim=-1)
+    else:
+        cos, sin = cos.repeat_interleave(2, dim=-1), torch.stack([sin, -sin], dim=-1).flatten(-2)
+    return pad(cos, (0, passed), value=1.0), pad(sin, (0, passed))
+
+
+def swap_pairs(states: Tensor, rotary_dim: int, layout: str) -> Tensor:
+    """``states`` with the two numbers of each rotated pair exchanged."""
+    if layout == "half":
+        half = rotary_dim // 2
+        return torch.cat([states[..., half:rotary_dim], states[..., :half], states[..., rotary_dim:]], dim=-1)
+    pairs = states[..., :rotary_dim].unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.cat([pairs, states[..., rotary_dim:]], dim=-1)

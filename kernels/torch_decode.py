@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from lowrank_cache.kernels.packed import LatentSide, PackedTier, RotaryFrames
-from lowrank_cache.kernels.reference import merge
-from lowrank_cache.kernels.rope import rotate
+from lowrank_cache.kernels.reference import merge, read_latents, softmax
+from lowrank_cache.kernels.rope import rotate, swap_pairs
 
 __all__ = ["latent_decode"]
 
@@ -33,6 +33,8 @@ def latent_decode(
 ) -> tuple[Tensor, Tensor]:
     """See ``reference.latent_decode``: same arguments, same results, computed in float32."""
     tile = _tile_tokens(query, key, value)
+    if key.tokens <= tile:
+        return _decode_tile(query, key, value, scaling, mask, softcap)
     parts = []
     for start in range(0, key.tokens, tile):
         stop = min(start + tile, key.tokens)
@@ -40,7 +42,7 @@ def latent_decode(
         parts.append(
             _decode_tile(query, _tokens_of(key, start, stop), _tokens_of(value, start, stop), scaling, visible, softcap)
         )
-    return parts[0] if len(parts) == 1 else merge(parts)
+    return merge(parts)
 
 
 def _tile_tokens(query: Tensor, key: LatentSide, value: LatentSide) -> int:
@@ -60,7 +62,7 @@ def _tokens_of(side: LatentSide, start: int, stop: int) -> LatentSide:
     rope = side.rope
     if rope is not None:
         frames = slice(start // rope.frame_length, -(-stop // rope.frame_length))
-        rope = replace(rope, cos=rope.cos[:, frames], sin=rope.sin[:, frames])
+        rope = RotaryFrames(rope.cos[:, frames], rope.sin[:, frames], rope.frame_length, rope.layout)
     return replace(side, tiers=tiers, rope=rope)
 
 
@@ -78,85 +80,88 @@ def _rebuilds(query: Tensor, side: LatentSide) -> bool:
 def _decode_tile(
     query: Tensor, key: LatentSide, value: LatentSide, scaling: float, mask: Tensor | None, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    batch, q_heads, q_tokens, _ = query.shape
-    key_latents = _read(key.tiers)
-    value_latents = key_latents if value.tiers is key.tiers else _read(value.tiers)
-    scores = (_rebuilt_scores if _rebuilds(query, key) else _absorbed_scores)(query.float() * scaling, key, key_latents)
+    scores = (_rebuilt_scores if _rebuilds(query, key) else _absorbed_scores)(query.float() * scaling, key)
     if softcap is not None:
         scores = scores.div_(softcap).tanh_().mul_(softcap)
-    if mask is not None:
-        scores.masked_fill_(~mask, -torch.inf)
-    highest = scores.amax(-1, keepdim=True)
-    if mask is not None:
-        highest = torch.where(highest.isneginf(), 0.0, highest)
-    weights = scores.sub_(highest).exp_()
-    total = weights.sum(-1)
-    output = (_rebuilt_output if _rebuilds(query, value) else _latent_output)(weights, value, value_latents)
-    # A query that sees nothing has total 0: its output is 0 and its log-sum-exp -inf.
-    seen = total if mask is None else torch.where(total == 0, 1.0, total)
-    return output.div_(seen[..., None]), total.log() + highest[..., 0]
+    weights, lse = softmax(scores, mask)
+    output = (_rebuilt_output if _rebuilds(query, value) else _latent_output)(weights, value)
+    if mask is not None:  # a query that sees nothing has no mean either
+        output = output.masked_fill_(lse.isneginf()[..., None], 0.0)
+    return output, lse
 
 
-def _read(tiers: tuple[PackedTier, ...]) -> Tensor:
-    """``reference.read_latents`` in float32, with one pass over each tier's numbers."""
-    batch, tokens, _ = tiers[0].codes.shape
-    latents = tiers[0].codes.new_empty(batch, tokens, sum(tier.channels for tier in tiers), dtype=torch.float32)
-    start = 0
-    for tier in tiers:
-        part = latents[..., start : start + tier.channels]
-        start += tier.channels
-        if tier.steps is None:
-            part.copy_(tier.codes[..., : tier.channels])
-            continue
-        row = tier.codes.shape[2]
-        for plane in range(8 // tier.bits):
-            here = part[..., plane * row : (plane + 1) * row]
-            codes = tier.codes[..., : here.shape[2]]
-            if tier.bits < 8:
-                codes = (codes >> (plane * tier.bits)) & (2**tier.bits - 1)
-            here.copy_(codes)
-        steps = tier.steps.float()[..., None]
-        torch.addcmul(steps * (0.5 - 2 ** (tier.bits - 1)), part, steps, out=part)
-    return latents
+def _planes(tier: PackedTier) -> list[Tensor]:
+    """Levels as they are coded, neither centred nor times the step: float32 ``[batch, tokens, <= row]`` each.
+
+    Plane ``i`` holds channels ``i * row`` and following, ``row`` being the bytes of a token. Planes stay apart because
+    writing them side by side would take as long as a product with them.
+    """
+    if tier.bits >= 8:
+        return [tier.codes[..., : tier.channels].float()]
+    row, width = tier.codes.shape[-1], tier.bits
+    shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=tier.codes.device)
+    levels = ((tier.codes >> shifts[:, None, None, None]) & (2**width - 1)).float()
+    return [
+        plane[..., : tier.channels - start] for start, plane in zip(range(0, tier.channels, row), levels, strict=False)
+    ]
 
 
-def _absorbed_scores(query: Tensor, side: LatentSide, latents: Tensor) -> Tensor:
-    """``[batch, q_heads, q_tokens, tokens]`` from scaled queries, without keys."""
+def _centre(tier: PackedTier) -> float:
+    """The level that stands for zero."""
+    return 2 ** (tier.bits - 1) - 0.5
+
+
+def _absorbed_scores(query: Tensor, side: LatentSide) -> Tensor:
+    """``[batch, q_heads, q_tokens, tokens]`` from scaled queries, without keys.
+
+    A tier's step is one number a token, so it multiplies the finished dot products and not the latents.
+    """
     batch, q_heads, q_tokens, head_dim = query.shape
-    tokens, (rank, heads, _) = latents.shape[1], side.up_proj.shape
-    if side.rope is None:
-        frame, rotated = tokens, query[:, :, None]
-    else:
-        frame = side.rope.frame_length
-        rotated = _into_frames(query, side.rope)
-    # rows: the query heads of one KV head, and the query tokens of each
-    rows = rotated.view(batch, heads, q_heads // heads, -1, q_tokens, head_dim)
-    frames = rows.shape[3]
-    rows = rows.permute(1, 0, 3, 2, 4, 5).reshape(heads, -1, head_dim)
-    absorbed = torch.bmm(rows, side.up_proj.float().permute(1, 2, 0))
-    absorbed = absorbed.view(heads, batch * frames, -1, rank).transpose(0, 1).reshape(batch * frames, -1, rank)
-    mean = torch.bmm(rows, side.constant[..., None]).view(heads, batch * frames, -1).transpose(0, 1)
+    rank, heads, _ = side.up_proj.shape
+    tokens = side.tokens
+    frame = tokens if side.rope is None else side.rope.frame_length
+    frames = -(-tokens // frame)
     missing = frames * frame - tokens  # the last frame may be shorter
+    # Beside its channels' weights, a row of queries has the sum of each tier's, for the centre, and the mean's score.
+    up_proj = side.up_proj.float().flatten(1)
+    sizes = [tier.channels for tier in side.tiers]
+    sums = [part.sum(0, keepdim=True) for part in up_proj.split(sizes)]
+    columns = torch.cat([up_proj, *sums, side.constant.view(1, -1)]).view(-1, heads, head_dim).permute(1, 2, 0)
+    rows = query.reshape(batch, heads, -1, head_dim).transpose(0, 1)[:, :, None]
+    if side.rope is not None:
+        cos, sin = side.rope.spread(head_dim)
+        rows = torch.addcmul(rows * cos, swap_pairs(rows, 2 * side.rope.cos.shape[-1], side.rope.layout), sin)
+    absorbed = torch.bmm(rows.reshape(heads, -1, head_dim), columns)
+    absorbed = absorbed.view(heads, batch * frames, -1, absorbed.shape[-1]).transpose(0, 1).flatten(1, 2)
+    scores = absorbed[..., -1:]
+    start = 0
+    for index, tier in enumerate(side.tiers):
+        product = absorbed[..., rank + index, None]
+        beta = 0.0 if tier.steps is None else -_centre(tier)
+        for plane in _planes(tier):
+            weights = absorbed[..., start : start + plane.shape[-1]]
+            product = torch.baddbmm(product, weights, _framed(plane, frames, missing).transpose(1, 2), beta=beta)
+            start, beta = start + plane.shape[-1], 1.0
+        if tier.steps is None:
+            scores = product + scores
+        else:
+            steps = _framed(tier.steps.float()[..., None], frames, missing).transpose(1, 2)
+            scores = torch.addcmul(scores, product, steps)
+    scores = scores.view(batch, frames, q_heads, q_tokens, frame).permute(0, 2, 3, 1, 4).flatten(3)
+    return scores[..., :tokens].contiguous() if missing else scores.contiguous()
+
+
+def _framed(rows: Tensor, frames: int, missing: int) -> Tensor:
+    """``[batch, tokens, n]`` cut into ``[batch · frames, frame, n]``, zeros for what is ``missing`` at the end."""
     if missing:
-        latents = torch.nn.functional.pad(latents, (0, 0, 0, missing))
-    framed = latents.view(batch * frames, frame, rank)
-    scores = torch.baddbmm(mean.reshape(batch * frames, -1, 1), absorbed, framed.transpose(1, 2))
-    scores = scores.view(batch, frames, q_heads, q_tokens, frame).permute(0, 2, 3, 1, 4)
-    return scores.reshape(batch, q_heads, q_tokens, -1)[..., :tokens].contiguous()
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, missing))
+    return rows.reshape(rows.shape[0] * frames, -1, rows.shape[2])
 
 
-def _into_frames(query: Tensor, rope: RotaryFrames) -> Tensor:
-    """``R(-m) query`` for each frame's first position ``m``: ``[batch, q_heads, frames, q_tokens, head_dim]``."""
-    batch, q_heads, q_tokens, head_dim = query.shape
-    frames = rope.cos.shape[1]
-    spread = query[:, :, None].expand(batch, q_heads, frames, q_tokens, head_dim)
-    return rotate(spread, rope.cos[:, None, :, None], rope.sin[:, None, :, None], rope.layout, inverse=True)
-
-
-def _rebuilt_scores(query: Tensor, side: LatentSide, latents: Tensor) -> Tensor:
+def _rebuilt_scores(query: Tensor, side: LatentSide) -> Tensor:
     """``[batch, q_heads, q_tokens, tokens]`` from scaled queries and rebuilt keys."""
     batch, q_heads, q_tokens, head_dim = query.shape
-    keys = _rebuilt(side, latents)
+    keys = _rebuilt(side)
     if side.rope is not None:
         cos, sin = side.rope.cos, side.rope.sin
         if side.rope.frame_length > 1:
@@ -166,26 +171,34 @@ def _rebuilt_scores(query: Tensor, side: LatentSide, latents: Tensor) -> Tensor:
     return torch.matmul(rows, keys.transpose(2, 3)).view(batch, q_heads, q_tokens, -1)
 
 
-def _rebuilt(side: LatentSide, latents: Tensor) -> Tensor:
+def _rebuilt(side: LatentSide) -> Tensor:
     """``[batch, heads, tokens, head_dim]``, keys still in their frames."""
     rank, heads, head_dim = side.up_proj.shape
-    states = torch.matmul(latents, side.up_proj.float().reshape(rank, -1)) + side.constant.flatten()
+    states = torch.matmul(read_latents(side.tiers), side.up_proj.float().reshape(rank, -1)) + side.constant.flatten()
     return states.unflatten(2, (heads, head_dim)).transpose(1, 2)
 
 
-def _latent_output(weights: Tensor, side: LatentSide, latents: Tensor) -> Tensor:
-    """``weights @ values``: summed as latents, then up-projected once."""
+def _latent_output(weights: Tensor, side: LatentSide) -> Tensor:
+    """``weights @ values``: summed as latents, then up-projected once. Each query's weights sum to 1."""
     batch, q_heads, q_tokens, tokens = weights.shape
     rank, heads, head_dim = side.up_proj.shape
-    summed = torch.bmm(weights.view(batch, -1, tokens), latents)
-    rows = summed.view(batch, heads, -1, rank)
-    output = torch.matmul(rows, side.up_proj.float().transpose(0, 1))
-    output += side.constant[:, None] * weights.sum(-1).view(batch, heads, -1, 1)
-    return output.view(batch, q_heads, q_tokens, head_dim)
+    flat = weights.view(batch, -1, tokens)
+    parts = []
+    for tier in side.tiers:
+        planes = _planes(tier)
+        if tier.steps is None:
+            parts += [torch.bmm(flat, plane) for plane in planes]
+            continue
+        stepped = flat * tier.steps.float()[:, None]
+        total = stepped.sum(-1, keepdim=True)
+        parts += [torch.baddbmm(total, stepped, plane, beta=-_centre(tier)) for plane in planes]
+    summed = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+    output = torch.matmul(summed.view(batch, heads, -1, rank), side.up_proj.float().transpose(0, 1))
+    return output.add_(side.constant[:, None]).view(batch, q_heads, q_tokens, head_dim)
 
 
-def _rebuilt_output(weights: Tensor, side: LatentSide, latents: Tensor) -> Tensor:
+def _rebuilt_output(weights: Tensor, side: LatentSide) -> Tensor:
     batch, q_heads, q_tokens, tokens = weights.shape
-    values = _rebuilt(side, latents)
+    values = _rebuilt(side)
     output = torch.matmul(weights.view(batch, values.shape[1], -1, tokens), values)
     return output.view(batch, q_heads, q_tokens, -1)

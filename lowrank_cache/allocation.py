@@ -20,7 +20,7 @@ from lowrank_cache.models import BOTH
 if TYPE_CHECKING:  # projections imports this module to truncate itself
     from lowrank_cache.projections import Basis, Projections
 
-__all__ = ["StorePlan", "full_bytes_per_token", "plan_stores"]
+__all__ = ["BIT_WIDTHS", "Ranks", "StorePlan", "check_compression_ratio", "full_bytes_per_token", "plan_stores"]
 
 BIT_WIDTHS = (16, 8, 4, 2)
 Ranks = int | Mapping[int, tuple[int, int]]
@@ -73,13 +73,7 @@ def plan_stores(
         _check_ranks(projections, ranks)
         chosen = [[_rank_of(basis, ranks) for basis in store] for store in stores]
         return [_uniform_plan(store, kept, bits or 16) for store, kept in zip(stores, chosen, strict=True)]
-    if not isinstance(compression_ratio, int | float) or isinstance(compression_ratio, bool):
-        raise TypeError(f"compression_ratio must be a number, got {compression_ratio!r}")
-    if not compression_ratio >= 1:
-        hint = ""
-        if 0 < compression_ratio < 1:
-            hint = f"; if this is a fraction removed (kvpress's convention), pass {1 / (1 - compression_ratio):.3g}"
-        raise ValueError(f"compression_ratio must be at least 1, got {compression_ratio}{hint}")
+    check_compression_ratio(compression_ratio)
     if compression_ratio < projections.min_compression_ratio:
         raise ValueError(
             f"compression_ratio must be at least {projections.min_compression_ratio:g}, for which these projections "
@@ -102,6 +96,17 @@ def plan_stores(
             f"the largest reachable ratio is {math.floor(reachable * 100) / 100}"
         )
     return plans
+
+
+def check_compression_ratio(compression_ratio: float) -> None:
+    """Raise unless it is a number of at least 1; a fraction removed is recognised."""
+    if not isinstance(compression_ratio, int | float) or isinstance(compression_ratio, bool):
+        raise TypeError(f"compression_ratio must be a number, got {compression_ratio!r}")
+    if not compression_ratio >= 1:
+        hint = ""
+        if 0 < compression_ratio < 1:
+            hint = f"; if this is a fraction removed (kvpress's convention), pass {1 / (1 - compression_ratio):.3g}"
+        raise ValueError(f"compression_ratio must be at least 1, got {compression_ratio}{hint}")
 
 
 def _least_bytes(stores: list[tuple[Basis, ...]], bits: int | None) -> int:

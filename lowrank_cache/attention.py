@@ -105,11 +105,12 @@ def _switch(model: PreTrainedModel, decoder: PreTrainedModel, impl: str) -> _Swi
     for key, function in _FUNCTIONS.items():
         # Both: where the mask's name is unknown, transformers makes no mask at all.
         AttentionInterface.register(_NAMES[key], function)
-        AttentionMaskInterface.register(_NAMES[key], _MASKS[key])
+        AttentionMaskInterface.register(_NAMES[key], _MASKS[key])  # type: ignore[arg-type]  # a dict of functions
     decoder.set_attn_implementation(_NAMES[others])
+    weakref.finalize(decoder, _unregister_if_unused)  # a model may die switched
     _SWITCHED[decoder] = _Switched(previous, impl)
     try:
-        layers = _layers_that_attend_directly(model)
+        layers = _layers_that_attend_directly(model, decoder)
         if not layers:
             raise NotImplementedError(
                 f"{name}: no layer hands the keys and values of its cache to attention unchanged; use the cache "
@@ -125,6 +126,10 @@ def _switch(model: PreTrainedModel, decoder: PreTrainedModel, impl: str) -> _Swi
 def _switch_back(decoder: PreTrainedModel) -> None:
     set_attended(decoder, Attended())
     decoder.set_attn_implementation(_SWITCHED.pop(decoder).previous)
+    _unregister_if_unused()
+
+
+def _unregister_if_unused() -> None:
     if not _SWITCHED:
         for name in _NAMES.values():
             AttentionInterface._global_mapping.pop(name, None)  # there is no public way back
@@ -153,8 +158,17 @@ class _MarkingCache(DynamicCache):
         return keys, values
 
 
-def _layers_that_attend_directly(model: PreTrainedModel) -> frozenset[int]:
-    """Compressible layers between whose ``Cache.update`` and attention function nothing happens."""
+_DIRECT: "weakref.WeakKeyDictionary[PreTrainedModel, frozenset[int]]" = weakref.WeakKeyDictionary()
+
+
+def _layers_that_attend_directly(model: PreTrainedModel, decoder: PreTrainedModel) -> frozenset[int]:
+    """Compressible layers between whose ``Cache.update`` and attention function nothing happens; probed once."""
+    if decoder not in _DIRECT:
+        _DIRECT[decoder] = _probe(model)
+    return _DIRECT[decoder]
+
+
+def _probe(model: PreTrainedModel) -> frozenset[int]:
     shape = model_shape(model)
     if "dummy" in shape.layer_types:  # layers that reuse others' keys (Gemma 3n)
         return frozenset()
@@ -176,6 +190,7 @@ def _attend_over_eager(module, query, key, value, attention_mask, **kwargs) -> t
     return _attend(eager, module, query, key, value, attention_mask, **kwargs)
 
 
+@torch.compiler.disable(reason="the number of cached tokens changes with every step")
 def _attend(others: Callable, module, query, key, value, attention_mask, **kwargs) -> tuple[Tensor, Tensor | None]:
     """transformers' attention function: latents where ``key`` carries a view, ``others`` elsewhere."""
     view = view_of(key)

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["DISTORTION", "ROW_ALIGNMENT", "ChannelCosts", "TierCounts", "padded_channels", "spend", "tier_bytes"]
+from lowrank_cache.kernels.packed import ROW_BYTES, padded_channels
+
+__all__ = ["DISTORTION", "ChannelCosts", "TierCounts", "spend", "tier_bytes"]
 
 # Mean squared error of a unit-variance channel, by bits: kernels.reference.quantize on normal latents in
 # tiers of 64 to 128 channels (tests/test_reference.py measures it). 16 bits are float16.
 DISTORTION = {16: 1e-7, 8: 4e-5, 4: 0.0095, 2: 0.115, 0: 1.0}
-ROW_ALIGNMENT = 16  # bytes; a row that starts on a multiple of 16 can be loaded 16 bytes at a time
 STEP_BYTES = 2  # one float16 step per token and quantized tier
 _MAX_CHOICES = 300_000
 
@@ -62,12 +63,6 @@ class ChannelCosts:
             loss += DISTORTION[bits] * float(self.variance[start : start + channels].sum())
             start += channels
         return loss + float(self.dropped[start:].sum())
-
-
-def padded_channels(bits: int, channels: int) -> int:
-    """Channels of a tier after padding its row to ``ROW_ALIGNMENT`` bytes."""
-    granule = ROW_ALIGNMENT * 8 // bits
-    return -(-channels // granule) * granule
 
 
 def tier_bytes(bits: int, channels: int) -> int:
@@ -134,7 +129,7 @@ def _spend_rest(fronts: list, chosen: list[int], remaining: float) -> None:
 def _front(cost: ChannelCosts, levels: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, list[TierCounts]]:
     """Choices of one store that no cheaper choice beats: sizes (ascending), losses, counts."""
     channels = len(cost.variance)
-    granules = {bits: ROW_ALIGNMENT * 8 // bits for bits in (16, 8, 4, 2)}
+    granules = {bits: ROW_BYTES * 8 // bits for bits in (16, 8, 4, 2)}
     stride = {bits: 1 for bits in granules}
 
     def options(bits: int) -> np.ndarray:

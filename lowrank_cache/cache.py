@@ -8,6 +8,7 @@ layers keep transformers' own classes. What transformers calls, and when: docs/c
 import weakref
 from collections.abc import Mapping
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +24,12 @@ from transformers.cache_utils import (
 from lowrank_cache.allocation import plan_stores
 from lowrank_cache.attended import Attended, attach_view, attended_by
 from lowrank_cache.hooks import watch
+from lowrank_cache.kernels.reference import QUANTIZED_BITS
 from lowrank_cache.latents import Coder
 from lowrank_cache.models import LayerShape, ModelShape, decoder_of, model_shape
 from lowrank_cache.positions import PositionTrack
 from lowrank_cache.projections import Projections
+from lowrank_cache.prompt_svd import prompt_stores
 from lowrank_cache.store import LatentStore, StoreOptions
 from lowrank_cache.view import LatentView
 
@@ -72,8 +75,8 @@ class LowRankLayer(CacheLayerMixin):
         return LatentView(keys, values, self.get_seq_length(), encoded_end, store.sink_slots, impl)
 
     def can_extend(self) -> bool:
-        """Whether there are past tokens, and channels that store them."""
-        return self.get_seq_length() > 0 and all(store.coder.rank for store in self.stores.values())
+        """Whether there are past tokens, in stores that can be attended to."""
+        return self.get_seq_length() > 0 and all(store.attendable for store in self.stores.values())
 
     def _checked(self, key_states: Tensor, value_states: Tensor) -> dict[str, Tensor]:
         states = {"key": key_states.detach(), "value": value_states.detach()}
@@ -116,12 +119,18 @@ class LowRankCache(Cache):
         ranks: Channels to keep instead of a ratio: one number for every basis (at most its width), or
             ``{layer: (key_rank, value_rank)}`` by the first layer of each layer group, whose sum counts where
             keys and values share a latent.
-        bits: One width (16, 8, 4, 2) for all channels kept; None lets the method choose.
+        bits: One width (16, 8, 4, 2) for all channels kept, below 16 after a Hadamard rotation for all methods but
+            fisher; None lets the method choose.
         residual_length: Most recent tokens kept exactly.
         num_sink_tokens: First real tokens of each row kept exactly.
         block_size: Tokens encoded at a time.
         latent_dtype: Dtype of 16-bit latents and of the projection matrices; None takes that of the
             incoming keys for latents, and float32 for the matrices.
+        method: ``"xkv"`` instead of projections: each row's bases come from its own prompt, see ``prompt_svd``.
+            They count in ``stored_bytes``.
+        layer_group_size: Adjacent layers that share xkv's bases, 4 unless given.
+        new_tokens: What xkv does with tokens after those that made the bases: ``"encode"`` them with the
+            same bases (unless given) or keep them ``"exact"``.
 
     Raises:
         NotImplementedError: If the model's cache cannot be compressed (see ``models.model_shape``).
@@ -145,22 +154,35 @@ class LowRankCache(Cache):
         num_sink_tokens: int = 4,
         block_size: int = 64,
         latent_dtype: torch.dtype | None = torch.float16,
+        layer_group_size: int | None = None,
+        new_tokens: str | None = None,
     ):
         options = _check_options(residual_length, num_sink_tokens, block_size, latent_dtype)
         if (projections is None) == (method is None):
             raise ValueError("exactly one of projections and method must be given")
-        if method is not None:
-            raise ValueError(f"method must be None in this release, which only reads projections; got {method!r}")
-        if not isinstance(projections, Projections):
-            raise TypeError(f"projections must be Projections, got {type(projections).__name__}")
-        shape = model_shape(model)
-        projections.check_model(shape)
-        decoder = decoder_of(model)
-        self._coders = _coders(projections, compression_ratio, ranks, bits, latent_dtype)
+        shape, decoder = model_shape(model), decoder_of(model)
+        budget: dict[str, Any] = {"compression_ratio": compression_ratio, "ranks": ranks, "bits": bits}
+        if projections is not None:
+            if not isinstance(projections, Projections):
+                raise TypeError(f"projections must be Projections, got {type(projections).__name__}")
+            projections.check_model(shape)
+            if layer_group_size is not None or new_tokens is not None:
+                raise ValueError("layer_group_size and new_tokens belong to method 'xkv'; projections hold their own")
+            self._coders = _coders(projections, **budget, latent_dtype=latent_dtype)
+            self._track = PositionTrack(projections.frame_length, num_sink_tokens)
+            self._stores = [LatentStore(coder, self._track, options) for coder in self._coders]
+        elif method == "xkv":
+            size = 4 if layer_group_size is None else layer_group_size
+            new_tokens = "encode" if new_tokens is None else new_tokens
+            self._coders = []  # bases belong to prompts and lie in the stores
+            self._track = PositionTrack(1, num_sink_tokens)
+            self._stores = list(
+                prompt_stores(shape, self._track, options, **budget, layer_group_size=size, new_tokens=new_tokens)
+            )
+        else:
+            raise ValueError(f"method must be 'xkv'; the bases of other methods are calibrated, got {method!r}")
         self.target_compression_ratio = float(compression_ratio) if ranks is None else None
         self._decoder = weakref.ref(decoder)
-        self._track = PositionTrack(projections.frame_length, num_sink_tokens)
-        self._stores = [LatentStore(coder, self._track, options) for coder in self._coders]
         self._compressed = tuple(layer.layer_idx for layer in shape.layers)
         self._attended = Attended()  # layers that attend to latents in the current forward
         self._updated: set[int] | None = None  # compressed layers seen in the current forward; None between forwards
@@ -205,6 +227,7 @@ class LowRankCache(Cache):
         """Cached tokens, padding included; during a forward, and after one that failed, those before it."""
         return super().get_seq_length(layer_idx) if self._updated is None else self._length_before
 
+    @torch.compiler.disable(reason="buffers grow and latents are encoded by Python control flow")
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[Tensor, Tensor]:
@@ -293,7 +316,7 @@ class LowRankCache(Cache):
         self._map_batch(lambda rows: rows[indices.to(rows.device)])
 
     def reset(self) -> None:
-        """Forget all tokens; the bases stay."""
+        """Forget all tokens; calibrated bases stay, a prompt's own are forgotten with it."""
         for layer in self._other_layers():
             layer.reset()
         for store in self._stores:
@@ -352,7 +375,10 @@ class LowRankCache(Cache):
         return self.full_bytes() / stored if self.get_seq_length() else 1.0
 
     def projection_bytes(self) -> int:
-        """Bytes of the truncated bases that this cache uses; shared by caches of the same settings."""
+        """Bytes of the truncated bases that this cache uses; shared by caches of the same settings.
+
+        0 for xkv, whose bases belong to prompts and count in ``stored_bytes``.
+        """
         return sum(coder.nbytes for coder in self._coders)
 
     def _other_states(self) -> list[Tensor]:
@@ -393,7 +419,10 @@ def _coders(projections: Projections, compression_ratio, ranks, bits, latent_dty
         plans = plan_stores(projections, compression_ratio, ranks, bits)
         made[key] = []
         for store, plan in zip(projections.stores(), plans, strict=True):
-            made[key].append(Coder(store, plan, projections.shape.members(store[0].side, store[0].layers), dtype))
+            members = projections.shape.members(store[0].side, store[0].layers)
+            # Channels with a loss of their own keep it: rotation would spread what matters over what does not.
+            rotated = bits in QUANTIZED_BITS and all(basis.rank_weight is not None for basis in store)
+            made[key].append(Coder(store, plan, members, dtype, rotated))
     return made[key]
 
 

@@ -1,4 +1,4 @@
-"""The ``lowrank-cache`` command: ``demo``, ``calibrate``, ``inspect``, ``prefill``, ``quality``.
+"""The ``lowrank-cache`` command and its sub-commands.
 
 Arguments and messages only; what the commands do lives in ``evaluation`` and ``calibration``.
 """
@@ -15,14 +15,19 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from lowrank_cache import LowRankCache, Projections, calibration
+from lowrank_cache.calibration.moments import Moments
 from lowrank_cache.calibration.recall import mixed_batches
+from lowrank_cache.evaluation.bench import BenchSettings
+from lowrank_cache.evaluation.bench_run import bench as run_bench
 from lowrank_cache.evaluation.demo import DemoSettings, run_demo
 from lowrank_cache.evaluation.inspection import inspect_projections
 from lowrank_cache.evaluation.model_source import DownloadError
+from lowrank_cache.evaluation.papers import check_papers
 from lowrank_cache.evaluation.plots import plot_projections
 from lowrank_cache.evaluation.prefill import prefill_peak
 from lowrank_cache.evaluation.quality import QualitySettings
 from lowrank_cache.evaluation.quality_run import QualityRun, in_dtype, load_model, run_quality
+from lowrank_cache.evaluation.roofline_run import run_roofline
 from lowrank_cache.evaluation.text_source import load_text
 
 __all__ = ["app"]
@@ -69,6 +74,9 @@ def calibrate(
     recall_share: Annotated[float, typer.Option(help="Fraction of sequences that are generated look-ups.")] = 0.5,
     seed: Annotated[int, typer.Option(help="Of the generated look-ups.")] = 0,
     method: Annotated[str | None, typer.Option(help="How bases are found; see docs/method.md.")] = None,
+    preset: Annotated[
+        str, typer.Option(help="'smallest' or 'fastest': the defaults of the two options that follow.")
+    ] = "smallest",
     frame_length: Annotated[int | None, typer.Option(help="Tokens per rotary frame; 1 stores pre-RoPE keys.")] = None,
     layer_group_size: Annotated[
         str | None, typer.Option(help="Adjacent layers that share a latent: a number, KEYS,VALUES, or auto.")
@@ -86,7 +94,10 @@ def calibrate(
             "frame_length": frame_length,
             "layer_group_size": _group_size(layer_group_size),
         }
-        options = {name: value for name, value in given.items() if value is not None}
+        if preset not in calibration.PRESETS:
+            raise ValueError(f"preset must be one of {sorted(calibration.PRESETS)}, got {preset!r}")
+        chosen = {name: value for name, value in given.items() if value is not None}
+        options = {**calibration.PRESETS[preset], **chosen}
         text, source = load_text(data)
         typer.echo(f"Text: {source}")
         tokenizer = AutoTokenizer.from_pretrained(model)
@@ -190,6 +201,9 @@ def quality(
     moments: Annotated[Path | None, typer.Option(help="Statistics of an earlier run, not to calibrate again.")] = None,
     windows: Annotated[int, typer.Option(help="Evaluation windows, evenly spaced.")] = 16,
     window: Annotated[int, typer.Option(help="Tokens per evaluation window.")] = 1024,
+    prompt: Annotated[
+        int, typer.Option(help="Tokens of windows and look-ups that come in one first forward and are not scored.")
+    ] = 0,
     chunk: Annotated[int, typer.Option(help="Tokens per forward of windows and look-ups.")] = 32,
     lookups: Annotated[int, typer.Option(help="Questions about key–value lists of 22 entries, 4 a list.")] = 64,
     needles: Annotated[
@@ -201,7 +215,78 @@ def quality(
     """Measure perplexity and recall of many caches on one model, in one run, as a table and a plot."""
     with _errors_as_messages():
         settings = QualitySettings(
-            windows=windows, window=window, chunk=chunk, lookups=lookups, needles=_needles(needles or [])
+            windows=windows,
+            window=window,
+            prompt=prompt,
+            chunk=chunk,
+            lookups=lookups,
+            needles=_needles(needles or []),
         )
         run = QualityRun(model, calibrate_on, evaluate_on, moments, tokens, recall_share, sensitivity, dtype, key_bias)
         run_quality(out, cache, run, settings, typer.echo)
+
+
+@app.command()
+def bench(
+    out: Annotated[Path, typer.Option(help="Folder for times, table, JSON and plot; rerunning resumes.")],
+    cache: Annotated[
+        list[str] | None,
+        typer.Option(help="A row as for 'quality', repeatable; ',attend=0' at its end rebuilds keys and values."),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Name or folder of a model; SmolLM2-135M by default.")] = None,
+    calibrate_on: Annotated[Path | None, typer.Option(help="Text to calibrate on; WikiText-2 by default.")] = None,
+    evaluate_on: Annotated[Path | None, typer.Option(help="Text to decode; WikiText-2 by default.")] = None,
+    moments: Annotated[Path | None, typer.Option(help="Statistics of an earlier run, not to calibrate again.")] = None,
+    tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = 20_480,
+    contexts: Annotated[str, typer.Option(help="Tokens in the cache, separated by commas.")] = "1024,4096,8192",
+    batches: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,4",
+    new_tokens: Annotated[int, typer.Option(help="Timed decode steps of each cache.")] = 24,
+    threads: Annotated[int, typer.Option(help="Threads of PyTorch.")] = 1,
+    dtype: Annotated[str, typer.Option(help="Dtype of the model.")] = "float32",
+    quick: Annotated[bool, typer.Option(help="1,024 tokens, batch 1, 8 steps.")] = False,
+) -> None:
+    """Time prefill and decoding of compressed caches against the full cache, and count their bytes."""
+    with _errors_as_messages():
+        settings = BenchSettings(
+            contexts=(1024,) if quick else _numbers("contexts", contexts),
+            batches=(1,) if quick else _numbers("batches", batches),
+            new_tokens=8 if quick else new_tokens,
+            threads=threads,
+        )
+        run = QualityRun(model, calibrate_on, evaluate_on, moments, tokens, 0.5, "gradient", dtype)
+        run_bench(out, cache or BENCH_CACHES, run, settings, typer.echo)
+
+
+BENCH_CACHES = ["full", "quantized-fp8", "fisher:8,groups=1,frame=64", "fisher:10"]
+
+
+def _numbers(name: str, given: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in given.split(",")]
+    if not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise ValueError(f"{name} must be positive integers separated by commas, got {given!r}")
+    return tuple(int(part) for part in parts)
+
+
+@app.command()
+def papers(
+    out: Annotated[Path, typer.Option(help="Folder for the trained models and papers.md; rerunning keeps the models.")],
+    text: Annotated[Path | None, typer.Option(help="Text to use instead of Python's own sources.")] = None,
+    steps: Annotated[
+        int, typer.Option(help="Training batches of the multi-head model; the MLA model gets half.")
+    ] = 1200,
+    windows: Annotated[int, typer.Option(help="Evaluation windows of 256 bytes.")] = 48,
+) -> None:
+    """Train two small models and check on them what ReCalKV, Palu and xKV say of their methods."""
+    with _errors_as_messages():
+        check_papers(out, text, steps=steps, windows=windows, report=typer.echo)
+
+
+@app.command()
+def roofline(
+    moments: Annotated[Path, typer.Argument(help="Statistics that calibrate or quality saved: moments.safetensors.")],
+    ratio: Annotated[float, typer.Option(help="Target compression ratio per token in latents.")] = 8.0,
+    query_heads: Annotated[int, typer.Option(help="Query heads of the model of MOMENTS; SmolLM2-135M has 9.")] = 9,
+) -> None:
+    """Estimate on paper how fast GPUs attend over latents, with the channels that calibration gives."""
+    with _errors_as_messages():
+        run_roofline(Moments.load(moments), query_heads, ratio, typer.echo)

@@ -24,6 +24,7 @@ class GrowingTensor:
         self.rows = 0
         self.buffer: Tensor | None = None
         self._reserved = 0
+        self._final = False
         self.copied_bytes = 0  # by replacing buffers, not by appending
 
     def append(self, block: Tensor) -> None:
@@ -34,15 +35,18 @@ class GrowingTensor:
         self.buffer.narrow(self.axis, self.rows, added).copy_(block)
         self.rows += added
 
-    def reserve(self, rows: int) -> None:
-        """Expect ``rows`` rows in all, so that appending them piece by piece copies at most once."""
-        self._reserved = rows
+    def reserve(self, rows: int, *, final: bool = False) -> None:
+        """Expect ``rows`` rows in all, so that appending them piece by piece copies at most once.
+
+        ``final``: none will follow, so that a new buffer needs no room for more.
+        """
+        self._reserved, self._final = rows, final
 
     def _grown(self, block: Tensor, added: int) -> Tensor:
         shape = list(block.shape)
         needed = max(self.rows + added, self._reserved)
         # A first block that fills its buffer exactly (a long prompt) leaves room for what follows.
-        shape[self.axis] = needed + max(self.min_room, needed // 8)
+        shape[self.axis] = needed + (0 if self._final else max(self.min_room, needed // 8))
         buffer = block.new_empty(shape)
         if self.rows:
             buffer.narrow(self.axis, 0, self.rows).copy_(self._count(self.view()))

@@ -8,6 +8,7 @@ import inspect
 import weakref
 from functools import partial
 
+import torch
 from torch import nn
 
 __all__ = ["hook_count", "watch"]
@@ -47,6 +48,7 @@ def _release(decoder_ref: weakref.ref) -> None:
         del _HOOKS[decoder]
 
 
+@torch.compiler.disable(reason="positions are checked with Python control flow, outside of any graph")
 def _announce(signature: inspect.Signature, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
     arguments = {**signature.bind_partial(*args).arguments, **kwargs}
     begin = getattr(arguments.get("past_key_values"), "begin_forward", None)

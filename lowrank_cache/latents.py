@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lowrank_cache.allocation import StorePlan
-from lowrank_cache.budget import padded_channels
 from lowrank_cache.growing import GrowingTensor
-from lowrank_cache.kernels.packed import PackedTier
+from lowrank_cache.hadamard import channel_mixing
+from lowrank_cache.kernels.packed import PackedTier, padded_channels
 from lowrank_cache.kernels.reference import pack, quantize, read_latents
 from lowrank_cache.models import SideShape
 from lowrank_cache.projections import Basis
@@ -27,6 +27,7 @@ class Coder:
         plan: The channels to keep and their bits.
         members: What the latent holds, from ``ModelShape.members``; its order numbers them.
         dtype: In which the projection matrices are held; products are float32 in any case.
+        rotated: Mix each basis' channels by a Hadamard rotation, for one quantized tier that holds them all.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Coder:
         plan: StorePlan,
         members: list[tuple[int, str, SideShape]],
         dtype: torch.dtype = torch.float32,
+        rotated: bool = False,
     ):
         self.name = f"{store[0].side} states of layers {store[0].layers}"
         self.members = tuple((layer, side) for layer, side, _ in members)
@@ -42,6 +44,11 @@ class Coder:
         self.tiers = tuple((bits, len(channels)) for bits, channels in plan.tiers)
         kept = torch.tensor([channel for _, channels in plan.tiers for channel in channels], dtype=torch.long)
         self.weight = torch.cat([basis.loss for basis in store])[kept]
+        sizes = self.weight.sqrt()
+        # One unit for all bases of the store: they share a step, and an error counts alike in each.
+        unit = max(float(sizes.square().mean().sqrt()), 1e-30) if rotated and len(kept) else 1.0
+        if rotated:
+            self.weight = torch.full_like(self.weight, unit**2)
         # The calibrated mean of the states, by member: [heads, head_dim]. Latents are of what differs from it, so
         # half precision never has to hold a bias, and channels that are not stored are read as their mean.
         self.constants = [torch.zeros(shape.heads, shape.head_dim) for shape in self.shapes]
@@ -56,13 +63,17 @@ class Coder:
             mean = basis.constant + basis.offset @ basis.up_proj
             for constant, part in zip(self.constants, mean.split(widths), strict=True):
                 constant[list(basis.heads)] = part.view(len(basis.heads), -1)
+            down, up = basis.down_proj[:, columns], basis.up_proj[columns]
+            if rotated and len(channels):
+                mix, unmix = channel_mixing(sizes[channels], unit)
+                down, up = down @ mix, unmix @ up
             all_heads = all(basis.heads == tuple(range(shape.heads)) for shape in self.shapes)
             self.blocks.append(
                 _Block(
                     None if all_heads else torch.tensor(basis.heads),
                     None if len(channels) == len(kept) else channels,
-                    _narrow(basis.down_proj[:, columns], dtype).contiguous(),
-                    [_narrow(part, dtype).contiguous() for part in basis.up_proj[columns].split(widths, dim=1)],
+                    _narrow(down, dtype).contiguous(),
+                    [_narrow(part, dtype).contiguous() for part in up.split(widths, dim=1)],
                 )
             )
             start += basis.rank
@@ -192,10 +203,10 @@ class PackedLatents:
         self.steps = [GrowingTensor(axis=1, min_room=block_size) if bits < 16 else None for bits, _ in tiers]
         self.tokens = 0
 
-    def reserve(self, tokens: int) -> None:
-        """Expect ``tokens`` tokens in all."""
+    def reserve(self, tokens: int, *, final: bool = False) -> None:
+        """Expect ``tokens`` tokens in all, and if ``final`` none after them."""
         for buffer in self.buffers():
-            buffer.reserve(tokens)
+            buffer.reserve(tokens, final=final)
 
     def append(self, latents: Tensor, weight: Tensor) -> None:
         """Store ``[batch, tokens, rank]`` float32 latents; ``weight`` ``[rank]`` prices their errors."""

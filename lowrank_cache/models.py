@@ -20,12 +20,23 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 
 from lowrank_cache.kernels.rope import LAYOUTS, angle_tables, rotate
 
-__all__ = ["LayerShape", "ModelShape", "RopeShape", "SideShape", "decoder_of", "model_shape", "one_token_forward"]
+__all__ = [
+    "Group",
+    "LayerShape",
+    "ModelShape",
+    "RopeShape",
+    "SideShape",
+    "decoder_of",
+    "layer_groups",
+    "model_shape",
+    "one_token_forward",
+]
 
 # Small, so that a dynamic or long-context rotary embedding does not leave its short-context state.
 PROBE_POSITION = 3
 SIDES = ("key", "value")
 BOTH = "both"  # keys and values of the same layers in one latent
+Group = tuple[int, ...]  # adjacent compressible layers
 
 
 @dataclass(frozen=True)
@@ -114,6 +125,25 @@ class ModelShape:
     def fingerprint(self) -> str:
         """SHA-256 of the structure: equal for any two models that can share projections."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+
+def layer_groups(shape: ModelShape, side: str, size: int) -> list[Group]:
+    """Cut the compressible layers into groups of ``size`` adjacent ones; the last may be shorter.
+
+    A group never mixes layers whose states differ in heads, head_dim or rope.
+    """
+    groups: list[list[int]] = []
+    for layer in shape.layers:
+        alike = groups and _shapes(shape.layer(groups[-1][0]), side) == _shapes(layer, side)
+        if alike and len(groups[-1]) < size:
+            groups[-1].append(layer.layer_idx)
+        else:
+            groups.append([layer.layer_idx])
+    return [tuple(group) for group in groups]
+
+
+def _shapes(layer: LayerShape, side: str) -> list[SideShape]:
+    return [layer.side(name) for name in (SIDES if side == BOTH else (side,))]
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:

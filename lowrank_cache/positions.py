@@ -175,6 +175,12 @@ class PositionTrack:
             )
         return RotaryFrames(*self._tables[key], self.frame_length, rope.layout)
 
+    def real_after_sinks(self, start: int, stop: int, sinks: int) -> Tensor:
+        """``[batch, stop - start]`` bool: neither padding nor one of its row's first ``sinks`` tokens."""
+        real = self._positions.view(start, stop) != PADDING
+        first = 0 if self.first_real is None else self.first_real[:, None].to(real.device)
+        return real & (torch.arange(start, stop, device=real.device) >= first + sinks)
+
     def end(self) -> None:
         """Drop what served one forward; its tables are as large as one head's dense keys."""
         self._tables.clear()

@@ -96,6 +96,11 @@ class LatentStore:
         return StoredSide(kept, latents, tail)
 
     @property
+    def attendable(self) -> bool:
+        """Whether ``extend`` can take the place of ``update``: latents have channels, and one basis for all rows."""
+        return self.coder.rank > 0
+
+    @property
     def sink_slots(self) -> Tensor | None:
         """``[batch, num_sink_tokens]``, the slot of every row's sinks; None if those are all rows' first slots."""
         first_real = self.track.first_real
@@ -109,7 +114,7 @@ class LatentStore:
         self._keep_sinks(member, states, past)
         inside = states[:, :, max(0, self.options.num_sink_tokens - past) :]
         window = self.windows[member]
-        if window.rows + inside.shape[2] < self.options.residual_length + self.options.block_size:
+        if not self._encodes(window.rows + inside.shape[2]):
             if inside.shape[2]:
                 window.append(inside)
         else:
@@ -121,6 +126,7 @@ class LatentStore:
         if member == len(self.lengths) - 1:
             self._read = None
             if self.pending[member] is not None:
+                self._check_one_device()
                 self._encode_pending()
 
     def _latent_side(self, member: int) -> LatentSide | None:
@@ -135,6 +141,22 @@ class LatentStore:
             frames = self.track.frames(rope, self.options.num_sink_tokens, self.encoded_end)
         return LatentSide(self._tiers, self.coder.up_proj(member), self.coder.constants[member], frames)
 
+    def _encodes(self, waiting: int) -> bool:
+        """Whether a window of ``waiting`` tokens, new ones included, gives away its oldest block."""
+        return waiting >= self.options.residual_length + self.options.block_size
+
+    def _last_encoding(self) -> bool:
+        """Whether no tokens will be encoded after those that are now."""
+        return False
+
+    def _check_one_device(self) -> None:
+        devices = sorted({str(dense.device) for dense in self.pending if dense is not None})
+        if len(devices) > 1:
+            raise ValueError(
+                f"{self.coder.name} must be on one device, got {devices}; use a layer_group_size whose groups do not "
+                "cross devices, e.g. 1"
+            )
+
     def _encode_pending(self) -> None:
         options = self.options
         pending = [dense for dense in self.pending if dense is not None]  # of every member
@@ -144,7 +166,7 @@ class LatentStore:
         if self.latents is None:
             dtype = options.latent_dtype or pending[0].dtype
             self.latents = PackedLatents(self.coder.tiers, dtype, options.block_size)
-        self.latents.reserve(self.latents.tokens + encoded)
+        self.latents.reserve(self.latents.tokens + encoded, final=self._last_encoding())
         for start in range(0, encoded, _ENCODE_TOKENS):
             stop = min(start + _ENCODE_TOKENS, encoded)
             self._encode(self.latents, [dense[:, :, start:stop].float() for dense in pending])
@@ -158,16 +180,22 @@ class LatentStore:
     def _encode(self, latents: PackedLatents, states: list[Tensor]) -> None:
         """Append the latents of the next slots: by member ``[batch, heads, tokens, head_dim]`` float32, post-RoPE."""
         stop = self.encoded_end + states[0].shape[2]
-        for member, shape in enumerate(self.coder.shapes):
-            if shape.rope is not None:
-                cos, sin = self.track.rotation(shape.rope, self.encoded_end, stop)
-                states[member] = rotate(states[member], cos, sin, shape.rope.layout, inverse=True)
         self.coder.to(states[0].device)
-        encoded = self.coder.encode(states)
+        encoded = self.coder.encode(self._framed(states, self.encoded_end))
         if not bool(torch.isfinite(encoded).all()):
             raise ValueError(f"{self.coder.name} must be finite, got NaN or infinity: the forward overflowed")
         latents.append(encoded, self.coder.weight)
         self.encoded_end = stop
+
+    def _framed(self, states: list[Tensor], start: int) -> list[Tensor]:
+        """States of the slots from ``start`` on, by member, rotated from their positions into their frames."""
+        framed = []
+        for part, shape in zip(states, self.coder.shapes, strict=True):
+            if shape.rope is not None:
+                cos, sin = self.track.rotation(shape.rope, start, start + part.shape[2])
+                part = rotate(part, cos, sin, shape.rope.layout, inverse=True)
+            framed.append(part)
+        return framed
 
     def _assemble(self, member: int, states: Tensor) -> Tensor:
         """Past states as they are stored, then ``states``, in one new tensor."""

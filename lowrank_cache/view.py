@@ -76,18 +76,17 @@ class LatentView:
             mask = _causal(query.shape[2], self.slots, query.device)
         options: dict[str, Any] = {"scaling": scaling, "softcap": softcap}
         sink_mask, mask = self._split_off_sinks(mask)
-        first_latent = self.key.sinks.shape[2]
-        segments = []
-        if first_latent:
-            segments.append(attend(query, self.key.sinks, self.value.sinks, mask=sink_mask, **options))
+        tail = self.key.tail.shape[2]
+        seen = mask
+        if mask is not None and sink_mask is not None:
+            seen = torch.cat([sink_mask.expand(mask.shape[0], -1, -1, -1), mask[..., self.slots - tail :]], dim=3)
+        keys, values = (torch.cat([side.sinks, side.tail], dim=2) for side in (self.key, self.value))
+        segments = [attend(query, keys, values, mask=seen, **options)]
         if self.key.latents is not None and self.value.latents is not None:
             seen = None if mask is None else mask[..., self.encoded_end - self.key.latents.tokens : self.encoded_end]
             segments.append(
                 latent_decode(query, self.key.latents, self.value.latents, mask=seen, impl=self.impl, **options)
             )
-        if self.key.tail.shape[2]:
-            seen = None if mask is None else mask[..., self.slots - self.key.tail.shape[2] :]
-            segments.append(attend(query, self.key.tail, self.value.tail, mask=seen, **options))
         return merge(segments, sink_logits)[0]
 
     def _split_off_sinks(self, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -98,12 +97,12 @@ class LatentView:
         if mask is None:  # one query token and, says the model, no padding
             mask = self.sink_slots.new_ones(batch, 1, 1, self.slots, dtype=torch.bool)
         mask = mask.expand(batch, *mask.shape[1:])
-        reached = (self.sink_slots < self.slots)[:, None, None]
-        index = self.sink_slots.clamp(max=self.slots - 1)[:, None, None].expand(-1, 1, mask.shape[2], -1)
-        sinks = mask.gather(3, index) & reached
-        # A sink that is not there yet must not hide the last slot, to which its index was clamped.
-        others = mask.clone().scatter_(3, index, mask.gather(3, index) & ~reached)
-        return sinks, others
+        # A sink that is not there yet has a slot past the end: one more column takes them all.
+        padded = torch.nn.functional.pad(mask, (0, 1))
+        slots = self.sink_slots.clamp(max=self.slots)
+        sinks = padded.gather(3, slots[:, None, None].expand(-1, 1, mask.shape[2], -1))
+        elsewhere = padded.new_ones(batch, self.slots + 1).scatter_(1, slots, False)[:, None, None, : self.slots]
+        return sinks, mask & elsewhere
 
 
 def _causal(q_tokens: int, slots: int, device: torch.device) -> Tensor:

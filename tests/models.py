@@ -20,6 +20,7 @@ from lowrank_cache.calibration import calibrate
 __all__ = [
     "FAMILIES",
     "MORE_FAMILIES",
+    "OTHER_SIZES",
     "REFUSED",
     "VOCAB",
     "exact_cache",
@@ -168,6 +169,17 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
 }
 
 
+# Other sizes of a family with a bias on keys.
+OTHER_SIZES: dict[str, Callable[[], PreTrainedModel]] = {
+    # Groups of four do not divide the KV heads, and their order matters.
+    "qwen2-six-heads": lambda: _build(
+        "Qwen2", num_attention_heads=6, num_key_value_heads=6, hidden_size=96, intermediate_size=64
+    ),
+    # Keys and values so narrow that a short prompt spans them.
+    "qwen2-narrow": lambda: _build("Qwen2", num_key_value_heads=1, head_dim=8),
+}
+
+
 def _deepseek_v2() -> PreTrainedModel:
     return _build(
         "DeepseekV2",
@@ -293,7 +305,7 @@ def _qwen2_vl() -> PreTrainedModel:
 
 @cache
 def _template(family: str) -> PreTrainedModel:
-    return {**FAMILIES, **MORE_FAMILIES, **REFUSED}[family]()
+    return {**FAMILIES, **MORE_FAMILIES, **OTHER_SIZES, **REFUSED}[family]()
 
 
 def tiny_model(
@@ -333,13 +345,13 @@ def random_tokens(batch: int, tokens: int, seed: int = 0) -> torch.Tensor:
 
 @cache
 def _calibrated(
-    family: str, frame_length: int, layer_group_size: int | tuple[int, int], joint: bool | None
+    family: str, frame_length: int, layer_group_size: int | tuple[int, int], joint: bool | None, method: str
 ) -> Projections:
     batches = [random_tokens(4, 20, seed=seed) for seed in (101, 102, 103)]
     return calibrate(
         tiny_model(family),
         batches,
-        method="fisher",
+        method=method,
         frame_length=frame_length,
         layer_group_size=layer_group_size,
         joint=joint,
@@ -348,10 +360,14 @@ def _calibrated(
 
 
 def full_rank_projections(
-    family: str, frame_length: int = 1, layer_group_size: int | tuple[int, int] = 1, joint: bool | None = None
+    family: str,
+    frame_length: int = 1,
+    layer_group_size: int | tuple[int, int] = 1,
+    joint: bool | None = None,
+    method: str = "fisher",
 ) -> Projections:
     """Full-rank projections calibrated on a family's model; made once per session and options."""
-    return _calibrated(family, frame_length, layer_group_size, joint)
+    return _calibrated(family, frame_length, layer_group_size, joint, method)
 
 
 def exact_cache(model: nn.Module, projections: Projections, **sizes) -> LowRankCache:

@@ -4,7 +4,9 @@ from collections import Counter
 
 from transformers import PreTrainedModel
 
-from lowrank_cache.models import LayerShape, ModelShape, RopeShape, model_shape
+from lowrank_cache import latent_attention
+from lowrank_cache.attended import attended_by
+from lowrank_cache.models import LayerShape, ModelShape, RopeShape, decoder_of, model_shape
 from tests.models import FAMILIES, MORE_FAMILIES, REFUSED, tiny_model
 from tests.test_generation import MODES, MORE_MODES, stock_refusals
 
@@ -24,7 +26,9 @@ convolution, linear attention) keep transformers' own classes, inside the same c
 
 With full-rank projections, tokens equal those of `DynamicCache` and logits agree to rounding
 (`tests/test_generation.py`), and for the first table encoded keys are proven to be the keys before the
-model's rotary function (`tests/test_unrotation.py`).
+model's rotary function (`tests/test_unrotation.py`). "Attend to latents" says which of the compressed layers
+[`latent_attention`](cache_contract.md#attending-to-latents) serves, in the same modes
+(`tests/test_latent_attention.py`); it raises where there is none, and the cache works without it.
 """
 
 _FOOT = """\
@@ -34,14 +38,24 @@ drops whatever cache it was given when a sequence with longrope grows past
 """
 
 
+_COLUMNS = [
+    "family",
+    "model class",
+    "compressed",
+    "kept as they are",
+    "rotation of what is compressed",
+    "attend to latents",
+]
+
+
 def support_page() -> str:
     """The whole page, as Markdown."""
     first = _table(
-        ["family", "model class", "compressed", "kept as they are", "rotation of what is compressed", "refused modes"],
+        [*_COLUMNS, "refused modes"],
         [[*_structure(family), _refused_modes(family, list(MODES))] for family in FAMILIES],
     )
     second = _table(
-        ["family", "model class", "compressed", "kept as they are", "rotation of what is compressed"],
+        _COLUMNS,
         [_structure(family) for family in MORE_FAMILIES],
     )
     refused = _table(
@@ -84,7 +98,19 @@ def _structure(family: str) -> list[str]:
         f"{len(compressed)} of {len(shape.layer_types)} layers{_latent_note(shape)}",
         ", ".join(f"{count} {kind.removesuffix('_attention')}" for kind, count in sorted(kept.items())) or "–",
         _rotation(model, shape),
+        _attending(model),
     ]
+
+
+def _attending(model: PreTrainedModel) -> str:
+    """How many of the compressed layers ``latent_attention`` serves."""
+    try:
+        with latent_attention(model):
+            layers = attended_by(decoder_of(model)).layers
+    except NotImplementedError:
+        return "none"
+    compressed = len(model_shape(model).layers)
+    return "all" if len(layers) == compressed else f"{len(layers)} of {compressed}"
 
 
 def _latent_note(shape: ModelShape) -> str:

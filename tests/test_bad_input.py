@@ -182,9 +182,10 @@ class TestCacheArguments:
         with pytest.raises(ValueError, match="exactly one of projections and method"):
             LowRankCache(model)
 
-    @pytest.mark.parametrize("method", ["fisher", PALU])
     @pytest.mark.parametrize("bits", [None, 16, 8, 4, 2])
-    @pytest.mark.parametrize("layer_group_size", [1, 2])
+    @pytest.mark.parametrize(
+        "method, layer_group_size", [("fisher", 1), ("fisher", 2), (PALU, 1), (PALU, 2), ("recalkv", 1)]
+    )
     def test_the_largest_reachable_ratio_is_reachable(self, model, method, bits, layer_group_size):
         made = calibrate(
             model, [random_tokens(4, 20)], method=method, layer_group_size=layer_group_size, progress=False

@@ -6,8 +6,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausa
 
 from lowrank_cache import LowRankCache, Projections
 from lowrank_cache.calibration import calibrate
-from lowrank_cache.calibration.moments import collect_moments, layer_groups
-from lowrank_cache.models import model_shape
+from lowrank_cache.calibration.moments import collect_moments
+from lowrank_cache.models import layer_groups, model_shape
 from tests.models import SMALL_SIZES, random_tokens, tiny_model
 
 bitsandbytes = pytest.importorskip("bitsandbytes")

@@ -11,9 +11,9 @@ from transformers import DynamicCache
 from lowrank_cache.calibration import calibrate
 from lowrank_cache.calibration.api import projections_from_moments
 from lowrank_cache.calibration.fisher import weighted_basis
-from lowrank_cache.calibration.moments import Moments, collect_moments, layer_groups
+from lowrank_cache.calibration.moments import Moments, collect_moments
 from lowrank_cache.kernels.rope import angle_tables, rotate
-from lowrank_cache.models import SIDES, model_shape
+from lowrank_cache.models import SIDES, layer_groups, model_shape
 from tests.models import random_tokens, tiny_model
 
 SKIPPED = 4

@@ -14,14 +14,14 @@ def test_nothing_of_a_batch_outlives_it(monkeypatch, sensitivity):
     """A cycle through autograd is never collected, so every recorder must die with its batch, without the collector."""
     recorders: list[weakref.ref] = []
     alive: list[int] = []
-    original = moments._Recorder.__init__
+    original = moments.Recorder.__init__
 
     def remember(self, *args):
         original(self, *args)
         alive.append(sum(recorder() is not None for recorder in recorders))
         recorders.append(weakref.ref(self))
 
-    monkeypatch.setattr(moments._Recorder, "__init__", remember)
+    monkeypatch.setattr(moments.Recorder, "__init__", remember)
     gc.disable()
     try:
         batches = (random_tokens(1, 20, seed=seed) for seed in range(4))

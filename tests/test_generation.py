@@ -212,7 +212,7 @@ def stock_refusals(family: str, modes: list[str]) -> list[str]:
     return [mode for mode in modes if isinstance(_stock(family, mode, torch.float32, None), Refusal)]
 
 
-def _compare(family: str, mode: str, make: MakeCache, band: float, attn_implementation: str | None = None) -> None:
+def compare(family: str, mode: str, make: MakeCache, band: float, attn_implementation: str | None = None) -> None:
     """Run one mode with both caches and compare tokens and logits, or refusals."""
     stock = _stock(family, mode, torch.float32, attn_implementation)
     model = tiny_model(family, attn_implementation=attn_implementation)
@@ -232,14 +232,14 @@ def _compare(family: str, mode: str, make: MakeCache, band: float, attn_implemen
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generation_mode_equals_dynamic_cache(family, mode):
     projections = full_rank_projections(family)
-    _compare(family, mode, lambda model: exact_cache(model, projections), rounding_band(family))
+    compare(family, mode, lambda model: exact_cache(model, projections), rounding_band(family))
 
 
 @pytest.mark.parametrize("mode", MORE_MODES)
 @pytest.mark.parametrize("family", MORE_FAMILIES)
 def test_more_families_equal_dynamic_cache(family, mode):
     projections = full_rank_projections(family)
-    _compare(family, mode, lambda model: exact_cache(model, projections), rounding_band(family))
+    compare(family, mode, lambda model: exact_cache(model, projections), rounding_band(family))
 
 
 @pytest.mark.parametrize("mode", ["left_padded", "prompt_lookup"])
@@ -253,14 +253,14 @@ def test_more_families_equal_dynamic_cache(family, mode):
 def test_frames_and_layer_groups_equal_dynamic_cache(family, frame_length, layer_group_size, joint, mode):
     options = (frame_length, layer_group_size, joint)
     projections = full_rank_projections(family, *options)
-    _compare(family, mode, lambda model: exact_cache(model, projections), rounding_band(family, *options))
+    compare(family, mode, lambda model: exact_cache(model, projections), rounding_band(family, *options))
 
 
 @pytest.mark.parametrize("mode", ["left_padded", "beam_search", "prefill_chunk_size"])
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
 def test_attention_implementations_equal_dynamic_cache(attn_implementation, mode):
     projections = full_rank_projections("llama")
-    _compare(
+    compare(
         "llama",
         mode,
         lambda model: exact_cache(model, projections),

@@ -6,9 +6,8 @@ from transformers import DynamicCache
 
 from lowrank_cache import LowRankCache
 from lowrank_cache.calibration.api import MAX_GROUP_LAYERS, MAX_GROUP_WIDTH, auto_group_size
-from lowrank_cache.calibration.moments import layer_groups
 from lowrank_cache.evaluation.prefill import prefill_peak
-from lowrank_cache.models import LayerShape, ModelShape, SideShape, model_shape
+from lowrank_cache.models import LayerShape, ModelShape, SideShape, layer_groups, model_shape
 from tests.memory import reachable_tensors
 from tests.models import full_rank_projections, random_tokens, tiny_model
 

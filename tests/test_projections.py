@@ -52,7 +52,7 @@ def copy_of_saved(saved, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "deepseek-v3"])
-@pytest.mark.parametrize("method", ["fisher", "palu"])
+@pytest.mark.parametrize("method", ["fisher", "palu", "recalkv"])
 def test_round_trip(tmp_path, family, method):
     made = calibrate(
         tiny_model(family),

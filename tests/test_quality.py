@@ -1,5 +1,6 @@
 """The quality table: every number from a measurement, resumable, in the words of its command line."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from transformers import DynamicCache
 
 from lowrank_cache import LowRankCache
-from lowrank_cache.calibration.moments import collect_moments, layer_groups
+from lowrank_cache.calibration.moments import collect_moments
 from lowrank_cache.evaluation.baselines import SimulatedKiviCache, make_baseline, tensor_bytes
 from lowrank_cache.evaluation.biased_model import with_key_bias
 from lowrank_cache.evaluation.configurations import Configuration, build, parse
@@ -21,7 +22,7 @@ from lowrank_cache.evaluation.quality import (
     measure,
     needle_markdown,
 )
-from lowrank_cache.models import model_shape
+from lowrank_cache.models import layer_groups, model_shape
 from tests.models import full_rank_projections, random_tokens, tiny_model, wide_llama
 
 SETTINGS = QualitySettings(
@@ -111,6 +112,42 @@ def test_a_row_is_what_the_cache_itself_gives(tmp_path):
     assert row.projection_bytes == made[-1].projection_bytes()
 
 
+def test_a_prompt_is_not_scored_and_serves_xkv(tmp_path):
+    model, configurations = _configurations(["xkv:2,groups=3", "xkv:2,groups=3,new=exact"])
+    settings = dataclasses.replace(SETTINGS, prompt=32)
+    rows = measure(model, _tokenizer, TEXT, configurations, settings, tmp_path / "r.jsonl")
+    ids = torch.tensor(_tokenizer(TEXT)["input_ids"])
+    windows = windows_of(ids, 48, 2)
+    for row, options in zip(rows, ({}, *(options for _, options in configurations.values())), strict=True):
+        sizes = {"residual_length": 8, "block_size": 8}
+
+        def make(options=options, sizes=sizes):
+            return LowRankCache(model, **sizes, **options) if options else DynamicCache(config=model.config)
+
+        losses = stream(model, windows, make, chunk=8, batch=2, prompt=32)[:, 31:]
+        assert row.losses == pytest.approx(losses.mean(1).tolist(), rel=1e-5)
+    assert rows[1].latent_ratio == pytest.approx(2, rel=0.1) and rows[1].projection_bytes == 0
+    assert rows[1].real_ratio < rows[1].latent_ratio  # bases of so short a prompt weigh much
+
+
+def test_values_of_recalkv_are_refitted_at_the_ratio_of_the_ranks():
+    model, _ = _configurations([])
+    shape = model_shape(model)
+    groups = {side: layer_groups(shape, side, 1) for side in ("key", "value")}
+    moments = collect_moments(model, [random_tokens(4, 30)], groups)
+    asked = []
+
+    def refit(projections, ratio):
+        asked.append(ratio)
+        assert projections.method == "recalkv"
+        return moments
+
+    built = build(["recalkv:4", "recalkv:12,bits=4", "recalkv:2,bits=4", "recalkv:4,bits=16", "palu:4"], moments, refit)
+    assert asked == [4.0, 3.0]  # at 4 bits, 2x keeps every channel; equal bases are made once
+    assert built["recalkv:4"][0].provenance["calibrate_values"]
+    assert not built["recalkv:2,bits=4"][0].provenance["calibrate_values"]
+
+
 def test_streaming_the_full_cache_is_the_models_own_loss():
     model = tiny_model("llama")
     windows = random_tokens(3, 40)
@@ -128,6 +165,7 @@ def test_streaming_the_full_cache_is_the_models_own_loss():
         ("fisher:8.5", Configuration("fisher", 8.5)),
         ("fisher:10,groups=1,frame=16,joint=0", Configuration("fisher", 10, 1, 16, False)),
         ("palu:2,bits=4,groups=auto,ranks=9", Configuration("palu", 2, "auto", 1, None, 4, 9)),
+        ("xkv:8,bits=4,groups=2,new=exact", Configuration("xkv", 8, 2, bits=4, new="exact")),
     ],
 )
 def test_specifications(specification, expected):

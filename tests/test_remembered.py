@@ -33,6 +33,18 @@ def test_logits_are_those_of_the_product(joint, frame_length):
         check(model, both, part)
 
 
+@pytest.mark.parametrize("new_tokens", ["encode", "exact"])
+def test_bases_of_a_prompt_are_those_of_the_product(new_tokens):
+    model = tiny_model("llama")
+    options = {**SIZES, "method": "xkv", "layer_group_size": 3, "new_tokens": new_tokens}
+    both = [kind(model, **options) for kind in (LowRankCache, RememberingCache)]
+    for part in random_tokens(2, 80).split([50, 1, 9, 20], dim=1):
+        check(model, both, part)
+    for cache in both:
+        cache.reset()
+    check(model, both, random_tokens(3, 60, seed=1))
+
+
 def test_left_padded_rows():
     model = tiny_model("llama")
     mask = torch.ones(2, 40, dtype=torch.long)

@@ -16,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from transformers import DynamicCache
 
 from lowrank_cache import LowRankCache
+from lowrank_cache.prompt_svd import PromptStore
 from tests.memory import held_bytes
 from tests.models import exact_cache, full_rank_projections, random_tokens, tiny_model
 from tests.tolerance import FLOAT32_ROUNDING, noise_gain
@@ -41,6 +42,7 @@ class CacheMachine(RuleBasedStateMachine):
     frame_length = 1
     layer_group_size: int | tuple[int, int] = 1
     joint = True
+    width = 2 * 2 * 16  # numbers of one token in one layer
 
     @initialize(
         first=FORWARD,
@@ -50,12 +52,15 @@ class CacheMachine(RuleBasedStateMachine):
     )
     def start(self, first, **sizes):
         self.model = tiny_model(self.family)
-        self.projections = full_rank_projections(self.family, self.frame_length, self.layer_group_size, self.joint)
-        self.tolerance = DEVIATIONS * noise_gain(self.projections) * FLOAT32_ROUNDING
-        self.cache = exact_cache(self.model, self.projections, **sizes)
+        self._make_cache(**sizes)
         self.seed = 0
         self._forget()
         self._forward(*first)
+
+    def _make_cache(self, **sizes):
+        projections = full_rank_projections(self.family, self.frame_length, self.layer_group_size, self.joint)
+        self.tolerance = DEVIATIONS * noise_gain(projections) * FLOAT32_ROUNDING
+        self.cache = exact_cache(self.model, projections, **sizes)
 
     def _forget(self):
         self.oracle = DynamicCache(config=self.model.config)
@@ -253,7 +258,7 @@ class CacheMachine(RuleBasedStateMachine):
             return
         assert self.cache.stored_bytes() == held_bytes(self.cache)
         rows = 0 if self.mask is None else len(self.mask)
-        assert self.cache.full_bytes() == rows * self.tokens * 3 * (2 * 2 * 16) * 2
+        assert self.cache.full_bytes() == rows * self.tokens * 3 * self.width * 2
         if self.tokens == 0:
             assert self.cache.compression_ratio() == 1.0
         else:
@@ -261,10 +266,11 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 def _token_tensors(cache: LowRankCache) -> list[torch.Tensor]:
+    bases = [part for store in cache._stores if isinstance(store, PromptStore) for part in store.coder.tensors()]
     buffers = [window for store in cache._stores for window in store.windows]
     buffers += [buffer for store in cache._stores if store.latents is not None for buffer in store.latents.buffers()]
     sinks = [sink for store in cache._stores for sink in store.sinks]
-    return [tensor for tensor in [*(buffer.buffer for buffer in buffers), *sinks] if tensor is not None]
+    return [tensor for tensor in [*(buffer.buffer for buffer in buffers), *sinks, *bases] if tensor is not None]
 
 
 class Frames(CacheMachine):
@@ -295,6 +301,24 @@ class DynamicFrequenciesOfOneGroup(CacheMachine):
     layer_group_size = 3
 
 
+class BasesOfPrompts(CacheMachine):
+    """xKV with every direction kept, so narrow that the first tokens encoded span all states."""
+
+    family = "qwen2-narrow"
+    width = 2 * 8
+    new_tokens = "encode"
+
+    def _make_cache(self, **sizes):
+        # Directions of float32 eigenvectors are orthogonal up to a few roundings for each of the numbers.
+        self.tolerance = DEVIATIONS * 16 * FLOAT32_ROUNDING
+        options = {"method": "xkv", "layer_group_size": 1, "compression_ratio": 1, "new_tokens": self.new_tokens}
+        self.cache = LowRankCache(self.model, latent_dtype=None, **options, **sizes)
+
+
+class BasesOfPromptsOnly(BasesOfPrompts):
+    new_tokens = "exact"
+
+
 _SETTINGS = settings(
     max_examples=25,
     stateful_step_count=20,
@@ -308,5 +332,7 @@ TestKeysApartFromValues = KeysApartFromValues.TestCase
 TestWholeModelGroups = WholeModelGroups.TestCase
 TestDynamicFrequencies = DynamicFrequencies.TestCase
 TestDynamicFrequenciesOfOneGroup = DynamicFrequenciesOfOneGroup.TestCase
-for _machine in CacheMachine, *CacheMachine.__subclasses__():
+TestBasesOfPrompts = BasesOfPrompts.TestCase
+TestBasesOfPromptsOnly = BasesOfPromptsOnly.TestCase
+for _machine in CacheMachine, *CacheMachine.__subclasses__(), *BasesOfPrompts.__subclasses__():
     _machine.TestCase.settings = _SETTINGS

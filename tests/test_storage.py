@@ -9,8 +9,8 @@ from transformers import DynamicCache
 
 from lowrank_cache import LowRankCache
 from lowrank_cache.allocation import full_bytes_per_token, plan_stores
-from lowrank_cache.budget import ROW_ALIGNMENT, padded_channels
 from lowrank_cache.hooks import hook_count
+from lowrank_cache.kernels.packed import ROW_BYTES, padded_channels
 from lowrank_cache.kernels.rope import angle_tables, rotate
 from tests.memory import held_bytes, reachable_tensors
 from tests.models import exact_cache, full_rank_projections, random_tokens, tiny_model
@@ -144,7 +144,7 @@ def test_a_token_takes_the_bytes_that_were_planned(ratio, bits, joint):
         assert sum(row.numel() * row.element_size() for row in rows) == 2 * plan.bytes_per_token
         for (tier_bits, channels), codes in zip(store.coder.tiers, store.latents.codes, strict=True):
             row = codes.view()[0, 0]
-            assert row.numel() * row.element_size() % ROW_ALIGNMENT == 0
+            assert row.numel() * row.element_size() % ROW_BYTES == 0
             assert row.numel() * row.element_size() * 8 == padded_channels(tier_bits, channels) * tier_bits
     assert sum(plan.bytes_per_token for plan in plans) <= full_bytes_per_token(projections) / ratio
 

@@ -89,6 +89,7 @@ def rounding_band(
     frame_length: int = 1,
     layer_group_size: int | tuple[int, int] = 1,
     joint: bool | None = None,
+    method: str = "fisher",
     rounding: float = FLOAT32_ROUNDING,
 ) -> float:
     """How far rounding in a family's full-rank bases, of float32 unless told, may move its logits.
@@ -96,7 +97,7 @@ def rounding_band(
     The float64 model runs twice over 22 tokens, once with noise of ``noise_gain`` roundings in every
     cached number; the band is ``REFERENCE_FACTOR`` times the largest change of a logit.
     """
-    gain = noise_gain(full_rank_projections(family, frame_length, layer_group_size, joint))
+    gain = noise_gain(full_rank_projections(family, frame_length, layer_group_size, joint, method))
     tokens = random_tokens(2, 22, seed=5)
     logits = []
     for size in (0.0, gain * rounding):

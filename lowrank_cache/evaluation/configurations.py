@@ -1,16 +1,20 @@
-"""Cache configurations by name, as the command line takes them: ``fisher:8.8,groups=1,frame=16``.
+"""Cache configurations by name, as the command line takes them: ``fisher:8.8,groups=1,frame=16``, ``xkv:8,bits=4``.
 
 The name of a configuration is its specification, so a table's row says what it was.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from lowrank_cache.calibration.api import METHODS, projections_from_moments
 from lowrank_cache.calibration.moments import Moments
 from lowrank_cache.evaluation.baselines import BASELINES
 from lowrank_cache.projections import Projections
+from lowrank_cache.prompt_svd import NEW_TOKENS
 
 __all__ = ["Configuration", "build", "parse"]
+
+XKV = "xkv"  # needs no calibration
 
 
 @dataclass(frozen=True)
@@ -18,11 +22,12 @@ class Configuration:
     """A compressed cache: how its bases are made, and the arguments of ``LowRankCache``.
 
     Attributes:
-        method: Of calibration.
-        groups: ``layer_group_size``: ``"auto"`` or a number.
+        method: Of calibration, or ``"xkv"``.
+        groups: ``layer_group_size``: ``"auto"`` (4 for xkv) or a number.
         frame: ``frame_length``.
         joint: Whether keys and values share a latent; None for the method's default.
         compression_ratio, bits, ranks: Of the cache; ranks replace the ratio.
+        new: xkv's ``new_tokens``.
     """
 
     method: str
@@ -32,12 +37,14 @@ class Configuration:
     joint: bool | None = None
     bits: int | None = None
     ranks: int | None = None
+    new: str | None = None
 
 
 def parse(specification: str) -> Configuration | None:
     """A configuration, or None if ``specification`` names a baseline.
 
-    ``METHOD:RATIO`` and, after commas, ``groups=``, ``frame=``, ``joint=`` (0 or 1), ``bits=`` and ``ranks=``.
+    ``METHOD:RATIO`` and, after commas, ``groups=``, ``frame=``, ``joint=`` (0 or 1), ``bits=`` and ``ranks=``,
+    for xkv also ``new=`` (encode or exact).
 
     Raises:
         ValueError: If it cannot be read.
@@ -47,11 +54,14 @@ def parse(specification: str) -> Configuration | None:
     head, *options = specification.split(",")
     method, separator, ratio = head.partition(":")
     try:
-        if method not in METHODS or not separator:
+        if method not in (*METHODS, XKV) or not separator:
             raise ValueError
         fields: dict = {}
         for option in options:
             name, _, value = option.partition("=")
+            if name == "new" and method == XKV and value in NEW_TOKENS:
+                fields[name] = value
+                continue
             if name not in ("groups", "frame", "joint", "bits", "ranks"):
                 raise ValueError
             fields[name] = value if value == "auto" else int(value)
@@ -61,12 +71,21 @@ def parse(specification: str) -> Configuration | None:
     except ValueError:
         raise ValueError(
             f"cache must be one of {BASELINES} or METHOD:RATIO[,groups=G][,frame=L][,joint=0|1][,bits=B][,ranks=R] "
-            f"with a method of {sorted(METHODS)}, got {specification!r}"
+            f"with a method of {sorted((*METHODS, XKV))} (for xkv also ,new=encode|exact), got {specification!r}"
         ) from None
 
 
-def build(specifications: list[str], moments: Moments) -> dict[str, tuple[Projections | None, dict]]:
-    """Projections and cache arguments of each specification; equal bases are made once."""
+def build(
+    specifications: list[str],
+    moments: Moments,
+    refit: Callable[[Projections, float], Moments | None] = lambda projections, ratio: None,
+) -> dict[str, tuple[Projections | None, dict]]:
+    """Projections and cache arguments of each specification; equal bases are made once.
+
+    Args:
+        refit: Moments of the values in a stream that projections compress at a ratio, for recalkv's value
+            calibration; None leaves it out. The ratio is that of the ranks, 1 where none is cut away.
+    """
     made: dict[tuple, Projections] = {}
     built: dict[str, tuple[Projections | None, dict]] = {}
     for specification in specifications:
@@ -74,21 +93,26 @@ def build(specifications: list[str], moments: Moments) -> dict[str, tuple[Projec
         if configuration is None:
             built[specification] = (None, {})
             continue
-        key = (configuration.method, configuration.frame, configuration.groups, configuration.joint)
+        options = {name: getattr(configuration, name) for name in ("compression_ratio", "bits", "ranks")}
+        if configuration.method == XKV:
+            size = 4 if configuration.groups == "auto" else configuration.groups
+            of_prompt = {"method": XKV, "layer_group_size": size, "new_tokens": configuration.new}
+            built[specification] = (None, {**options, **of_prompt})
+            continue
+        of_ranks = 1.0
+        if configuration.method == "recalkv" and configuration.ranks is None:
+            of_ranks = max(1.0, configuration.compression_ratio * (configuration.bits or 16) / 16)
+        key = (configuration.method, configuration.frame, configuration.groups, configuration.joint, of_ranks)
         if key not in made:
-            made[key] = projections_from_moments(
-                moments,
-                method=configuration.method,
-                frame_length=configuration.frame,
-                layer_group_size=configuration.groups,
-                joint=configuration.joint,
-            )
-        built[specification] = (
-            made[key],
-            {
-                "compression_ratio": configuration.compression_ratio,
-                "bits": configuration.bits,
-                "ranks": configuration.ranks,
-            },
-        )
+            arguments: dict = {
+                "method": configuration.method,
+                "frame_length": configuration.frame,
+                "layer_group_size": configuration.groups,
+                "joint": configuration.joint,
+            }
+            made[key] = projections_from_moments(moments, **arguments)
+            refitted = refit(made[key], of_ranks) if of_ranks > 1 else None
+            if refitted is not None:
+                made[key] = projections_from_moments(moments, **arguments, refitted=refitted)
+        built[specification] = (made[key], options)
     return built

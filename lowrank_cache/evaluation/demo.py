@@ -1,5 +1,6 @@
-"""The demo: calibrate on a real model, then generate with the full cache and with the compressed one."""
+"""The demo: calibrate on a real model, then generate with the full cache and with compressed ones, side by side."""
 
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,10 @@ from torch import Tensor
 from transformers import BatchEncoding, Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from lowrank_cache import LowRankCache, Projections
-from lowrank_cache.calibration import calibrate
+from lowrank_cache import LowRankCache, Projections, latent_attention
+from lowrank_cache.calibration import PRESETS, calibrate
+from lowrank_cache.calibration.api import projections_from_moments
+from lowrank_cache.calibration.moments import Moments
 from lowrank_cache.calibration.recall import mixed_batches
 from lowrank_cache.evaluation.baselines import tensor_bytes
 from lowrank_cache.evaluation.model_source import demo_model
@@ -115,20 +118,23 @@ def run_demo(
     text, text_name = load_text(data)
     console.print(f"Model: {model_name}\nText:  {text_name}")
     cut = round(len(text) * (1 - _HELD_OUT))
-    projections = _calibrated(model, tokenizer, text[:cut], text_name, settings, console)
-    projections.save_pretrained(out)
+    presets = _calibrated(model, tokenizer, text[:cut], text_name, settings, console)
     inputs = _prompt(tokenizer, text[cut:], settings.prompt_tokens)
     full_cache = DynamicCache(config=model.config)
-    # Loaded for this ratio only, as a deployment would: what other ratios need takes no memory.
-    loaded = Projections.from_pretrained(out, compression_ratio=settings.compression_ratio)
-    low_rank_cache = LowRankCache(model, loaded, compression_ratio=settings.compression_ratio)
-    runs = []
-    for name, cache in (("full", full_cache), ("low-rank", low_rank_cache)):
-        console.print(f"Generating with the {name} cache: a prompt of {inputs['input_ids'].shape[1]} tokens.")
-        runs.append(generate_timed(model, inputs, cache, settings.new_tokens))
-    console.print(_comparison(tokenizer, runs, full_cache, low_rank_cache))
-    _remarks(console, runs[0], runs[1], full_cache)
-    console.print(f"The projections are in {Path(out).resolve()}; 'lowrank-cache inspect {out}' describes them.")
+    console.print(f"Generating with the full cache: a prompt of {inputs['input_ids'].shape[1]} tokens.")
+    runs = [generate_timed(model, inputs, full_cache, settings.new_tokens)]
+    caches = []
+    for name, projections in presets.items():
+        projections.save_pretrained(Path(out) / name)
+        # Loaded for this ratio only, as a deployment would: what other ratios need takes no memory.
+        loaded = Projections.from_pretrained(Path(out) / name, compression_ratio=settings.compression_ratio)
+        caches.append(LowRankCache(model, loaded, compression_ratio=settings.compression_ratio))
+        console.print(f"Generating with the {name} low-rank cache.")
+        with latent_attention(model):
+            runs.append(generate_timed(model, inputs, caches[-1], settings.new_tokens))
+    console.print(_comparison(tokenizer, runs, full_cache, caches, list(presets)))
+    _remarks(console, runs, list(presets), full_cache)
+    console.print(f"The projections are in {Path(out).resolve()}; see 'lowrank-cache inspect {out}/smallest'.")
 
 
 def _calibrated(
@@ -138,12 +144,19 @@ def _calibrated(
     text_name: str,
     settings: DemoSettings,
     console: Console,
-) -> Projections:
+) -> dict[str, Projections]:
+    """Projections of every preset, from one pass over the text."""
     console.print(f"Calibrating on up to {settings.calibration_tokens} tokens.")
     # Only what is used is tokenized; 12 characters a token is more than any prose has.
     prose = text[: 12 * settings.calibration_tokens]
     batches = mixed_batches(tokenizer, prose, tokens=settings.calibration_tokens, window=settings.window)
-    return calibrate(model, batches, provenance={"text": text_name})
+    facts = {"text": text_name}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "moments.safetensors"
+        smallest = calibrate(model, batches, save_moments=path, provenance=facts, **PRESETS["smallest"])
+        moments = Moments.load(path)
+        fastest = projections_from_moments(moments, provenance=smallest.provenance, **PRESETS["fastest"])
+    return {"smallest": smallest, "fastest": fastest}
 
 
 def _prompt(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int) -> BatchEncoding:
@@ -156,43 +169,51 @@ def _prompt(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int) -> Batch
 
 
 def _comparison(
-    tokenizer: PreTrainedTokenizerBase, runs: list[DemoRun], full_cache: DynamicCache, cache: LowRankCache
+    tokenizer: PreTrainedTokenizerBase,
+    runs: list[DemoRun],
+    full_cache: DynamicCache,
+    caches: list[LowRankCache],
+    names: list[str],
 ) -> Table:
+    """One column for the full cache and one for each of ``caches``."""
     occupied = tensor_bytes(full_cache)
     texts = tokenizer.batch_decode([run.token_ids.tolist() for run in runs], skip_special_tokens=True)
     rows = [
-        ("text", *(text.strip() for text in texts)),
-        ("tokens in the cache", f"{full_cache.get_seq_length():,}", f"{cache.get_seq_length():,}"),
-        ("bytes at 16 bits a number", f"{cache.full_bytes():,}", ""),
-        ("bytes of its tensors", f"{occupied:,}", f"{cache.stored_bytes():,}"),
-        ("ratio to 16 bits", "", f"{cache.compression_ratio():.2f}x"),
-        ("ratio to the full cache's tensors", "", f"{occupied / cache.stored_bytes():.2f}x"),
-        ("target ratio per token in latents", "", f"{cache.target_compression_ratio:.2f}x"),
-        ("bytes of the bases, once per model", "", f"{cache.projection_bytes():,}"),
-        ("prefill, first token included", *(f"{run.prefill_seconds:.2f} s" for run in runs)),
-        ("decode, per token", *(f"{1000 * run.seconds_per_token:.0f} ms" for run in runs)),
+        ("text", [text.strip() for text in texts]),
+        ("tokens in the cache", [f"{cache.get_seq_length():,}" for cache in (full_cache, *caches)]),
+        ("bytes at 16 bits a number", [f"{caches[0].full_bytes():,}"]),
+        ("bytes of its tensors", [f"{size:,}" for size in (occupied, *(cache.stored_bytes() for cache in caches))]),
+        ("ratio to 16 bits", ["", *(f"{cache.compression_ratio():.2f}x" for cache in caches)]),
+        (
+            "ratio to the full cache's tensors",
+            ["", *(f"{occupied / cache.stored_bytes():.2f}x" for cache in caches)],
+        ),
+        ("target ratio in latents", ["", *(f"{cache.target_compression_ratio:.2f}x" for cache in caches)]),
+        ("bytes of the bases", ["", *(f"{cache.projection_bytes():,}" for cache in caches)]),
+        ("prefill, first token included", [f"{run.prefill_seconds:.2f} s" for run in runs]),
+        ("decode, per token", [f"{1000 * run.seconds_per_token:.0f} ms" for run in runs]),
     ]
     table = Table(show_lines=True)
-    table.add_column("", no_wrap=True)
-    table.add_column("full cache", ratio=1)
-    table.add_column("low-rank cache", ratio=1)
-    for row in rows:
-        table.add_row(*row)
+    table.add_column("")
+    for name in ("full cache", *(f"low-rank, {name}" for name in names)):
+        table.add_column(name, ratio=1)
+    for label, cells in rows:
+        table.add_row(label, *cells)
     return table
 
 
-def _remarks(console: Console, full: DemoRun, low_rank: DemoRun, full_cache: DynamicCache) -> None:
-    length = min(len(full.token_ids), len(low_rank.token_ids))
-    same = int((full.token_ids[:length] == low_rank.token_ids[:length]).long().cumprod(0).sum())
+def _remarks(console: Console, runs: list[DemoRun], names: list[str], full_cache: DynamicCache) -> None:
     keys, *_ = next(iter(full_cache))
-    console.print(f"The first {same} of {length} generated tokens are the same.")
     console.print(
         "The ratio of a short context stays below the target: sink tokens and the window of recent tokens are kept "
         f"exactly, in the model's own {str(keys.dtype).removeprefix('torch.')}."
     )
-    slower = low_rank.seconds_per_token / full.seconds_per_token
-    if slower > 1:
+    full = runs[0]
+    for name, run in zip(names, runs[1:], strict=True):
+        length = min(len(full.token_ids), len(run.token_ids))
+        same = int((full.token_ids[:length] == run.token_ids[:length]).long().cumprod(0).sum())
+        times = run.seconds_per_token / full.seconds_per_token
+        speed = f"{times:.1f} times as long" if times > 1 else f"{1 / times:.1f} times less time"
         console.print(
-            f"Decoding with the low-rank cache took {slower:.1f} times as long: each step rebuilds all past keys and "
-            "values from their latents."
+            f"{name}: the first {same} of {length} generated tokens are those of the full cache; decoding took {speed}."
         )

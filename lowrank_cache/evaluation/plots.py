@@ -5,11 +5,12 @@ from pathlib import Path
 import numpy as np
 
 from lowrank_cache.allocation import StorePlan, plan_stores, predicted_loss
+from lowrank_cache.evaluation.bench import BenchRow
 from lowrank_cache.evaluation.quality import QualityRow, perplexity_ratio
 from lowrank_cache.models import BOTH
 from lowrank_cache.projections import Projections
 
-__all__ = ["plot_projections", "plot_quality"]
+__all__ = ["plot_bench", "plot_projections", "plot_quality"]
 
 CURVE_RATIOS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24)
 
@@ -77,28 +78,57 @@ def _bits_picture(entries: list[tuple[tuple, StorePlan]]) -> tuple[np.ndarray, l
 
 
 def plot_quality(rows: list[QualityRow], path: Path) -> None:
-    """Write a PNG: perplexity ratio and look-up loss against stored bytes, one line per family of caches."""
+    """Write a PNG: perplexity ratio, look-up loss and exact answers against stored bytes, one line per family."""
     plt = _pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(13, 5), constrained_layout=True)
+    figure, axes = plt.subplots(1, 3, figsize=(19, 5), constrained_layout=True)
+    full, others = rows[0], rows[1:]
     families: dict[str, list[QualityRow]] = {}
-    for row in rows[1:]:
+    for row in others:
         families.setdefault(_family(row.name), []).append(row)
     for family, members in families.items():
         members = sorted(members, key=lambda row: row.real_ratio)
-        ratios = [row.real_ratio for row in members]
-        excess = [max(perplexity_ratio(row, rows[0])[0] - 1, 1e-4) for row in members]
-        axes[0].plot(ratios, excess, marker="o", label=family)
-        if members[0].lookup_losses and rows[0].lookup_losses:
-            recall = [np.mean(row.lookup_losses) - np.mean(rows[0].lookup_losses) for row in members]
-            axes[1].plot(ratios, recall, marker="o", label=family)
-    axes[0].set(yscale="log", xlabel="real ratio at the end of a window, 16-bit full cache = 1")
-    axes[0].set_ylabel("perplexity ratio − 1")
-    axes[1].set(xlabel="real ratio at the end of a window, 16-bit full cache = 1")
-    axes[1].set_ylabel("look-up loss above the full cache, nats a token")
+        stored = [100 / row.real_ratio for row in members]
+        excess = [max(perplexity_ratio(row, full)[0] - 1, 1e-4) for row in members]
+        axes[0].plot(stored, excess, marker="o", label=family)
+        if members[0].lookup_losses and full.lookup_losses:
+            recall = [np.mean(row.lookup_losses) - np.mean(full.lookup_losses) for row in members]
+            axes[1].plot(stored, recall, marker="o", label=family)
+            axes[2].plot(stored, [np.mean(row.lookup_exact) for row in members], marker="o", label=family)
+    if full.lookup_exact:
+        axes[2].axhline(np.mean(full.lookup_exact), color="grey", linestyle=":", label="full")
+    axes[0].set(yscale="log", ylabel="perplexity ratio − 1")
+    axes[1].set(ylabel="look-up loss above the full cache, nats a token")
+    axes[2].set(ylabel="share of exact answers")
     for axis in axes:
+        axis.set(xscale="log", xlabel="stored bytes at the end of a window, % of the full cache at 16 bits")
         axis.grid(alpha=0.3)
-        axis.xaxis.set_major_formatter("{x:g}x")
+        axis.xaxis.set_major_formatter("{x:g} %")
         if axis.lines:
+            axis.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_bench(rows: list[BenchRow], path: Path) -> None:
+    """Write a PNG: decoded tokens a second and stored bytes against the context, a row for each batch size."""
+    plt = _pyplot()
+    batches = sorted({row.batch for row in rows})
+    figure, axes = plt.subplots(len(batches), 2, figsize=(13, 4.5 * len(batches)), squeeze=False, layout="constrained")
+    for (speed, size), batch in zip(axes, batches, strict=True):
+        for name in dict.fromkeys(row.name for row in rows):
+            members = sorted(
+                (row for row in rows if row.name == name and row.batch == batch), key=lambda row: row.context
+            )
+            contexts = [row.context for row in members]
+            speed.plot(contexts, [row.tokens_per_second for row in members], marker="o", label=name)
+            size.plot(contexts, [row.stored_bytes / 1e6 for row in members], marker="o", label=name)
+        speed.set(title=f"batch {batch}", xscale="log", xlabel="tokens in the cache", ylabel="decoded tokens a second")
+        size.set(xscale="log", yscale="log", xlabel="tokens in the cache", ylabel="bytes of the cache, MB")
+        for axis in (speed, size):
+            ticks = sorted({row.context for row in rows})
+            axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
             axis.legend(fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)

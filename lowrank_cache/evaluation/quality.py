@@ -15,11 +15,12 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from lowrank_cache import LowRankCache, Projections
-from lowrank_cache.allocation import full_bytes_per_token, plan_stores
+from lowrank_cache.budget import tier_bytes
 from lowrank_cache.evaluation.baselines import BASELINES, make_baseline, tensor_bytes
 from lowrank_cache.evaluation.perplexity import stream, windows_of
 from lowrank_cache.evaluation.recall import QUESTIONS, RecallText, lookup_texts, needle_texts, score_recall
 from lowrank_cache.evaluation.remembered import RememberingCache
+from lowrank_cache.prompt_svd import PromptStore
 
 __all__ = [
     "QualityRow",
@@ -39,6 +40,7 @@ class QualitySettings:
     Attributes:
         windows: Windows of evaluation text, evenly spaced; None for all.
         window: Tokens per window.
+        prompt: Tokens of the first forward, of windows and look-ups, which are not scored; 0 for ``chunk``, all scored.
         chunk: Tokens per forward.
         batch: Windows or texts per forward.
         lookups: Questions about key–value lists of ``entries``.
@@ -49,6 +51,7 @@ class QualitySettings:
 
     windows: int | None = None
     window: int = 1024
+    prompt: int = 0
     chunk: int = 32
     batch: int = 16
     lookups: int = 64
@@ -147,7 +150,7 @@ def _resume(results: Path, settings: QualitySettings) -> dict[str, QualityRow]:
 
 
 def _factory(name, projections, options, model, settings) -> tuple[Callable[[], Cache], float | None, int]:
-    if projections is None:
+    if projections is None and "method" not in options:
         if name not in BASELINES:
             raise ValueError(f"configuration {name!r} has no projections and is no baseline of {BASELINES}")
         make_baseline(name, model, settings.residual_length)  # fails here, before anything is measured
@@ -157,12 +160,23 @@ def _factory(name, projections, options, model, settings) -> tuple[Callable[[], 
         "num_sink_tokens": settings.num_sink_tokens,
         "block_size": settings.block_size,
     }
-    plans = plan_stores(
-        projections, **{k: v for k, v in options.items() if k in ("compression_ratio", "ranks", "bits")}
+    cache = LowRankCache(model, projections, **sizes, **options)
+    return (
+        lambda: RememberingCache(model, projections, **sizes, **options),
+        _latent_ratio(cache),
+        cache.projection_bytes(),
     )
-    ratio = full_bytes_per_token(projections) / sum(plan.bytes_per_token for plan in plans)
-    bases = LowRankCache(model, projections, **sizes, **options).projection_bytes()
-    return lambda: RememberingCache(model, projections, **sizes, **options), ratio, bases
+
+
+def _latent_ratio(cache: LowRankCache) -> float:
+    """Full bytes per token at 16 bits over latent bytes per token; what xkv keeps exactly counts as it is."""
+    full = latents = 0
+    for store in cache._stores:
+        width = 2 * sum(shape.width for shape in store.coder.shapes)
+        full += width
+        exact = isinstance(store, PromptStore) and store.coder.rank == 0
+        latents += width if exact else sum(tier_bytes(bits, channels) for bits, channels in store.coder.tiers)
+    return full / latents
 
 
 def _measure_row(
@@ -174,12 +188,13 @@ def _measure_row(
         caches[:] = [make_cache()]
         return caches[0]
 
-    losses = stream(model, windows, remembered, chunk=settings.chunk, batch=settings.batch)
+    losses = stream(model, windows, remembered, chunk=settings.chunk, batch=settings.batch, prompt=settings.prompt)
+    losses = losses[:, max(settings.prompt - 1, 0) :]
     stored = tensor_bytes(caches[0])
     rows = windows.shape[0] % settings.batch or min(settings.batch, windows.shape[0])
     full, dynamic = _full_bytes(model, rows, settings.window)
     texts = lookup_texts(tokenizer, settings.lookups // QUESTIONS, settings.entries)
-    lookup = _recall(model, [(texts, settings.chunk)], make_cache, settings.batch)
+    lookup = _recall(model, [(texts, settings.chunk)], make_cache, settings.batch, settings.prompt)
     by_length = [needle_texts(tokenizer, ids, count // QUESTIONS, tokens) for tokens, count in settings.needles]
     needle = _recall(model, [(texts, settings.needle_chunk) for texts in by_length], make_cache, settings.batch)
     return QualityRow(
@@ -198,13 +213,13 @@ def _measure_row(
 
 
 def _recall(
-    model, tasks: list[tuple[list[RecallText], int]], make_cache, batch: int
+    model, tasks: list[tuple[list[RecallText], int]], make_cache, batch: int, prompt: int = 0
 ) -> tuple[list[float], list[float]]:
     """Losses and exact answers of all questions of some texts, each list of texts with its chunk."""
     losses: list[float] = []
     exact: list[float] = []
     for texts, chunk in tasks:
-        result = score_recall(model, texts, make_cache, chunk=chunk, batch=batch)
+        result = score_recall(model, texts, make_cache, chunk=chunk, batch=batch, prompt=prompt)
         losses.extend(result.loss.tolist())
         exact.extend(result.exact.tolist())
     return losses, exact
@@ -259,7 +274,7 @@ def drift_markdown(rows: list[QualityRow]) -> str:
         cells = []
         for quarter in range(4):
             ours, theirs = ([losses[quarter] for losses in entry.quarter_losses] for entry in (row, full))
-            mean, half = _interval(ours, theirs)
+            mean, half = interval(ours, theirs)
             cells.append(f"x{math.exp(mean):.4f} ± {half:.4f}")
         lines.append("| " + " | ".join([row.name, *cells]) + " |")
     return "\n".join(lines)
@@ -294,7 +309,7 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def _interval(values: list[float], baseline: list[float]) -> tuple[float, float]:
+def interval(values: list[float], baseline: list[float]) -> tuple[float, float]:
     """Mean paired difference and half of its 95 % interval."""
     differences = torch.tensor(values, dtype=torch.float64) - torch.tensor(baseline, dtype=torch.float64)
     spread = float(differences.std()) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
@@ -303,7 +318,7 @@ def _interval(values: list[float], baseline: list[float]) -> tuple[float, float]
 
 def perplexity_ratio(row: QualityRow, full: QualityRow) -> tuple[float, float]:
     """Perplexity of ``row`` over that of ``full`` on the same windows, and half of its 95 % interval."""
-    mean, half = _interval(row.losses, full.losses)
+    mean, half = interval(row.losses, full.losses)
     return math.exp(mean), half
 
 
@@ -317,5 +332,5 @@ def _difference(losses: list[float], baseline: list[float], is_full: bool) -> st
         return "–"
     if is_full:
         return f"{_mean(losses):.3f}"
-    mean, half = _interval(losses, baseline)
+    mean, half = interval(losses, baseline)
     return f"{mean:+.3f} ± {half:.3f}"

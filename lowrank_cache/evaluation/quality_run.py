@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lowrank_cache.calibration.api import auto_group_size
-from lowrank_cache.calibration.moments import Moments, collect_moments, layer_groups
+from lowrank_cache.calibration.api import auto_group_size, refit_values
+from lowrank_cache.calibration.moments import Moments, collect_moments
 from lowrank_cache.calibration.recall import mixed_batches
 from lowrank_cache.evaluation.biased_model import with_key_bias
 from lowrank_cache.evaluation.configurations import build
@@ -18,9 +19,10 @@ from lowrank_cache.evaluation.model_source import demo_model
 from lowrank_cache.evaluation.plots import plot_quality
 from lowrank_cache.evaluation.quality import QualitySettings, drift_markdown, markdown, measure, needle_markdown
 from lowrank_cache.evaluation.text_source import load_text
-from lowrank_cache.models import BOTH, model_shape
+from lowrank_cache.models import BOTH, layer_groups, model_shape
+from lowrank_cache.projections import Projections
 
-__all__ = ["QualityRun", "in_dtype", "load_model", "run_quality"]
+__all__ = ["QualityRun", "in_dtype", "load_model", "moments_of", "run_quality"]
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,8 @@ def run_quality(
         model = with_key_bias(model, run.key_bias)
         name = f"{name} with a key bias of {run.key_bias:g}"
     out.mkdir(parents=True, exist_ok=True)
-    moments = _moments(run.moments or out / "moments.safetensors", model, tokenizer, run, report)
-    configurations = build(specifications, moments)
+    moments = moments_of(run, out / "moments.safetensors", model, tokenizer, report)
+    configurations = build(specifications, moments, partial(_refitted, run, out, model, tokenizer, moments, report))
     text, source = load_text(run.evaluate_on, split="test")
     report(f"{name}, measured in {run.dtype} on {source}")
     model = in_dtype(model, run.dtype)
@@ -93,7 +95,9 @@ def in_dtype(model: Any, dtype: str) -> Any:
     return model
 
 
-def _moments(path: Path, model, tokenizer, run: QualityRun, report: Callable[[str], object]) -> Moments:
+def moments_of(run: QualityRun, path: Path, model, tokenizer, report: Callable[[str], object]) -> Moments:
+    """Statistics from the file that ``run`` names, else from ``path``, else calibrated now and kept there."""
+    path = run.moments or path
     if run.moments or path.exists():
         report(f"statistics read from {path}")
         return Moments.load(path)
@@ -106,3 +110,25 @@ def _moments(path: Path, model, tokenizer, run: QualityRun, report: Callable[[st
         moments = collect_moments(model, batches, groups, sensitivity=run.sensitivity, progress=bar.update)
     moments.save(path)
     return moments
+
+
+def _refitted(
+    run: QualityRun,
+    out: Path,
+    model,
+    tokenizer,
+    moments: Moments,
+    report: Callable[[str], object],
+    projections: Projections,
+    ratio: float,
+) -> Moments:
+    """Moments of the stream that ``projections`` compress at ``ratio``; kept in ``out`` for a run that goes on."""
+    path = out / f"refitted-{ratio:g}.safetensors"
+    if path.exists():
+        return Moments.load(path)
+    text, source = load_text(run.calibrate_on, split="validation")
+    report(f"calibrating values in the stream at {ratio:g}x on {run.tokens} tokens, the prose from {source}")
+    batches = mixed_batches(tokenizer, text, tokens=run.tokens, recall_share=run.recall_share)
+    refitted = refit_values(model, batches, moments, projections, ratio)
+    refitted.save(path)
+    return refitted

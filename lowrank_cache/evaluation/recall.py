@@ -100,9 +100,12 @@ def score_recall(
     *,
     chunk: int = 32,
     batch: int = 8,
+    prompt: int = 0,
     progress: Callable[[int], object] | None = None,
 ) -> RecallResult:
     """Stream each context ``chunk`` tokens at a time through a fresh cache, then ask, and force each answer.
+
+    The first forward brings ``prompt`` tokens, if that is not 0.
 
     Contexts of a batch are left-padded to one length. Only a question's and its answer's own tokens are seen
     exactly besides what the cache keeps exact.
@@ -112,7 +115,7 @@ def score_recall(
     for start in range(0, len(texts), batch):
         part = texts[start : start + batch]
         cache = make_cache()
-        mask = _stream_contexts(model, part, cache, chunk)
+        mask = _stream_contexts(model, part, cache, chunk, prompt)
         asked = [_ask(model, questions, mask, _branch(cache)) for questions in _transposed(part)]
         for scores in zip(*asked, strict=True):  # by text
             losses.extend(loss for loss, _ in scores)
@@ -137,7 +140,7 @@ def _transposed(texts: list[RecallText]) -> Iterable[tuple[tuple[Tensor, Tensor]
     return zip(*(text.questions for text in texts), strict=True)
 
 
-def _stream_contexts(model, texts: list[RecallText], cache: Cache, chunk: int) -> Tensor:
+def _stream_contexts(model, texts: list[RecallText], cache: Cache, chunk: int, prompt: int) -> Tensor:
     """Fill ``cache``; returns the mask ``[batch, tokens]`` of what it holds."""
     length = max(len(text.context) for text in texts)
     ids = torch.zeros(len(texts), length, dtype=torch.long)
@@ -147,8 +150,8 @@ def _stream_contexts(model, texts: list[RecallText], cache: Cache, chunk: int) -
         mask[row, length - len(text.context) :] = 1
     ids, mask = ids.to(model.device), mask.to(model.device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    for start in range(0, length, chunk):
-        stop = min(start + chunk, length)
+    starts = [0, *range(prompt or chunk, length, chunk)]
+    for start, stop in zip(starts, [*starts[1:], length], strict=True):
         model(
             input_ids=ids[:, start:stop],
             attention_mask=mask[:, :stop],

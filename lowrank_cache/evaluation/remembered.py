@@ -12,6 +12,7 @@ from lowrank_cache import LowRankCache
 from lowrank_cache.cache import LowRankLayer
 from lowrank_cache.growing import GrowingTensor
 from lowrank_cache.latents import PackedLatents
+from lowrank_cache.prompt_svd import PromptStore
 from lowrank_cache.store import LatentStore
 
 __all__ = ["RememberingCache"]
@@ -22,11 +23,17 @@ class RememberingCache(LowRankCache):
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
-        remembering = {id(store): _RememberingStore(store.coder, store.track, store.options) for store in self._stores}
+        remembering = {id(store): _remembering(store) for store in self._stores}
         for layer in self.layers:
             if isinstance(layer, LowRankLayer):
                 layer.stores = {side: remembering[id(store)] for side, store in layer.stores.items()}
         self._stores = list(remembering.values())
+
+
+def _remembering(store: LatentStore) -> LatentStore:
+    if isinstance(store, PromptStore):
+        return _RememberingPromptStore(store.coder, store.track, store.options, store.new_tokens)
+    return _RememberingStore(store.coder, store.track, store.options)
 
 
 class _RememberingStore(LatentStore):
@@ -56,3 +63,7 @@ class _RememberingStore(LatentStore):
         if packed.tokens > known.rows:
             known.append(super()._reconstruct(packed, member, new, known.rows).to(new.dtype))
         return known.view(start)
+
+
+class _RememberingPromptStore(_RememberingStore, PromptStore):
+    """The same for stores whose bases come from the prompt."""

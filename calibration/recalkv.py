@@ -1,0 +1,138 @@
+"""ReCalKV: keys in groups of similar heads, values over all heads with offline calibration.
+
+Keys: head-wise similarity-aware reordering (HSR) puts KV heads whose states are alike into one
+group; each group has a whitened SVD. A ``Basis`` names its heads, so the order is part of the bases
+and nothing is permuted at run time. Values: one SVD over all heads of a layer; offline value calibration
+(OVC) fits it to the values of the stream that is already compressed. Ranks of keys and values
+share one budget by Fisher information. Source: ReCalKV (arXiv:2505.24357). Mathematics and what differs
+from its released code: docs/method.md, "ReCalKV".
+"""
+
+import torch
+from torch import Tensor
+
+from lowrank_cache.calibration.moments import Moments
+from lowrank_cache.calibration.palu import head_groups, head_rows, principal_basis, rank_weight
+from lowrank_cache.models import Group
+from lowrank_cache.projections import Basis
+
+__all__ = ["calibrate_once", "group_similar_heads", "head_similarity", "recalkv_bases"]
+
+
+def recalkv_bases(
+    moments: Moments,
+    groups: dict[str, list[Group]],
+    frame_length: int,
+    *,
+    head_group_size: int = 4,
+    reorder: bool = True,
+    refitted: Moments | None = None,
+) -> list[Basis]:
+    """One basis per group of similar key heads, and one per layer for values.
+
+    Args:
+        moments: Of the model as it is.
+        groups: Of one layer each.
+        frame_length: Slots per rotary frame of keys.
+        head_group_size: KV heads per group of keys. Where it does not divide their number, one group is smaller.
+        reorder: Group key heads by similarity (HSR), or adjacent ones.
+        refitted: Moments of the values that the compressed stream produces (OVC); None: those of the
+            model as it is.
+
+    Raises:
+        ValueError: If a layer group holds more than one layer.
+    """
+    longest = max((group for side in ("key", "value") for group in groups[side]), key=len)
+    if len(longest) > 1:
+        raise ValueError(f"layer_group_size must be 1 or 'auto' for method 'recalkv', got the group {longest}")
+    bases = []
+    for group in groups["key"]:
+        second, mean, sensitivity = moments.of_group("key", group, frame_length)
+        shape, weight = moments.side("key", group), rank_weight(sensitivity)
+        if reorder:
+            head_sets = group_similar_heads(head_similarity(second, mean, shape.heads), head_group_size)
+        else:
+            head_sets = head_groups(shape.heads, head_group_size)
+        for heads in head_sets:
+            rows = head_rows(shape, 1, heads)
+            bases.append(principal_basis("key", group, heads, second[rows][:, rows], mean[rows], weight))
+    for group in groups["value"]:
+        weight = rank_weight(moments.of_group("value", group, frame_length)[2])
+        second, mean, _ = (refitted or moments).of_group("value", group, frame_length)
+        heads = tuple(range(moments.side("value", group).heads))
+        bases.append(principal_basis("value", group, heads, second, mean, weight))
+    return bases
+
+
+def head_similarity(second: Tensor, mean: Tensor, heads: int) -> Tensor:
+    """Linear centred kernel alignment of every pair of heads, ``[heads, heads]``, in [0, 1].
+
+    For centred states ``A_i`` ``[tokens, head_dim]`` of head ``i`` it is ``|A_iᵀ A_j|² / (|A_iᵀ A_i| |A_jᵀ
+    A_j|)`` in Frobenius norms: blocks of the covariance suffice, tokens × tokens kernels are never formed.
+
+    Args:
+        second: ``[width, width]``, second moment of the states.
+        mean: ``[width]``.
+        heads: Number of heads.
+    """
+    covariance = second - torch.outer(mean, mean)
+    head_dim = len(mean) // heads
+    norms = covariance.view(heads, head_dim, heads, head_dim).square().sum((1, 3)).sqrt()
+    own = norms.diagonal().clamp(min=1e-300)
+    return norms.square() / torch.outer(own, own)
+
+
+def group_similar_heads(similarity: Tensor, size: int) -> list[tuple[int, ...]]:
+    """Greedy groups of ``size`` heads; the last one opened takes what is left over if it does not divide.
+
+    Pairs are taken by falling similarity. A pair of free heads opens the next group; a free head whose
+    partner has a group joins it if there is room. Heads left at the end fill groups with room.
+
+    Returns:
+        Every head once; heads ascend within a group, groups by their first head.
+    """
+    count = len(similarity)
+    rooms = [len(group) for group in head_groups(count, size)]
+    groups: list[list[int]] = []
+    of_head: dict[int, int] = {}
+
+    def join(head: int, index: int) -> None:
+        groups[index].append(head)
+        of_head[head] = index
+
+    pairs = [(-float(similarity[i, j]), i, j) for i in range(count) for j in range(i + 1, count)]
+    for _, first, second in sorted(pairs):
+        free = [head for head in (first, second) if head not in of_head]
+        if len(free) == 2 and len(groups) < len(rooms) and rooms[len(groups)] >= 2:
+            groups.append([])
+            for head in free:
+                join(head, len(groups) - 1)
+        elif len(free) == 1:
+            index = of_head[second if free[0] == first else first]
+            if len(groups[index]) < rooms[index]:
+                join(free[0], index)
+    groups += [[] for _ in range(len(rooms) - len(groups))]
+    for head in range(count):
+        if head not in of_head:
+            join(head, next(index for index, group in enumerate(groups) if len(group) < rooms[index]))
+    return sorted(tuple(sorted(group)) for group in groups)
+
+
+def calibrate_once(down_proj: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """One step of the paper's value calibration: the best up-projection, then its best down-projection.
+
+    ``E|x D U - x|²`` is minimised over ``U`` for the given ``D``, then over ``D`` for that ``U``. After a whitened SVD
+    on the same data both are already optimal and nothing changes.
+
+    Args:
+        down_proj: ``[width, rank]`` float64, of full column rank.
+        second: ``[width, width]`` float64, second moment of the values.
+
+    Returns:
+        ``down_proj`` and ``up_proj`` ``[rank, width]``.
+
+    Source: ReCalKV, equations 7 and 8 (7 with the transpose it lacks in print), from Gram matrices instead of tokens.
+    """
+    projected = second @ down_proj
+    up_proj = torch.linalg.solve(down_proj.T @ projected, projected.T)
+    return torch.linalg.pinv(up_proj), up_proj

@@ -1,0 +1,381 @@
+"""Attention over packed latents on GPUs: the same function as ``reference.latent_decode``, in Triton kernels.
+
+Five steps: absorb the queries, once per rotary frame; scores; softmax-weighted sums of value latents by chunk of
+channels and split of the tokens; combine the splits; up-project. Where a frame holds too few tokens to pay for the
+absorption, keys are rebuilt tile by tile instead. Codes are unpacked in registers; keys and values never exist in
+memory.
+
+Numbers: float32 queries are computed in float32 throughout. Otherwise products take float16 operands (those with an
+up-projection take its dtype, float32 ones at the precision of tensor cores) and float32 sums; levels are exact, and
+absorbed queries and weights are rounded to float16. What is designed for which reason: docs/kernels.md.
+"""
+
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lowrank_cache.kernels.packed import LatentSide
+from lowrank_cache.kernels.triton_scores import absorb, absorbed_scores, rebuilt_scores
+from lowrank_cache.kernels.triton_tiers import (
+    TierArguments,
+    block,
+    dot_dtype,
+    precision,
+    tier_arguments,
+    up_proj_arguments,
+    warps,
+)
+from lowrank_cache.kernels.triton_values import combine, project, weigh
+
+__all__ = ["latent_decode"]
+
+_CHUNK = 128  # positions of a latent that are unpacked at once
+_SMALL_CHUNK = 64  # where a tile of the up-projection has to lie beside it
+_BLOCK = 64  # slots that are weighed at once
+_ABSORBED_BYTES = 32 * 2**20  # of absorbed queries that exist at a time: they should stay in the GPU's L2 cache
+_PROGRAMS = 512  # of `weigh` that are worth splitting the tokens for: a few for every multiprocessor
+_LONGEST_SPLIT = 2048  # slots; shorter splits write more partial sums than is worth their parallelism
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What every launch of one call shares.
+
+    Attributes:
+        rows: Query heads times query tokens, query heads of one KV head side by side.
+        exact: Whether everything is float32.
+        factor: What finished scores are multiplied with if there is a softcap.
+    """
+
+    query: Tensor
+    key: LatentSide
+    value: LatentSide
+    keys: TierArguments
+    values: TierArguments
+    mask: dict[str, Any]
+    rows: int
+    q_tokens: int
+    exact: bool
+    scaling: float
+    factor: float
+    softcap: bool
+
+    @property
+    def batch(self) -> int:
+        return self.query.shape[0]
+
+    @property
+    def dot(self) -> tl.dtype:
+        return tl.float32 if self.exact else tl.float16
+
+
+@dataclass(frozen=True)
+class _Wave:
+    """A range of frames whose scores are computed together, cut into tiles of tokens that cross no frame.
+
+    ``first_frame``, ``frames``, and what ``triton_scores.slot_tokens`` takes.
+    """
+
+    first_frame: int
+    frames: int
+    frame_length: int
+    tile: int
+
+    @property
+    def frame_tiles(self) -> int:
+        return triton.cdiv(self.frame_length, self.tile)
+
+    @property
+    def slots(self) -> int:
+        return self.frames * self.frame_tiles * self.tile
+
+    def arguments(self) -> dict[str, int]:
+        return {
+            "first_frame": self.first_frame,
+            "frame_length": self.frame_length,
+            "frame_tiles": self.frame_tiles,
+            "tiles": self.frames * self.frame_tiles,
+            "TILE": self.tile,
+        }
+
+
+def latent_decode(
+    query: Tensor,
+    key: LatentSide,
+    value: LatentSide,
+    *,
+    scaling: float,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention over tokens that exist only as latents. Every query stands after every one of these tokens.
+
+    Args:
+        query: ``[batch, q_heads, q_tokens, head_dim]``, post-RoPE, float32 or half precision, on a GPU.
+        key: Each of its heads serves ``q_heads / heads`` adjacent query heads.
+        value: As many heads and tokens as ``key``.
+        scaling: Factor of the scores.
+        mask: bool, broadcastable to ``[batch, 1, q_tokens, tokens]``; True where a query sees a token.
+        softcap: ``s`` becomes ``softcap · tanh(s / softcap)``.
+
+    Returns:
+        Output ``[batch, q_heads, q_tokens, value_dim]`` and log-sum-exp of the scores ``[batch, q_heads, q_tokens]``,
+        both float32. A query that sees no token has output 0 and log-sum-exp -inf.
+
+    Raises:
+        ValueError: If shapes do not fit together, or rows of codes are not padded and aligned to 16 bytes.
+    """
+    batch, q_heads, q_tokens, _ = query.shape
+    _check(query, key, value)
+    output = torch.empty(batch, q_heads, q_tokens, value.up_proj.shape[2], dtype=torch.float32, device=query.device)
+    lse = torch.empty(batch, q_heads, q_tokens, dtype=torch.float32, device=query.device)
+    if key.tokens == 0:
+        return output.zero_(), lse.fill_(-math.inf)
+    log2e = math.log2(math.e)
+    step = _Step(
+        query=query.contiguous(),
+        key=key,
+        value=value,
+        keys=tier_arguments(key.tiers),
+        values=tier_arguments(value.tiers),
+        mask=_mask_arguments(mask, query, key.tokens),
+        rows=q_heads * q_tokens,
+        q_tokens=q_tokens,
+        exact=query.dtype == torch.float32,
+        scaling=scaling * log2e if softcap is None else scaling / softcap,
+        factor=1.0 if softcap is None else softcap * log2e,
+        softcap=softcap is not None,
+    )
+    with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
+        _decode(step, output, lse)
+    return output, lse
+
+
+def _check(query: Tensor, key: LatentSide, value: LatentSide) -> None:
+    heads, head_dim = key.up_proj.shape[1:]
+    if query.shape[1] % heads or query.shape[3] != head_dim:
+        raise ValueError(
+            f"query must have a multiple of {heads} heads of {head_dim} numbers, got shape {tuple(query.shape)}"
+        )
+    if value.up_proj.shape[1] != heads or value.tokens != key.tokens:
+        raise ValueError(
+            f"value must have {heads} heads and {key.tokens} tokens like key, "
+            f"got {value.up_proj.shape[1]} and {value.tokens}"
+        )
+    for name, side in (("key", key), ("value", value)):
+        rank = sum(tier.channels for tier in side.tiers)
+        if side.up_proj.shape[0] != rank:
+            raise ValueError(f"up_proj of {name} must have {rank} rows like its tiers, got {side.up_proj.shape[0]}")
+        if side.up_proj.shape[2] % 16 or side.up_proj.shape[2] > 256:
+            raise ValueError(f"head_dim of {name} must be a multiple of 16 up to 256, got {side.up_proj.shape[2]}")
+
+
+def _mask_arguments(mask: Tensor | None, query: Tensor, tokens: int) -> dict[str, Any]:
+    """Where the mask lies; ``"tokens"`` if it is the same for all query tokens."""
+    if mask is None:
+        return {"mask": query, "mask_batch": 0, "mask_query": 0, "mask_token": 0, "MASK": "none"}
+    mask = mask.expand(query.shape[0], 1, query.shape[2], tokens).view(torch.uint8)
+    alike = mask.shape[2] == 1 or mask.stride(2) == 0
+    return {
+        "mask": mask,
+        "mask_batch": mask.stride(0),
+        "mask_query": mask.stride(2),
+        "mask_token": mask.stride(3),
+        "MASK": "tokens" if alike else "queries",
+    }
+
+
+def _decode(step: _Step, output: Tensor, lse: Tensor) -> None:
+    rope, tokens = step.key.rope, step.key.tokens
+    heads = step.key.up_proj.shape[1]
+    # Absorbing costs as much per frame as rebuilding costs per token, times a head's queries.
+    rebuild = rope is not None and rope.frame_length <= step.rows // heads
+    if rope is None:
+        waves = [_Wave(0, 1, tokens, block(tokens, 16, 64))]
+    elif rebuild:
+        # The wider the tile, the less often the up-projection is read.
+        waves = [_Wave(0, 1, tokens, block(tokens, 16, 128 if step.query.shape[3] <= 128 else 64))]
+    else:
+        waves = _waves(step, rope.frame_length)
+    chunks = step.values.chunks(_CHUNK)
+    rows = block(step.rows, 16, 64)
+    programs = step.batch * triton.cdiv(step.rows, rows) * chunks
+    longest = sum(wave.slots for wave in waves) * programs / _PROGRAMS
+    split = min(max(triton.cdiv(int(longest), _BLOCK), 1) * _BLOCK, _LONGEST_SPLIT)
+    splits = [triton.cdiv(wave.slots, split) for wave in waves]
+    partial = step.query.new_empty(step.batch, sum(splits), step.rows, chunks * _CHUNK, dtype=torch.float32)
+    maxima = step.query.new_empty(step.batch, sum(splits), step.rows, dtype=torch.float32)
+    sums = torch.empty_like(maxima)
+    done = 0
+    for wave, count in zip(waves, splits, strict=True):
+        scores = step.query.new_empty(step.batch, step.rows, wave.slots, dtype=torch.float32)
+        if rebuild:
+            _rebuilt_scores(step, wave, scores)
+        else:
+            _absorbed_scores(step, wave, scores)
+        row_blocks = triton.cdiv(step.rows, rows)
+        weigh[(chunks, count, step.batch * row_blocks)](
+            partial=partial,
+            maxima=maxima,
+            sums=sums,
+            scores=scores,
+            rows=step.rows,
+            row_blocks=row_blocks,
+            tokens=tokens,
+            split_blocks=split // _BLOCK,
+            first_split=done,
+            splits=partial.shape[1],
+            ROWS=rows,
+            BLOCK=_BLOCK,
+            CHUNK=_CHUNK,
+            DOT=step.dot,
+            PRECISION=precision(step.exact),
+            num_warps=warps(128 if rows < 64 else 256),
+            num_stages=2,
+            **wave.arguments(),
+            **step.values.read,
+        )
+        done += count
+    _combine(step, partial, maxima, sums, output, lse)
+
+
+def _waves(step: _Step, frame_length: int) -> list[_Wave]:
+    """All frames, so many at a time that their absorbed queries stay small."""
+    frames = triton.cdiv(step.key.tokens, frame_length)
+    size = 4 if step.exact else 2
+    at_a_time = max(1, _ABSORBED_BYTES // (step.batch * step.rows * step.keys.chunks(_CHUNK) * _CHUNK * size))
+    tile = block(frame_length, 16, 64)
+    return [_Wave(first, min(at_a_time, frames - first), frame_length, tile) for first in range(0, frames, at_a_time)]
+
+
+def _absorbed_scores(step: _Step, wave: _Wave, scores: Tensor) -> None:
+    up = up_proj_arguments(step.key)
+    head_rows = step.rows // up["heads"]
+    chunks = step.keys.chunks(_CHUNK)
+    dtype = torch.float32 if step.exact else torch.float16
+    absorbed = step.query.new_empty(step.batch, wave.frames, step.rows, chunks * _CHUNK, dtype=dtype)
+    bias = step.query.new_empty(step.batch, wave.frames, step.rows, dtype=torch.float32)
+    rows = block(wave.frames * head_rows, 16, 32)
+    row_blocks = triton.cdiv(wave.frames * head_rows, rows)
+    columns = chunks * (_CHUNK // _SMALL_CHUNK)
+    # A program keeps its piece of the up-projection and walks over as many blocks of rows as still fill the GPU.
+    steps = max(1, min(row_blocks, row_blocks * columns * step.batch * up["heads"] // (2 * _PROGRAMS)))
+    absorb[(columns, triton.cdiv(row_blocks, steps), step.batch * up["heads"])](
+        absorbed=absorbed,
+        bias=bias,
+        query=step.query,
+        head_rows=head_rows,
+        frames=wave.frames,
+        first_frame=wave.first_frame,
+        chunks=columns,
+        steps=steps,
+        scaling=step.scaling,
+        HEAD_BLOCK=triton.next_power_of_2(up["HEAD_DIM"]),
+        ROWS=rows,
+        CHUNK=_SMALL_CHUNK,
+        LATENT_CHUNK=_CHUNK,
+        UNIT=step.keys.unit,
+        DOT=tl.float32 if step.exact else dot_dtype(up["up_proj"].dtype),
+        PRECISION=precision(step.exact),
+        num_warps=warps(128),
+        num_stages=1,
+        **up,
+        **step.keys.layout,
+    )
+    rows = block(step.rows, 16, 64 if step.exact else 128)  # float32 tiles take twice the shared memory
+    # So many threads that each loads 8 bytes of codes or more.
+    threads = min(4 * wave.tile, 128 if rows < 64 else 256)
+    absorbed_scores[(wave.slots // wave.tile, triton.cdiv(step.rows, rows), step.batch)](
+        out=scores,
+        absorbed=absorbed,
+        bias=bias,
+        rows=step.rows,
+        tokens=step.key.tokens,
+        frames=wave.frames,
+        q_tokens=step.q_tokens,
+        factor=step.factor,
+        ROWS=rows,
+        CHUNK=_CHUNK,
+        SOFTCAP=step.softcap,
+        DOT=step.dot,
+        PRECISION=precision(step.exact),
+        num_warps=warps(threads),
+        num_stages=2,
+        **wave.arguments(),
+        **step.mask,
+        **step.keys.read,
+    )
+
+
+def _rebuilt_scores(step: _Step, wave: _Wave, scores: Tensor) -> None:
+    up = up_proj_arguments(step.key)
+    head_rows = step.rows // up["heads"]
+    assert step.key.rope is not None
+    rebuilt_scores[(wave.slots // wave.tile, up["heads"], step.batch)](
+        out=scores,
+        query=step.query,
+        head_rows=head_rows,
+        tokens=step.key.tokens,
+        frame_length=step.key.rope.frame_length,
+        q_tokens=step.q_tokens,
+        scaling=step.scaling,
+        factor=step.factor,
+        PAIRS=block(up["HEAD_DIM"] // 2, 16, 128),
+        ROWS=block(head_rows, 16, 64),
+        TILE=wave.tile,
+        CHUNK=_SMALL_CHUNK // 2 if step.exact and up["HEAD_DIM"] > 128 else _SMALL_CHUNK,
+        SOFTCAP=step.softcap,
+        UP_DOT=tl.float32 if step.exact else dot_dtype(up["up_proj"].dtype),
+        DOT=step.dot,
+        PRECISION=precision(step.exact),
+        num_warps=warps(256),
+        num_stages=2,
+        **up,
+        **step.mask,
+        **(step.keys.layout | step.keys.read),
+    )
+
+
+def _combine(step: _Step, partial: Tensor, maxima: Tensor, sums: Tensor, output: Tensor, lse: Tensor) -> None:
+    splits, chunks = partial.shape[1], partial.shape[3] // _CHUNK
+    latents = step.query.new_empty(step.batch, step.rows, partial.shape[3], dtype=torch.float32)
+    combine[(chunks, step.rows, step.batch)](
+        latents=latents,
+        lse=lse,
+        partial=partial,
+        maxima=maxima,
+        sums=sums,
+        rows=step.rows,
+        splits=splits,
+        chunks=chunks,
+        SPLITS=16,
+        CHUNK=_CHUNK,
+        num_warps=warps(128),
+    )
+    up = up_proj_arguments(step.value)
+    head_rows = step.rows // up["heads"]
+    rows, columns = block(head_rows, 16, 64), block(up["HEAD_DIM"], 16, 64)
+    project[(triton.cdiv(up["HEAD_DIM"], columns), triton.cdiv(head_rows, rows), step.batch * up["heads"])](
+        out=output,
+        latents=latents,
+        lse=lse,
+        head_rows=head_rows,
+        chunks=partial.shape[3] // _SMALL_CHUNK,
+        COLUMNS=columns,
+        ROWS=rows,
+        CHUNK=_SMALL_CHUNK,
+        LATENT_CHUNK=_CHUNK,
+        UNIT=step.values.unit,
+        DOT=tl.float32 if step.exact else dot_dtype(up["up_proj"].dtype),
+        PRECISION=precision(step.exact),
+        num_warps=warps(128),
+        num_stages=2,
+        **{name: up[name] for name in ("up_proj", "up_rank", "up_head", "constant", "heads", "HEAD_DIM")},
+        **step.values.layout,
+    )

@@ -1,0 +1,324 @@
+"""States to packed latents on GPUs: the same function as ``reference.encode``, in two Triton kernels.
+
+The first rotates the rows of one member into their frames, subtracts the mean, multiplies with the down-projection and
+adds to the latents of the members before it. The second searches each token's step of one tier and packs the codes.
+Products are those of float32 operands: for half-precision states on NVIDIA in three parts on tensor cores, whose error
+is near that of float32.
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lowrank_cache.kernels.packed import PackedTier, RotaryFrames, padded_channels
+from lowrank_cache.kernels.triton_rebuild import pair_columns
+from lowrank_cache.kernels.triton_tiers import block, rotary_arguments, three_part_precision, warps
+
+__all__ = ["encode"]
+
+_ALIGNMENT = 16  # channels of the buffer of latents; every tier starts on a multiple of it
+_MOST_TIERS = 4
+
+
+@triton.jit(
+    do_not_specialize=["heads", "tokens", "batch_stride", "head_stride", "token_stride", "frame_length", "cos_batch"]
+    + ["rank", "down_stride", "row", "start1", "start2", "start3", "shift1", "shift2", "shift3"]
+)
+def _project_down(
+    latents,  # [batch, tokens, row] float32
+    states,  # [batch, heads, tokens, HEAD_DIM]
+    constant,  # [heads, HEAD_DIM]
+    cos, sin,  # [1 or batch, frames, HALF]
+    down_proj,  # [heads * HEAD_DIM, rank]
+    heads, tokens,
+    batch_stride, head_stride, token_stride,  # in units of 8 elements
+    frame_length, cos_batch, rank,
+    down_stride,  # in units of 8 elements
+    row,  # in units of 16 elements
+    start1, start2, start3,  # first channels of the second and later tiers
+    shift1, shift2, shift3,  # columns that stay empty before them
+    HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, ADD: tl.constexpr,
+    TILE: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One member's share of one chunk of the channels, for one tile of tokens."""
+    tile, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    token = tile * TILE + tl.arange(0, TILE)
+    valid = token < tokens
+    channel = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    in_rank = channel < down_stride * 8
+    pair = tl.arange(0, PAIRS)
+    dims = tl.arange(0, 2 * PAIRS)
+    first, second, in_pairs = pair_columns(HEAD_DIM, HALF, INTERLEAVED, PAIRS)
+    inside = valid[:, None] & in_pairs[None, :]
+    if HALF > 0:
+        offset = batch * cos_batch + (token // frame_length).to(tl.int64)[:, None] * HALF + pair[None, :]
+        turning = valid[:, None] & (pair < HALF)[None, :]
+        c, s = tl.load(cos + offset, mask=turning, other=1.0), tl.load(sin + offset, mask=turning, other=0.0)
+    at = states + batch * (batch_stride * 8) + token.to(tl.int64)[:, None] * (token_stride * 8)
+    product = tl.zeros((TILE, CHUNK), tl.float32)
+    for head in tl.range(0, heads):
+        if INTERLEAVED:
+            both = tl.load(at + dims[None, :], mask=valid[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
+            one, two = tl.split(tl.reshape(both.to(tl.float32), (TILE, PAIRS, 2)))
+        else:
+            one = tl.load(at + first[None, :], mask=inside, other=0.0).to(tl.float32)
+            two = tl.load(at + second[None, :], mask=inside, other=0.0).to(tl.float32)
+        if HALF > 0:
+            one, two = one * c + two * s, two * c - one * s
+        mean = tl.load(constant + head * HEAD_DIM + first, mask=in_pairs, other=0.0)
+        one = tl.where(in_pairs[None, :], one - mean[None, :], 0.0)
+        mean = tl.load(constant + head * HEAD_DIM + second, mask=in_pairs, other=0.0)
+        two = tl.where(in_pairs[None, :], two - mean[None, :], 0.0)
+        down = down_proj + (head * HEAD_DIM + first).to(tl.int64)[:, None] * (down_stride * 8) + channel[None, :]
+        part = tl.load(down, mask=in_pairs[:, None] & in_rank[None, :], other=0.0).to(tl.float32)
+        product = tl.dot(one, part, product, input_precision=PRECISION)
+        down = down_proj + (head * HEAD_DIM + second).to(tl.int64)[:, None] * (down_stride * 8) + channel[None, :]
+        part = tl.load(down, mask=in_pairs[:, None] & in_rank[None, :], other=0.0).to(tl.float32)
+        product = tl.dot(two, part, product, input_precision=PRECISION)
+        at += head_stride * 8
+    column = channel + tl.where(channel >= start1, shift1, 0) + tl.where(channel >= start2, shift2, 0)
+    column += tl.where(channel >= start3, shift3, 0)
+    target = latents + (batch * tokens + token)[:, None] * (row * 16) + column[None, :]
+    stored = valid[:, None] & (channel < rank)[None, :]
+    if ADD:
+        product += tl.load(target, mask=stored, other=0.0)
+    tl.store(target, product, mask=stored)
+
+
+@triton.jit
+def _nearest_level(latents, steps, HALF_LEVELS: tl.constexpr):
+    level = tl.floor(tl.div_rn(latents, tl.broadcast_to(steps[:, None], latents.shape))) + 0.5
+    return tl.clamp(level, 0.5 - HALF_LEVELS, HALF_LEVELS - 0.5)
+
+
+@triton.jit(do_not_specialize=["tokens", "row", "channels", "width"])
+def _quantize(
+    codes,  # [batch * tokens, width] uint8
+    steps,  # [batch * tokens] float16
+    latents,  # of the tier's first channel; rows of ``row``
+    weight,  # [channels], at most 1
+    tokens,  # in all rows of the batch
+    row, width,  # in units of 16
+    channels,
+    BITS: tl.constexpr, FRACTIONS: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Quantize and pack one tier of one tile of tokens, see ``reference.quantize``."""
+    PLANES: tl.constexpr = 8 // BITS
+    HALF_LEVELS: tl.constexpr = 1 << (BITS - 1)
+    token = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    valid = token < tokens
+    at = latents + token.to(tl.int64)[:, None] * (row * 16)
+    padded = width * 16 * PLANES
+    chunks = tl.cdiv(padded, CHUNK)
+    largest = tl.zeros((TILE,), tl.float32)
+    for chunk in tl.range(0, chunks):
+        channel = chunk * CHUNK + tl.arange(0, CHUNK)
+        z = tl.load(at + channel[None, :], mask=valid[:, None] & (channel < padded)[None, :], other=0.0)
+        largest = tl.maximum(largest, tl.max(tl.where((channel < channels)[None, :], tl.abs(z), 0.0), 1))
+    # A step below float16's smallest normal number would round to zero and make every level zero.
+    best = tl.maximum(largest / HALF_LEVELS, 6.103515625e-05)
+    if BITS < 8:
+        unclipped = best
+        best_error = tl.full((TILE,), float("inf"), tl.float32)
+        for number in tl.static_range(len(FRACTIONS)):
+            trial = unclipped * FRACTIONS[number]
+            # The least-squares step for the levels of this trial, then the error with it.
+            along = tl.zeros((TILE,), tl.float32)
+            squares = tl.zeros((TILE,), tl.float32)
+            for chunk in tl.range(0, chunks):
+                channel = chunk * CHUNK + tl.arange(0, CHUNK)
+                z = tl.load(at + channel[None, :], mask=valid[:, None] & (channel < padded)[None, :], other=0.0)
+                cost = tl.load(weight + channel, mask=channel < channels, other=0.0)
+                level = _nearest_level(z, trial, HALF_LEVELS)
+                along += tl.sum(tl.where((channel < channels)[None, :], level * cost[None, :] * z, 0.0), 1)
+                squares += tl.sum(level * level * cost[None, :], 1)
+            fitted = tl.maximum(along / tl.maximum(squares, 1e-12), 6.103515625e-05)
+            error = tl.zeros((TILE,), tl.float32)
+            for chunk in tl.range(0, chunks):
+                channel = chunk * CHUNK + tl.arange(0, CHUNK)
+                z = tl.load(at + channel[None, :], mask=valid[:, None] & (channel < padded)[None, :], other=0.0)
+                cost = tl.load(weight + channel, mask=channel < channels, other=0.0)
+                off = _nearest_level(z, trial, HALF_LEVELS) * fitted[:, None] - z
+                error += tl.sum(tl.where((channel < channels)[None, :], off * off * cost[None, :], 0.0), 1)
+            better = error < best_error
+            best, best_error = tl.where(better, fitted, best), tl.where(better, error, best_error)
+    kept = tl.minimum(best, 65504.0).to(tl.float16)
+    tl.store(steps + token, kept, mask=valid)
+    kept = kept.to(tl.float32)
+    COLUMNS: tl.constexpr = CHUNK // PLANES
+    for chunk in tl.range(0, tl.cdiv(width * 16, COLUMNS)):
+        column = chunk * COLUMNS + tl.arange(0, COLUMNS)
+        inside = valid[:, None] & (column < width * 16)[None, :]
+        byte = tl.zeros((TILE, COLUMNS), tl.int32)
+        for plane in tl.static_range(PLANES):
+            channel = plane * (width * 16) + column
+            z = tl.load(at + channel[None, :], mask=inside, other=0.0)
+            code = (_nearest_level(z, kept, HALF_LEVELS) + (HALF_LEVELS - 0.5)).to(tl.int32)
+            byte |= tl.where((channel < channels)[None, :], code, 0) << (plane * BITS)
+        target = codes + token.to(tl.int64)[:, None] * (width * 16) + column[None, :]
+        tl.store(target, byte.to(tl.uint8), mask=inside)
+
+
+# As in the reference, whose file is not imported: tests hold both against each other.
+_STEP_FRACTIONS = {8: (1.0,), 4: (0.6, 0.7, 0.8, 0.9, 1.0), 2: (0.45, 0.55, 0.65, 0.75, 0.85, 1.0)}
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Where tiers stand in the buffer of latents: tier ``i`` at ``columns[i]``, its first channel ``starts[i]``."""
+
+    starts: list[int]
+    columns: list[int]
+    row: int
+
+    def arguments(self) -> dict[str, int]:
+        given: dict[str, int] = {}
+        for number in range(1, _MOST_TIERS):
+            here = number < len(self.starts)
+            # The columns that stay empty between the tier before and this one; a start that no channel reaches.
+            shift = self.columns[number] - self.starts[number] if here else 0
+            before = self.columns[number - 1] - self.starts[number - 1] if here else 0
+            given |= {f"start{number}": self.starts[number] if here else 2**31 - 1, f"shift{number}": shift - before}
+        return given
+
+
+def _columns(tiers: tuple[tuple[int, int], ...]) -> _Columns:
+    starts, columns, start, column = [], [], 0, 0
+    for bits, channels in tiers:
+        starts.append(start)
+        columns.append(column)
+        start += channels
+        column += -(-padded_channels(bits, channels) // _ALIGNMENT) * _ALIGNMENT
+    return _Columns(starts, columns, column)
+
+
+def encode(
+    states: list[Tensor],
+    constants: list[Tensor],
+    frames: list[RotaryFrames | None],
+    down_proj: Tensor,
+    tiers: tuple[tuple[int, int], ...],
+    weight: Tensor,
+    latent_dtype: torch.dtype,
+) -> tuple[PackedTier, ...]:
+    """Latents of states that share one: rotated into their frames, centred, projected, quantized and packed.
+
+    Args:
+        states: By member ``[batch, heads, tokens, head_dim]``, post-RoPE; heads and head_dim may differ.
+        constants: By member ``[heads, head_dim]`` float32.
+        frames: By member; its first frame starts at the first token. None: not rotated.
+        down_proj: ``[width, rank]``, ``width`` the heads of all members side by side.
+        tiers: ``(bits, channels)`` in the order of the channels, each width once.
+        weight: ``[rank]`` float32: what a squared error in each channel costs.
+        latent_dtype: Floating dtype of a 16-bit tier.
+
+    Returns:
+        One ``PackedTier`` for each of ``tiers``, rows padded to ``packed.ROW_BYTES``.
+
+    Raises:
+        ValueError: If a latent is not finite, or shapes do not fit together.
+    """
+    width = sum(member.shape[1] * member.shape[3] for member in states)
+    rank = sum(channels for _, channels in tiers)
+    if down_proj.shape != (width, rank) or len({bits for bits, _ in tiers}) < len(tiers) or not tiers:
+        raise ValueError(
+            f"down_proj must be [{width}, {rank}] for these states and tiers of distinct widths, "
+            f"got {tuple(down_proj.shape)} and {tiers}"
+        )
+    device = states[0].device
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        columns = _columns(tiers)
+        latents = _latents(states, constants, frames, down_proj, columns)
+        packed = []
+        for (bits, channels), start, column in zip(tiers, columns.starts, columns.columns, strict=True):
+            tier = latents[..., column : column + channels]
+            if not bool(torch.isfinite(tier).all()):
+                raise ValueError("states must be finite, got NaN or infinity: the forward overflowed")
+            padded = padded_channels(bits, channels)
+            if bits == 16:
+                limit = min(torch.finfo(latent_dtype).max, torch.finfo(tier.dtype).max)
+                codes = pad(tier.clamp(-limit, limit).to(latent_dtype), (0, padded - channels))
+                packed.append(PackedTier(bits, channels, codes, None))
+            else:
+                packed.append(_pack(bits, channels, tier, weight[start : start + channels]))
+    return tuple(packed)
+
+
+def _latents(
+    states: list[Tensor],
+    constants: list[Tensor],
+    frames: list[RotaryFrames | None],
+    down_proj: Tensor,
+    columns: _Columns,
+) -> Tensor:
+    """``[batch, tokens, row]`` float32, tiers in their columns; what lies between them is not set."""
+    batch, _, tokens, _ = states[0].shape
+    latents = states[0].new_empty(batch, tokens, columns.row, dtype=torch.float32)
+    rank = down_proj.shape[1]
+    # Rows of the matrix are read 16 bytes at a time.
+    if rank % 8 or not down_proj.is_contiguous() or down_proj.storage_offset() % 8:
+        down_proj = pad(down_proj, (0, -rank % 8)).contiguous()
+    start = 0
+    for number, (member, constant, rope) in enumerate(zip(states, constants, frames, strict=True)):
+        heads, head_dim = member.shape[1], member.shape[3]
+        strides = [member.stride(axis) for axis in range(3)]
+        if member.stride(3) != 1 or any(stride % 8 for stride in strides) or member.storage_offset() % 8:
+            member = member.contiguous()
+        tile, chunk = block(tokens, 16, 32 if head_dim <= 128 else 16), 64
+        _project_down[(triton.cdiv(rank, chunk), triton.cdiv(tokens, tile), batch)](
+            latents=latents,
+            states=member,
+            constant=constant.contiguous(),
+            down_proj=down_proj[start : start + heads * head_dim],
+            heads=heads,
+            tokens=tokens,
+            batch_stride=member.stride(0) // 8,
+            head_stride=member.stride(1) // 8,
+            token_stride=member.stride(2) // 8,
+            frame_length=1 if rope is None else rope.frame_length,
+            rank=rank,
+            down_stride=down_proj.stride(0) // 8,
+            row=columns.row // _ALIGNMENT,
+            HEAD_DIM=head_dim,
+            PAIRS=block(head_dim // 2, 16, 128),
+            ADD=number > 0,
+            TILE=tile,
+            CHUNK=chunk,
+            PRECISION="ieee" if member.dtype == torch.float32 else three_part_precision(),
+            num_warps=warps(256),
+            num_stages=2,
+            **rotary_arguments(rope, constant),
+            **columns.arguments(),
+        )
+        start += heads * head_dim
+    return latents
+
+
+def _pack(bits: int, channels: int, tier: Tensor, weight: Tensor) -> PackedTier:
+    batch, tokens, _ = tier.shape
+    width = padded_channels(bits, channels) * bits // 8
+    codes = torch.empty(batch, tokens, width, dtype=torch.uint8, device=tier.device)
+    steps = torch.empty(batch, tokens, dtype=torch.float16, device=tier.device)
+    weight = weight / weight.amax().clamp(min=1e-30)  # only ratios matter; tiny ones would underflow
+    tile = block(batch * tokens, 1, 16)
+    _quantize[(triton.cdiv(batch * tokens, tile),)](
+        codes=codes,
+        steps=steps,
+        latents=tier,
+        weight=weight,
+        tokens=batch * tokens,
+        row=tier.stride(1) // _ALIGNMENT,
+        width=width // 16,
+        channels=channels,
+        BITS=bits,
+        FRACTIONS=_STEP_FRACTIONS[bits],
+        TILE=tile,
+        CHUNK=128,
+        num_warps=warps(128),
+    )
+    return PackedTier(bits, channels, codes, steps)
