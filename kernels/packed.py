@@ -3,7 +3,7 @@
 Plain holders of tensors, shared by the reference, the torch path and the Triton kernels.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -104,6 +104,20 @@ class LatentSide:
     up_proj: Tensor
     constant: Tensor
     rope: RotaryFrames | None = None
+
+    def between(self, start: int, stop: int) -> "LatentSide":
+        """A view of tokens ``start`` to ``stop``; ``start`` must be the first of a frame."""
+        tiers = tuple(
+            replace(
+                tier, codes=tier.codes[:, start:stop], steps=None if tier.steps is None else tier.steps[:, start:stop]
+            )
+            for tier in self.tiers
+        )
+        rope = self.rope
+        if rope is not None:
+            frames = slice(start // rope.frame_length, -(-stop // rope.frame_length))
+            rope = RotaryFrames(rope.cos[:, frames], rope.sin[:, frames], rope.frame_length, rope.layout)
+        return replace(self, tiers=tiers, rope=rope)
 
     @property
     def tokens(self) -> int:

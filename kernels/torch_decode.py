@@ -7,12 +7,10 @@ read tile by tile, so nothing grows with the context but the scores. Mathematics
 to latents".
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
-from lowrank_cache.kernels.packed import LatentSide, PackedTier, RotaryFrames
+from lowrank_cache.kernels.packed import LatentSide, PackedTier
 from lowrank_cache.kernels.reference import merge, read_latents, softmax
 from lowrank_cache.kernels.rope import rotate, swap_pairs
 
@@ -40,7 +38,7 @@ def latent_decode(
         stop = min(start + tile, key.tokens)
         visible = None if mask is None else mask[..., start:stop] if mask.shape[-1] > 1 else mask
         parts.append(
-            _decode_tile(query, _tokens_of(key, start, stop), _tokens_of(value, start, stop), scaling, visible, softcap)
+            _decode_tile(query, key.between(start, stop), value.between(start, stop), scaling, visible, softcap)
         )
     return merge(parts)
 
@@ -52,18 +50,6 @@ def _tile_tokens(query: Tensor, key: LatentSide, value: LatentSide) -> int:
     tokens = _TILE_NUMBERS // (batch * max(widest, q_heads * q_tokens))
     frame = 1 if key.rope is None else key.rope.frame_length
     return max(frame, 64 // frame * frame, tokens // frame * frame)
-
-
-def _tokens_of(side: LatentSide, start: int, stop: int) -> LatentSide:
-    tiers = tuple(
-        replace(tier, codes=tier.codes[:, start:stop], steps=None if tier.steps is None else tier.steps[:, start:stop])
-        for tier in side.tiers
-    )
-    rope = side.rope
-    if rope is not None:
-        frames = slice(start // rope.frame_length, -(-stop // rope.frame_length))
-        rope = RotaryFrames(rope.cos[:, frames], rope.sin[:, frames], rope.frame_length, rope.layout)
-    return replace(side, tiers=tiers, rope=rope)
 
 
 def _rebuilds(query: Tensor, side: LatentSide) -> bool:

@@ -17,7 +17,7 @@ class Attended:
     """The cache layers of a model that attend to latents, and the kernels to use (``kernels.api.IMPLEMENTATIONS``)."""
 
     layers: frozenset[int] = frozenset()
-    impl: str = "auto"
+    impl: str = "torch"
 
 
 _ATTENDED: "weakref.WeakKeyDictionary[nn.Module, Attended]" = weakref.WeakKeyDictionary()

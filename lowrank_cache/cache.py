@@ -217,10 +217,10 @@ class LowRankCache(Cache):
             arguments.get("attention_mask"),
             tokens.device,
         )
-        for store in self._stores:
-            store.begin()
-        self._length_before, self._others_before = length, progress
         self._attended = attended_by(decoder)
+        for store in self._stores:
+            store.begin(self._attended.impl)
+        self._length_before, self._others_before = length, progress
         self._updated = set()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -90,6 +90,12 @@ class Coder:
         tensors = [self.weight, *self.constants, *blocks, *self._whole.values()]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
+    @property
+    def only_down_proj(self) -> Tensor | None:
+        """``[width, rank]``, where one basis covers all heads and channels; else None."""
+        only = self.blocks[0]
+        return only.down_proj if len(self.blocks) == 1 and only.heads is None and only.channels is None else None
+
     def up_proj(self, member: int) -> Tensor:
         """``[rank, heads, head_dim]``: the up-projection of one member over all bases of the store.
 
@@ -97,7 +103,7 @@ class Coder:
         """
         shape = self.shapes[member]
         only = self.blocks[0]
-        if len(self.blocks) == 1 and only.heads is None and only.channels is None:
+        if self.only_down_proj is not None:
             return only.up_projs[member].unflatten(1, (shape.heads, shape.head_dim))
         if member not in self._whole:
             wide = any(block.up_projs[member].dtype == torch.float32 for block in self.blocks)
@@ -223,6 +229,14 @@ class PackedLatents:
                 steps.append(step)
             start += channels
         self.tokens += latents.shape[1]
+
+    def extend(self, tiers: tuple[PackedTier, ...]) -> None:
+        """Store tokens that a kernel has packed."""
+        for tier, codes, steps in zip(tiers, self.codes, self.steps, strict=True):
+            codes.append(tier.codes)
+            if steps is not None and tier.steps is not None:
+                steps.append(tier.steps)
+        self.tokens += tiers[0].codes.shape[1]
 
     def views(self, start: int = 0) -> tuple[PackedTier, ...]:
         """Tokens from ``start`` on as they lie in the buffers; appending leaves these views as they are."""

@@ -193,9 +193,9 @@ class PromptStore(LatentStore):
         covariance = second / count.clamp(min=1) - mean.mT @ mean
         self.coder.fit(covariance, (mean if shift is None else mean + shift)[:, 0])
 
-    def begin(self) -> None:
+    def begin(self, impl: str = "torch") -> None:
         self._fitted_before = self.coder.fitted
-        super().begin()
+        super().begin(impl)
 
     def rollback(self) -> None:
         undone = self._before is not None and not self._fitted_before

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lowrank_cache.growing import GrowingTensor, is_read_only
+from lowrank_cache.kernels.api import encode, triton_serves
 from lowrank_cache.kernels.packed import LatentSide, PackedTier
 from lowrank_cache.kernels.rope import rotate
 from lowrank_cache.latents import Coder, PackedLatents
@@ -61,6 +62,7 @@ class LatentStore:
         self.latents: PackedLatents | None = None
         self._read: Tensor | None = None  # latents as read in the current forward, until its last member
         self._tiers: tuple[PackedTier, ...] | None = None  # views of the latents, for the current forward
+        self._impl = "torch"
         self._before: tuple | None = None  # state before the current forward, for `rollback`
 
     def _new_window(self) -> GrowingTensor:
@@ -181,11 +183,30 @@ class LatentStore:
         """Append the latents of the next slots: by member ``[batch, heads, tokens, head_dim]`` float32, post-RoPE."""
         stop = self.encoded_end + states[0].shape[2]
         self.coder.to(states[0].device)
+        if self.attendable and triton_serves(self._impl, states[0].device, {part.shape[3] for part in states}):
+            down_proj = self.coder.only_down_proj
+            if down_proj is not None:
+                latents.extend(self._encoded_by_kernels(states, down_proj, latents.latent_dtype, stop))
+                self.encoded_end = stop
+                return
         encoded = self.coder.encode(self._framed(states, self.encoded_end))
         if not bool(torch.isfinite(encoded).all()):
             raise ValueError(f"{self.coder.name} must be finite, got NaN or infinity: the forward overflowed")
         latents.append(encoded, self.coder.weight)
         self.encoded_end = stop
+
+    def _encoded_by_kernels(
+        self, states: list[Tensor], down_proj: Tensor, dtype: torch.dtype, stop: int
+    ) -> tuple[PackedTier, ...]:
+        frames = [
+            None if shape.rope is None else self.track.frames(shape.rope, self.encoded_end, stop)
+            for shape in self.coder.shapes
+        ]
+        coder = self.coder
+        try:
+            return encode(states, coder.constants, frames, down_proj, coder.tiers, coder.weight, dtype, impl=self._impl)
+        except ValueError as error:
+            raise ValueError(f"{coder.name}: {error}") from error
 
     def _framed(self, states: list[Tensor], start: int) -> list[Tensor]:
         """States of the slots from ``start`` on, by member, rotated from their positions into their frames."""
@@ -262,8 +283,9 @@ class LatentStore:
         row, nth = ((slots >= start) & (slots < stop)).nonzero(as_tuple=True)
         return row, nth, slots[row, nth]
 
-    def begin(self) -> None:
-        """Note the state before a forward, so that `rollback` can return to it."""
+    def begin(self, impl: str = "torch") -> None:
+        """Note the state before a forward, so that `rollback` can return to it; ``impl``: kernels that encode."""
+        self._impl = impl
         self._read = self._tiers = None
         windows = [(window, window.rows) for window in self.windows]
         tokens = 0 if self.latents is None else self.latents.tokens

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_cache.kernels.api import latent_decode
+from lowrank_cache.kernels.api import attend, latent_decode, merge
 from lowrank_cache.kernels.packed import LatentSide
-from lowrank_cache.kernels.reference import attend, merge
 
 __all__ = ["LatentView", "StoredSide"]
 

@@ -19,7 +19,7 @@ class Allocated:
 
 @contextmanager
 def watch_allocated(device: torch.device) -> Iterator[Allocated]:
-    """Watch torch's allocator on ``device`` while the block runs; on a CPU through its profiler, which takes some time."""
+    """Watch torch's allocator on ``device`` while the block runs; on a CPU through its profiler, which costs time."""
     allocated = Allocated()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
