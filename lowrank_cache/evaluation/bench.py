@@ -81,7 +81,7 @@ def run_bench(
     out: Path,
     progress: Callable[[str], object] = print,
 ) -> list[BenchRow]:
-    """Time every configuration at every context and batch that ``out`` does not hold yet.
+    """Time every configuration at every context and batch that ``out`` does not hold yet, and return all it holds.
 
     Args:
         model: In eval mode; switched to ``latent_attention`` for the while.
@@ -111,13 +111,8 @@ def run_bench(
                 done[row.name, context, batch] = row
                 with open(out, "a", encoding="utf-8") as file:
                     file.write(json.dumps(asdict(row)) + "\n")
-    return [
-        done[name, context, batch]
-        for context in settings.contexts
-        for batch in settings.batches
-        for name in names
-        if (name, context, batch) in done
-    ]
+    # Earlier runs' rows too, as the file holds them: a table is not less for being measured in parts.
+    return sorted(done.values(), key=lambda row: (row.context, row.batch, row.name != "full"))
 
 
 def _resume(out: Path, settings: BenchSettings) -> dict[tuple[str, int, int], BenchRow]:
