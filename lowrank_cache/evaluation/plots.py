@@ -119,9 +119,12 @@ def plot_bench(rows: list[BenchRow], path: Path) -> None:
             members = sorted(
                 (row for row in rows if row.name == name and row.batch == batch), key=lambda row: row.context
             )
+            if not members:
+                continue
             contexts = [row.context for row in members]
             speed.plot(contexts, [row.tokens_per_second for row in members], marker="o", label=name)
             size.plot(contexts, [row.stored_bytes / 1e6 for row in members], marker="o", label=name)
+        speed.set_ylim(bottom=0)
         speed.set(title=f"batch {batch}", xscale="log", xlabel="tokens in the cache", ylabel="decoded tokens a second")
         size.set(xscale="log", yscale="log", xlabel="tokens in the cache", ylabel="bytes of the cache, MB")
         for axis in (speed, size):
