@@ -236,7 +236,7 @@ def _decode(step: _Step, output: Tensor, lse: Tensor) -> None:
             CHUNK=_CHUNK,
             DOT=step.dot,
             PRECISION=precision(step.exact),
-            num_warps=warps(128 if rows < 64 else 256),
+            num_warps=warps(256),
             num_stages=2,
             **wave.arguments(),
             **step.values.read,

@@ -51,36 +51,41 @@ def _project_down(
     valid = token < tokens
     channel = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     in_rank = channel < down_stride * 8
-    pair = tl.arange(0, PAIRS)
-    dims = tl.arange(0, 2 * PAIRS)
-    first, second, in_pairs = pair_columns(HEAD_DIM, HALF, INTERLEAVED, PAIRS)
-    inside = valid[:, None] & in_pairs[None, :]
-    if HALF > 0:
-        offset = batch * cos_batch + (token // frame_length).to(tl.int64)[:, None] * HALF + pair[None, :]
-        turning = valid[:, None] & (pair < HALF)[None, :]
-        c, s = tl.load(cos + offset, mask=turning, other=1.0), tl.load(sin + offset, mask=turning, other=0.0)
     at = states + batch * (batch_stride * 8) + token.to(tl.int64)[:, None] * (token_stride * 8)
+    cos, sin = cos + batch * cos_batch, sin + batch * cos_batch
+    turn = (token // frame_length * HALF)[:, None]  # 32 bits: registers are scarce here
     product = tl.zeros((TILE, CHUNK), tl.float32)
-    for head in tl.range(0, heads):
+    BLOCKS: tl.constexpr = (HEAD_DIM // 2 + PAIRS - 1) // PAIRS  # of pairs in a head
+    for step in tl.range(0, heads * BLOCKS):
+        head, start = step // BLOCKS, step % BLOCKS * PAIRS
+        first, second, in_pairs = pair_columns(start, HEAD_DIM, HALF, INTERLEAVED, PAIRS)
+        member = at + head_stride.to(tl.int64) * 8 * head
         if INTERLEAVED:
-            both = tl.load(at + dims[None, :], mask=valid[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
+            dims = 2 * start + tl.arange(0, 2 * PAIRS)
+            both = tl.load(member + dims[None, :], mask=valid[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
             one, two = tl.split(tl.reshape(both.to(tl.float32), (TILE, PAIRS, 2)))
         else:
-            one = tl.load(at + first[None, :], mask=inside, other=0.0).to(tl.float32)
-            two = tl.load(at + second[None, :], mask=inside, other=0.0).to(tl.float32)
+            inside = valid[:, None] & in_pairs[None, :]
+            one = tl.load(member + first[None, :], mask=inside, other=0.0).to(tl.float32)
+            two = tl.load(member + second[None, :], mask=inside, other=0.0).to(tl.float32)
         if HALF > 0:
+            pair = start + tl.arange(0, PAIRS)
+            turning = valid[:, None] & (pair < HALF)[None, :]
+            c = tl.load(cos + turn + pair[None, :], mask=turning, other=1.0)
+            s = tl.load(sin + turn + pair[None, :], mask=turning, other=0.0)
             one, two = one * c + two * s, two * c - one * s
         mean = tl.load(constant + head * HEAD_DIM + first, mask=in_pairs, other=0.0)
         one = tl.where(in_pairs[None, :], one - mean[None, :], 0.0)
         mean = tl.load(constant + head * HEAD_DIM + second, mask=in_pairs, other=0.0)
         two = tl.where(in_pairs[None, :], two - mean[None, :], 0.0)
-        down = down_proj + (head * HEAD_DIM + first).to(tl.int64)[:, None] * (down_stride * 8) + channel[None, :]
-        part = tl.load(down, mask=in_pairs[:, None] & in_rank[None, :], other=0.0).to(tl.float32)
+        down = down_proj + down_stride.to(tl.int64) * 8 * head * HEAD_DIM
+        used = in_pairs[:, None] & in_rank[None, :]
+        rows_at = down + (first[:, None] * (down_stride * 8) + channel[None, :])
+        part = tl.load(rows_at, mask=used, other=0.0).to(tl.float32)
         product = tl.dot(one, part, product, input_precision=PRECISION)
-        down = down_proj + (head * HEAD_DIM + second).to(tl.int64)[:, None] * (down_stride * 8) + channel[None, :]
-        part = tl.load(down, mask=in_pairs[:, None] & in_rank[None, :], other=0.0).to(tl.float32)
+        rows_at = down + (second[:, None] * (down_stride * 8) + channel[None, :])
+        part = tl.load(rows_at, mask=used, other=0.0).to(tl.float32)
         product = tl.dot(two, part, product, input_precision=PRECISION)
-        at += head_stride * 8
     column = channel + tl.where(channel >= start1, shift1, 0) + tl.where(channel >= start2, shift2, 0)
     column += tl.where(channel >= start3, shift3, 0)
     target = latents + (batch * tokens + token)[:, None] * (row * 16) + column[None, :]
@@ -285,7 +290,7 @@ def _latents(
             down_stride=down_proj.stride(0) // 8,
             row=columns.row // _ALIGNMENT,
             HEAD_DIM=head_dim,
-            PAIRS=block(head_dim // 2, 16, 128),
+            PAIRS=block(head_dim // 2, 16, 64),
             ADD=number > 0,
             TILE=tile,
             CHUNK=chunk,

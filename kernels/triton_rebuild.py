@@ -15,12 +15,12 @@ REBUILD_INTEGERS = ["heads", "tokens", "frame_length", "cos_batch", "up_rank", "
 
 
 @triton.jit
-def pair_columns(HEAD_DIM: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, PAIRS: tl.constexpr):
-    """Columns of a head that rotate together, ``[PAIRS]`` each, and which of them exist.
+def pair_columns(start, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, PAIRS: tl.constexpr):
+    """Columns of a head that rotate together, ``[PAIRS]`` each from pair ``start`` on, and which of them exist.
 
     Columns beyond the rotation are paired too, and then not rotated. Without ``INTERLEAVED`` both halves are runs.
     """
-    pair = tl.arange(0, PAIRS)
+    pair = start + tl.arange(0, PAIRS)
     if INTERLEAVED:
         first, second = 2 * pair, 2 * pair + 1
     else:
@@ -94,7 +94,7 @@ def rebuild_pair(
     ``starts``: the tiers' first rows of ``up_proj``. ``up_proj`` and ``constant`` point to the head, ``cos`` and
     ``sin`` to the row of the batch.
     """
-    first, second, in_pairs = pair_columns(HEAD_DIM, HALF, INTERLEAVED, PAIRS)
+    first, second, in_pairs = pair_columns(0, HEAD_DIM, HALF, INTERLEAVED, PAIRS)
     one, two = tl.zeros((TILE, PAIRS), tl.float32), tl.zeros((TILE, PAIRS), tl.float32)
     one, two = _add_pair(one, two, token, valid, tiers[0], starts[0], first, second, in_pairs, up_proj, up_rank,
                          HEAD_DIM, PAIRS, INTERLEAVED, 16, TILE, CHUNK, DOT, PRECISION)  # fmt: skip

@@ -67,7 +67,7 @@ def _reconstruct(
         inside = valid[:, None] & (dims < HEAD_DIM)[None, :]
         tl.store(out + line[:, None] * HEAD_DIM + dims[None, :], both.to(out.dtype.element_ty), mask=inside)
     else:
-        first, second, in_pairs = pair_columns(HEAD_DIM, HALF, INTERLEAVED, PAIRS)
+        first, second, in_pairs = pair_columns(0, HEAD_DIM, HALF, INTERLEAVED, PAIRS)
         inside = valid[:, None] & in_pairs[None, :]
         tl.store(out + line[:, None] * HEAD_DIM + first[None, :], one.to(out.dtype.element_ty), mask=inside)
         tl.store(out + line[:, None] * HEAD_DIM + second[None, :], two.to(out.dtype.element_ty), mask=inside)

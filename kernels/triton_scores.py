@@ -235,7 +235,7 @@ def rebuilt_scores(
         cos + batch * cos_batch, sin + batch * cos_batch, frame_length,
         HEAD_DIM, PAIRS, HALF, INTERLEAVED, TILE, CHUNK, UP_DOT, PRECISION,
     )  # fmt: skip
-    first, second, in_pairs = pair_columns(HEAD_DIM, HALF, INTERLEAVED, PAIRS)
+    first, second, in_pairs = pair_columns(0, HEAD_DIM, HALF, INTERLEAVED, PAIRS)
     one, two = one.to(DOT), two.to(DOT)
     mask += batch * mask_batch
     line = (batch * heads + head) * head_rows

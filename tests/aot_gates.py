@@ -73,7 +73,7 @@ BULK = {
     "one = tl.load(": 8,  # states to encode
     "two = tl.load(": 8,
     "both = tl.load(": 8,
-    "part = tl.load(down": 4,  # the down-projection
+    "part = tl.load(rows_at": 4,  # the down-projection
     "z = tl.load(": 8,
 }
 NO_MATRICES = {"combine", "_quantize"}
