@@ -321,7 +321,8 @@ def test_row_of_padded_batch_equals_row_alone(family):
     model = tiny_model(family)
     cache = exact_cache(model, full_rank_projections(family))
     batch = _generate(model, **_padded_prompts(), cache=cache, new=new)
-    logits = batch.logits.view(new, len(PROMPT_LENGTHS), VOCAB)
+    stock = _generate(model, **_padded_prompts(), cache=_dynamic(model), new=new)
+    logits, stock_logits = (outcome.logits.view(new, len(PROMPT_LENGTHS), VOCAB) for outcome in (batch, stock))
     for row, length in enumerate(PROMPT_LENGTHS):
         prompt = random_tokens(1, length, seed=20 + row)
         truth, alone = (
@@ -329,7 +330,10 @@ def test_row_of_padded_batch_equals_row_alone(family):
             for model in (tiny_model(family, torch.float64), tiny_model(family))
         )
         assert torch.equal(batch.sequences[row, -new:], alone.sequences[0, -new:])
-        assert_within_reference_error(logits[:, row], alone.logits, truth.logits, rounding_band(family))
+        # transformers' own layers round a batch differently from a row alone too; the worse of both is the measure.
+        references = (alone.logits, stock_logits[:, row])
+        worse = max(references, key=lambda reference: float((reference - truth.logits).abs().max()))
+        assert_within_reference_error(logits[:, row], worse, truth.logits, rounding_band(family))
 
 
 def test_padding_is_found_without_position_ids():

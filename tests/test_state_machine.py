@@ -59,7 +59,8 @@ class CacheMachine(RuleBasedStateMachine):
 
     def _make_cache(self, **sizes):
         projections = full_rank_projections(self.family, self.frame_length, self.layer_group_size, self.joint)
-        self.tolerance = DEVIATIONS * noise_gain(projections) * FLOAT32_ROUNDING
+        # Two products with the bases, and two rotations of two products and a sum each.
+        self.tolerance = DEVIATIONS * (noise_gain(projections) ** 2 + 2) ** 0.5 * FLOAT32_ROUNDING
         self.cache = exact_cache(self.model, projections, **sizes)
 
     def _forget(self):
