@@ -107,7 +107,8 @@ def _switch(model: PreTrainedModel, decoder: PreTrainedModel, impl: str) -> _Swi
         AttentionInterface.register(_NAMES[key], function)
         AttentionMaskInterface.register(_NAMES[key], _MASKS[key])  # type: ignore[arg-type]  # a dict of functions
     decoder.set_attn_implementation(_NAMES[others])
-    weakref.finalize(decoder, _unregister_if_unused)  # a model may die switched
+    if decoder not in _DIRECT:  # the first time
+        weakref.finalize(decoder, _unregister_if_unused)  # a model may die switched
     _SWITCHED[decoder] = _Switched(previous, impl)
     try:
         layers = _layers_that_attend_directly(model, decoder)
