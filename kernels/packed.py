@@ -88,6 +88,10 @@ class RotaryFrames:
             self._spread[head_dim] = cos[:, :, None], sin[:, :, None]
         return self._spread[head_dim]
 
+    def tables(self) -> list[Tensor]:
+        """Every tensor that is held."""
+        return [self.cos, self.sin, *(table for pair in self._spread.values() for table in pair)]
+
 
 @dataclass(frozen=True)
 class LatentSide:

@@ -38,6 +38,7 @@ class PositionTrack:
         self.rows_equal = True  # all rows have the same positions, so one row of tables serves all
         self._segments: dict[str, list[tuple[int, Tensor]]] = {}  # inverse frequencies from a slot on
         self._tables: dict[tuple, tuple[Tensor, Tensor]] = {}
+        self._frames: dict[tuple, RotaryFrames] = {}
         self._noted: set[str] = set()  # sources looked at in the current forward
 
     @property
@@ -163,17 +164,19 @@ class PositionTrack:
 
         That is so where a dynamic rotary embedding has changed its frequencies, which ends a frame early.
         """
+        key = (rope, start, stop)
+        if key not in self._frames:
+            self._frames[key] = self._make_frames(rope, start, stop)
+        return self._frames[key]
+
+    def _make_frames(self, rope: RopeShape, start: int, stop: int) -> RotaryFrames:
         whole = len(self._segments[rope.source]) == 1 and start == self.first_frame_slot
         if self.frame_length == 1 or not whole:
             cos, sin = self.rotation(rope, start, stop)
             return RotaryFrames(cos[:, 0], sin[:, 0], 1, rope.layout)
-        key = (rope.source, start, stop, "frames")
-        if key not in self._tables:
-            positions = self._positions.view(start, stop)[:, :: self.frame_length]
-            self._tables[key] = angle_tables(
-                positions[:1] if self.rows_equal else positions, self._segments[rope.source][0][1]
-            )
-        return RotaryFrames(*self._tables[key], self.frame_length, rope.layout)
+        positions = self._positions.view(start, stop)[:, :: self.frame_length]
+        tables = angle_tables(positions[:1] if self.rows_equal else positions, self._segments[rope.source][0][1])
+        return RotaryFrames(*tables, self.frame_length, rope.layout)
 
     def real_after_sinks(self, start: int, stop: int, sinks: int) -> Tensor:
         """``[batch, stop - start]`` bool: neither padding nor one of its row's first ``sinks`` tokens."""
@@ -184,6 +187,7 @@ class PositionTrack:
     def end(self) -> None:
         """Drop what served one forward; its tables are as large as one head's dense keys."""
         self._tables.clear()
+        self._frames.clear()
         self._noted.clear()
 
     def truncate(self, slots: int) -> None:
@@ -214,6 +218,7 @@ class PositionTrack:
         rows = [tensor for tensor in (self._next, self.first_real) if tensor is not None]
         frequencies = [inv_freq for segments in self._segments.values() for _, inv_freq in segments]
         tables = [table for pair in self._tables.values() for table in pair]
+        tables += [table for frames in self._frames.values() for table in frames.tables()]
         return self._positions.nbytes + sum(t.numel() * t.element_size() for t in rows + frequencies + tables)
 
 
