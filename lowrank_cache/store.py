@@ -228,14 +228,14 @@ class LatentStore:
             everything[:, :, self.encoded_end : past] = self.windows[member].view()
         if self.latents is not None and self.latents.tokens:
             everything[:, :, sinks : self.encoded_end] = self._reconstruct(self.latents, member, states)
-        kept, first_real = self.sinks[member], self.track.first_real
+        kept, slots = self.sinks[member], self.sink_slots
         if kept is None:  # there are no sink tokens
             return everything
-        if first_real is None:
+        if slots is None:
             everything[:, :, : min(sinks, past)] = kept[:, :, :past]
         else:
             everything[:, :, : min(sinks, past)] = 0
-            row, nth, slot = self._sink_slots(first_real, 0, past)
+            row, nth, slot = self._sinks_between(slots, 0, past)
             everything[row, :, slot] = kept[row, :, nth]
         return everything
 
@@ -262,24 +262,24 @@ class LatentStore:
         sinks = self.options.num_sink_tokens
         if sinks == 0:
             return
-        kept, first_real = self.sinks[member], self.track.first_real
+        kept, slots = self.sinks[member], self.sink_slots
         if kept is None:
             batch, heads, _, head_dim = states.shape
             kept = states.new_zeros(batch, heads, sinks, head_dim)
         elif is_read_only(kept):
             kept = kept.clone()
         self.sinks[member] = kept
-        if first_real is None:
+        if slots is None:
             if past < sinks:
                 new = min(sinks - past, states.shape[2])
                 kept[:, :, past : past + new] = states[:, :, :new]
         else:
-            row, nth, slot = self._sink_slots(first_real, past, past + states.shape[2])
+            row, nth, slot = self._sinks_between(slots, past, past + states.shape[2])
             kept[row, :, nth] = states[row, :, slot - past]
 
-    def _sink_slots(self, first_real: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Row, number and slot of every sink token that stands in slots ``start`` to ``stop``."""
-        slots = first_real[:, None] + torch.arange(self.options.num_sink_tokens, device=first_real.device)
+    @staticmethod
+    def _sinks_between(slots: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Row, number and slot of every sink token of ``sink_slots`` that stands in slots ``start`` to ``stop``."""
         row, nth = ((slots >= start) & (slots < stop)).nonzero(as_tuple=True)
         return row, nth, slots[row, nth]
 
