@@ -27,7 +27,17 @@ def test_writes_every_table_and_keeps_its_models(small, tmp_path):
     papers.check_papers(tmp_path, text, steps=4, windows=3, calibration_windows=8, report=said.append)
     table = (tmp_path / "papers.md").read_text()
     rows = [line for line in table.splitlines() if line.startswith("| ")]
-    for name in ("Palu, 50 %", "ReCalKV, 70 %", "neither", "HSR", "OVC", "both", "similar heads", "whitened SVD", "xKV 3x"):
+    for name in (
+        "Palu, 50 %",
+        "ReCalKV, 70 %",
+        "neither",
+        "HSR",
+        "OVC",
+        "both",
+        "similar heads",
+        "whitened SVD",
+        "xKV",
+    ):
         assert any(line.startswith(f"| {name}") for line in rows), name
     lost = {name: float(error) for name, error in re.findall(r"\| ((?:plain|whitened) SVD[^|]*) \| ([\d.]+) \|", table)}
     whitened = [error for name, error in lost.items() if name.startswith("whitened")]
