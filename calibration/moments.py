@@ -415,7 +415,10 @@ def _require_gradient(module: nn.Module, inputs, output: Tensor) -> Tensor:
 
 
 def _tensors(batches: Iterable, model: PreTrainedModel):
-    """Input ids and attention mask of every batch, on the model's device."""
+    """Input ids and attention mask of every batch, on the device of the embeddings.
+
+    Offloaded embeddings are on no device between forwards; accelerate's hooks then move what a forward is given.
+    """
     if isinstance(batches, str | bytes):
         raise TypeError(
             "batches must be an iterable of token ids, got a string; tokenize it with the model's tokenizer"
@@ -433,7 +436,8 @@ def _tensors(batches: Iterable, model: PreTrainedModel):
             shape = list(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
             raise TypeError(f"batches[{index}] must be a LongTensor [batch, tokens], got {shape}")
         mask = torch.ones_like(batch) if mask is None else mask
-        yield batch.to(device), mask.to(device)
+        target = batch.device if device.type == "meta" else device
+        yield batch.to(target), mask.to(target)
 
 
 def _add(total: Tensor | None, part: Tensor) -> Tensor:
