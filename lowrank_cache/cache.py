@@ -441,7 +441,7 @@ class LowRankCache(Cache):
             **self._owner,
             "projections_fingerprint": self._bases_fingerprint(),
             "settings": settings_to_json(self._settings),
-            "compression_ratio": self.compression_ratio(),
+            "compression_ratio": self.full_bytes() / tensors.nbytes,
         }
         return facts, tensors
 

@@ -1,6 +1,7 @@
 """What a saved cache consists of: facts for the JSON, and named tensors, from a cache's parts and back into them."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ __all__ = ["check_owner", "fill", "gather", "owner_facts", "settings_from_json",
 
 def owner_facts(config: Any, shape: ModelShape) -> dict[str, Any]:
     """Which model a cache belongs to; its name is for people, its fingerprint is what counts."""
+    name = getattr(config, "_name_or_path", "") or "a model without a name"
     return {
-        "base_model": getattr(config, "_name_or_path", "") or "a model without a name",
+        "base_model": Path(name).name if Path(name).is_dir() else name,  # paths of this machine are not shipped
         "model_type": shape.model_type,
         "model_fingerprint": shape.fingerprint,
     }

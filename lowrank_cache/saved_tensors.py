@@ -27,6 +27,10 @@ class SavedTensors:
         """Every tensor by name, on the CPU."""
         return self._tensors
 
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors.values())
+
     def take(self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Remove a tensor and return it in memory of its own on ``device``.
 
