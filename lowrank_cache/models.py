@@ -182,7 +182,7 @@ def model_shape(model: PreTrainedModel) -> ModelShape:
 
     Raises:
         NotImplementedError: If the model's cache cannot be compressed: no full-attention layer, no
-            rotary embedding, ALiBi, M-RoPE, or keys that the probe cannot un-rotate.
+            rotary embedding, ALiBi, M-RoPE, keys that the probe cannot un-rotate, or a model split over processes.
         ValueError: If the model computes NaN or infinite keys or values.
     """
     decoder = decoder_of(model)
@@ -209,8 +209,21 @@ class _ProbeCache(DynamicCache):
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
+def _check_one_process(model: PreTrainedModel) -> None:
+    """Refuse a model that is split over processes: each would calibrate, and cache, only its own heads or layers."""
+    tensor_parallel = getattr(model, "_tp_size", None) or 1
+    pipeline_parallel = getattr(getattr(model.config, "distributed_config", None), "pp_size", None) or 1
+    if tensor_parallel > 1 or pipeline_parallel > 1:
+        raise NotImplementedError(
+            f"{type(model).__name__} is split over processes (tensor parallel {tensor_parallel}, pipeline parallel "
+            f"{pipeline_parallel}), and each caches only its own heads or layers, which is not supported; load the "
+            "whole model in one process, over several devices with device_map if need be"
+        )
+
+
 def _probe(model: PreTrainedModel, decoder: nn.Module) -> ModelShape:
     name = type(model).__name__
+    _check_one_process(model)
     config = model.config.get_text_config(decoder=True)
     layer_types = tuple(get_layer_types_and_kwargs(config)[0])
     full = [index for index, layer_type in enumerate(layer_types) if layer_type == "full_attention"]
