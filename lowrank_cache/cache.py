@@ -6,6 +6,7 @@ layers keep transformers' own classes. What transformers calls, and when: docs/c
 """
 
 import hashlib
+import warnings
 import weakref
 from collections.abc import Mapping
 from copy import deepcopy
@@ -29,7 +30,15 @@ from lowrank_cache.attended import Attended, attach_view, attended_by
 from lowrank_cache.hooks import watch
 from lowrank_cache.kernels.reference import QUANTIZED_BITS
 from lowrank_cache.latents import Coder
-from lowrank_cache.models import LayerShape, ModelShape, decoder_of, input_device, model_shape, one_token_cache
+from lowrank_cache.models import (
+    LayerShape,
+    ModelShape,
+    decoder_of,
+    input_device,
+    layer_devices,
+    model_shape,
+    one_token_cache,
+)
 from lowrank_cache.positions import PositionTrack
 from lowrank_cache.projections import Projections
 from lowrank_cache.prompt_svd import prompt_stores
@@ -78,7 +87,7 @@ class LowRankLayer(CacheLayerMixin):
         encoded_end = max(store.encoded_end, min(store.options.num_sink_tokens, self.get_seq_length()))
         states = self._checked(key_states, value_states)
         keys, values = (self.stores[side].extend(self.members[side], tensor) for side, tensor in states.items())
-        return LatentView(keys, values, self.get_seq_length(), encoded_end, store.sink_slots, impl)
+        return LatentView(keys, values, self.get_seq_length(), encoded_end, store.sink_slots(key_states.device), impl)
 
     def can_extend(self) -> bool:
         """Whether there are past tokens, in stores that can be attended to."""
@@ -174,6 +183,7 @@ class LowRankCache(Cache):
             projections.check_model(shape)
             if layer_group_size is not None or new_tokens is not None:
                 raise ValueError("layer_group_size and new_tokens belong to method 'xkv'; projections hold their own")
+            _warn_of_borders(projections, layer_devices(model))
             self._coders = _coders(projections, **budget, latent_dtype=latent_dtype)
             self._track = PositionTrack(projections.frame_length, num_sink_tokens)
             self._stores = [LatentStore(coder, self._track, options) for coder in self._coders]
@@ -183,7 +193,15 @@ class LowRankCache(Cache):
             self._coders = []  # bases belong to prompts and lie in the stores
             self._track = PositionTrack(1, num_sink_tokens)
             self._stores = list(
-                prompt_stores(shape, self._track, options, **budget, layer_group_size=size, new_tokens=new_tokens)
+                prompt_stores(
+                    shape,
+                    self._track,
+                    options,
+                    **budget,
+                    layer_group_size=size,
+                    new_tokens=new_tokens,
+                    devices=layer_devices(model),
+                )
             )
         else:
             raise ValueError(f"method must be 'xkv'; the bases of other methods are calibrated, got {method!r}")
@@ -507,6 +525,23 @@ def _check_options(residual_length, num_sink_tokens, block_size, latent_dtype) -
     if latent_dtype is not None and not (isinstance(latent_dtype, torch.dtype) and latent_dtype.is_floating_point):
         raise ValueError(f"latent_dtype must be a floating torch.dtype or None, got {latent_dtype!r}")
     return StoreOptions(residual_length, num_sink_tokens, block_size, latent_dtype)
+
+
+def _warn_of_borders(projections: Projections, devices: Mapping[int, torch.device]) -> None:
+    """Say which layer groups cross from one device to another: their latents must be copied in every forward."""
+    crossing = {
+        basis.layers: [str(devices[layer]) for layer in basis.layers]
+        for basis in projections.bases
+        if len({devices.get(layer) for layer in basis.layers}) > 1
+    }
+    if crossing:
+        layers, where = next(iter(crossing.items()))
+        warnings.warn(
+            f"{len(crossing)} layer group(s) cross devices, the first being layers {list(layers)} on {where}; their "
+            "latents lie on the last layer's device and are copied to the others in every forward. To avoid it, choose "
+            "a device_map with borders between groups, or calibrate with layer_group_size=1",
+            stacklevel=3,
+        )
 
 
 _CODERS: "weakref.WeakKeyDictionary[Projections, dict]" = weakref.WeakKeyDictionary()
