@@ -8,6 +8,7 @@ here, when a cache is made, and never later. See docs/cache_contract.md, "The pr
 
 import hashlib
 import json
+import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -274,8 +275,11 @@ def _same_inputs(decoder: nn.Module) -> Iterator[None]:
     rounding of rotated scores, routers amplify it, and in half precision deep layers differ beyond recognition.
     """
     inputs: dict[nn.Module, Tensor] = {}
+    prober = threading.get_ident()
 
     def replace(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if threading.get_ident() != prober:  # another thread is using the model meanwhile
+            return args, kwargs
         hidden = kwargs.get("hidden_states", args[0] if args else None)
         if isinstance(hidden, Tensor):
             first = inputs.setdefault(module, hidden.clone())

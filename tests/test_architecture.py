@@ -19,6 +19,7 @@ ALLOWED = {
     "lowrank_cache/__init__.py": {"attention", "cache", "projections"},
     "lowrank_cache/atomic.py": set(),
     "lowrank_cache/attended.py": set(),
+    "lowrank_cache/turn.py": set(),
     "lowrank_cache/attention.py": {"attended", "kernels.api", "models", "view"},
     "lowrank_cache/view.py": {"kernels.api", "kernels.packed"},
     "lowrank_cache/growing.py": set(),
@@ -58,6 +59,7 @@ ALLOWED = {
         "saved_folder",
         "saved_tensors",
         "store",
+        "turn",
         "view",
     },
     "lowrank_cache/prompt_svd.py": {
