@@ -21,12 +21,13 @@ from lowrank_cache.evaluation.bench import BenchSettings
 from lowrank_cache.evaluation.bench_run import bench as run_bench
 from lowrank_cache.evaluation.demo import DemoSettings, run_demo
 from lowrank_cache.evaluation.inspection import inspect_projections
+from lowrank_cache.evaluation.loading import in_dtype, load_model
 from lowrank_cache.evaluation.model_source import DownloadError
 from lowrank_cache.evaluation.papers import check_papers
 from lowrank_cache.evaluation.plots import plot_projections
 from lowrank_cache.evaluation.prefill import prefill_peak
 from lowrank_cache.evaluation.quality import QualitySettings
-from lowrank_cache.evaluation.quality_run import QualityRun, in_dtype, load_model, run_quality
+from lowrank_cache.evaluation.quality_run import QualityRun, run_quality
 from lowrank_cache.evaluation.roofline_run import run_roofline
 from lowrank_cache.evaluation.text_source import load_text
 
