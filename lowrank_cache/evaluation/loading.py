@@ -19,6 +19,7 @@ def load_model(
     Args:
         dtype: By name, or ``"auto"`` for that of the checkpoint.
     """
+    model: Any
     if name is None:
         model, tokenizer, name = demo_model(report)
         if dtype not in ("auto", "float32"):
