@@ -119,8 +119,8 @@ def evaluate(
         progress: Called with the name of a cache, and tokens done and in all.
 
     Returns:
-        By name of the cache and ``record_key``: a ``"window"`` with its mean ``loss``, an ``"answers"`` with a context's
-        answers and their mean ``score``, or a ``"cost"`` with bytes and seconds at a length.
+        By name of the cache and ``record_key``: a ``"window"`` with its mean ``loss``, ``"answers"`` about a context
+        with their mean ``score``, or a ``"cost"`` with bytes and seconds at a length.
 
     Raises:
         ValueError: If ``results`` was made with other settings, or the text is too short.
@@ -175,7 +175,7 @@ def _window_jobs(model, ids: Tensor, settings: EvaluationSettings) -> Iterator[_
             with _attention(model, row, settings):
                 losses = stream(model, part, make, chunk=settings.chunk, batch=len(part), prompt=settings.prompt)
             means = losses[:, scored:].mean(1).tolist()
-            return [{"kind": "window", "index": start + row, "loss": loss} for row, loss in enumerate(means)]
+            return [{"kind": "window", "index": start + offset, "loss": loss} for offset, loss in enumerate(means)]
 
         keys: list[tuple] = [("window", None, None, start + offset) for offset in range(len(part))]
         yield _Job(keys, part.numel(), run)

@@ -19,7 +19,7 @@ from lowrank_cache.evaluation.text_source import load_text
 from lowrank_cache.models import BOTH, layer_groups, model_shape
 from lowrank_cache.projections import Projections
 
-__all__ = ["QualityRun", "moments_of", "run_quality"]
+__all__ = ["QualityRun", "moments_of", "refitted_of", "run_quality"]
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class QualityRun:
     """
 
     model: str | None
-    calibrate_on: Path | None
-    evaluate_on: Path | None
+    calibrate_on: Path | str | None
+    evaluate_on: Path | str | None
     moments: Path | None
     tokens: int
     recall_share: float
@@ -56,7 +56,7 @@ def run_quality(
         name = f"{name} with a key bias of {run.key_bias:g}"
     out.mkdir(parents=True, exist_ok=True)
     moments = moments_of(run, out / "moments.safetensors", model, tokenizer, report)
-    configurations = build(specifications, moments, partial(_refitted, run, out, model, tokenizer, moments, report))
+    configurations = build(specifications, moments, partial(refitted_of, run, out, model, tokenizer, moments, report))
     text, source = load_text(run.evaluate_on, split="test")
     report(f"{name}, measured in {run.dtype} on {source}")
     model = in_dtype(model, run.dtype)
@@ -89,7 +89,7 @@ def moments_of(run: QualityRun, path: Path, model, tokenizer, report: Callable[[
     return moments
 
 
-def _refitted(
+def refitted_of(
     run: QualityRun,
     out: Path,
     model,
