@@ -15,7 +15,17 @@ from transformers import Cache, PreTrainedModel
 
 from lowrank_cache.evaluation.streaming import branch, feed, padded
 
-__all__ = ["NAMES", "QUESTIONS", "RecallResult", "RecallText", "lookup_texts", "needle_texts", "score_recall"]
+__all__ = [
+    "NAMES",
+    "QUESTIONS",
+    "RecallResult",
+    "RecallText",
+    "lookup_list",
+    "lookup_question",
+    "lookup_texts",
+    "needle_texts",
+    "score_recall",
+]
 
 QUESTIONS = 4  # asked of each text
 _COLOURS = "red blue green black white yellow orange purple brown grey pink crimson".split()
@@ -39,18 +49,25 @@ class RecallResult:
     exact: Tensor
 
 
+def lookup_list(draw: random.Random, entries: int) -> tuple[str, dict[str, str]]:
+    """A text that lists ``entries`` similar facts, and the fact of each name."""
+    codes = {name: _code(draw) for name in draw.sample(NAMES, entries)}
+    facts = "".join(f"Agent {name} was given the secret code {code} this morning.\n" for name, code in codes.items())
+    return f"Read the list of agents and codes.\n\n{facts}", codes
+
+
+def lookup_question(name: str) -> str:
+    """What asks for the fact of a name; the answer follows after a space."""
+    return f"\nThe secret code that was given to agent {name} is"
+
+
 def lookup_texts(tokenizer, count: int, entries: int = 22, seed: int = 0) -> list[RecallText]:
     """Each text lists ``entries`` similar facts; some of them are asked for."""
     texts = []
     for index in range(count):
         draw = random.Random(seed * 1_000_003 + index)
-        codes = {name: _code(draw) for name in draw.sample(NAMES, entries)}
-        facts = "".join(
-            f"Agent {name} was given the secret code {code} this morning.\n" for name, code in codes.items()
-        )
-        asked = draw.sample(list(codes), QUESTIONS)
-        questions = ((f"\nThe secret code that was given to agent {name} is", codes[name]) for name in asked)
-        context = f"Read the list of agents and codes.\n\n{facts}"
+        context, codes = lookup_list(draw, entries)
+        questions = ((lookup_question(name), codes[name]) for name in draw.sample(list(codes), QUESTIONS))
         texts.append(RecallText(_ids(tokenizer, context), _questions(tokenizer, questions)))
     return texts
 
