@@ -29,7 +29,7 @@ from tests.models import random_tokens, tiny_model, wide_llama
 from tests.test_ruler import prose
 
 SETTINGS = EvaluationSettings(
-    lengths=(1700,), tasks=("multi-key", "tracking"), samples=2, windows=3, window=96, chunk=200, batch=2, steps=2,
+    lengths=(2000,), tasks=("multi-key", "tracking"), samples=2, windows=3, window=96, chunk=200, batch=2, steps=2,
     residual_length=8, block_size=8,
 )  # fmt: skip
 NAMES = ["full", "kivi-2", "fisher:4", "xkv:2,groups=2"]
@@ -58,8 +58,8 @@ def measured(tmp_path_factory):
 
 def test_everything_is_measured_and_the_progress_ends_at_its_total(measured):
     _, _, path, records, seen = measured
-    keys = {("window", None, None, index) for index in range(3)} | {("cost", None, 1700, 0)}
-    keys |= {("answers", task, 1700, index) for task in SETTINGS.tasks for index in range(2)}
+    keys = {("window", None, None, index) for index in range(3)} | {("cost", None, 2000, 0)}
+    keys |= {("answers", task, 2000, index) for task in SETTINGS.tasks for index in range(2)}
     assert {name: set(found) for name, found in records.items()} == dict.fromkeys(NAMES, keys)
     assert len(path.read_text().splitlines()) == 1 + 4 * len(keys)
     done, totals = [part[1] for part in seen], {part[2] for part in seen}
@@ -78,8 +78,8 @@ def test_windows_are_what_the_cache_itself_gives(measured):
 def test_bytes_are_those_of_the_cache_itself(measured):
     model, rows, _, records, _ = measured
     cache = rows[2].make()
-    fill(model, cache, torch.tensor(character_tokenizer()(prose(200))["input_ids"])[:1703], chunk=200)
-    assert records["fisher:4"]["cost", None, 1700, 0]["stored_bytes"] == pytest.approx(cache.stored_bytes(), rel=0.01)
+    fill(model, cache, torch.tensor(character_tokenizer()(prose(200))["input_ids"])[:2003], chunk=200)
+    assert records["fisher:4"]["cost", None, 2000, 0]["stored_bytes"] == pytest.approx(cache.stored_bytes(), rel=0.01)
 
 
 def test_a_second_run_measures_only_what_is_new(measured, tmp_path, monkeypatch):
@@ -112,13 +112,13 @@ def test_the_report_says_what_the_records_say(measured, tmp_path):
     ratio = math.exp(sum(losses["kivi-2"]) / 3 - sum(losses["full"]) / 3)
     assert kivi["perplexity"]["ratio"] == pytest.approx(ratio)
     assert kivi["perplexity"]["low"] <= ratio <= kivi["perplexity"]["high"]
-    at = kivi["lengths"]["1700"]
-    assert at["fill_seconds"] is None and metrics["fisher:4"]["lengths"]["1700"]["fill_seconds"] > 0
+    at = kivi["lengths"]["2000"]
+    assert at["fill_seconds"] is None and metrics["fisher:4"]["lengths"]["2000"]["fill_seconds"] > 0
     scores = [record["score"] for key, record in records["kivi-2"].items() if key[0] == "answers"]
     assert at["score"] == pytest.approx(sum(scores) / 4) and at["samples"] == 4
-    assert at["smaller"] > 2 and metrics["full"]["lengths"]["1700"]["smaller"] == 1
+    assert at["smaller"] > 2 and metrics["full"]["lengths"]["2000"]["smaller"] == 1
     table = report_markdown(metrics, CONFIG)
-    assert all(f"| {name} |" in table for name in NAMES) and "## Tasks at 1,700 tokens" in table
+    assert all(f"| {name} |" in table for name in NAMES) and "## Tasks at 2,000 tokens" in table
     widths = [line.count("|") for line in table.splitlines() if line.startswith("|")]
     assert widths == [7] * 6 + [4] * 6 + [5] * 6  # three tables of four caches
     plot_evaluation(metrics, tmp_path / "pareto.png")
@@ -207,7 +207,7 @@ def test_from_a_model_and_a_text_to_a_report(folder, tmp_path):
     out = tmp_path / "out"
     options = [
         folder / "model", "--out", out, "--text", folder / "text.txt", "--calibrate-on", folder / "text.txt",
-        "--tokens", 1024, "--dtype", "float32", "--device", "cpu", "--lengths", 1700, "--tasks", "single",
+        "--tokens", 1024, "--dtype", "float32", "--device", "cpu", "--lengths", 2000, "--tasks", "single",
         "--samples", 1, "--windows", 2, "--window", 64, "--residual-length", 8, "--chunk", 200,
     ]  # fmt: skip
     caches = ["--cache", "fisher:3", "--cache", "recalkv:2"]
