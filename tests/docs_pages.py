@@ -88,7 +88,9 @@ PARSERS = [
     CodeBlockParser("sh", shell_block),
     CodeBlockParser("text", text_block),
 ]
-pytest_collect_file = Sybil(parsers=PARSERS, filenames=[page.name for page in PAGES], setup=_enter).pytest()
+pytest_collect_file = Sybil(
+    parsers=PARSERS, path=str(ROOT), filenames=[page.name for page in PAGES], setup=_enter
+).pytest()
 
 
 def main(arguments: list[str]) -> int:
