@@ -1,6 +1,6 @@
 """Execute the code blocks of README.md and docs/*.md: ``python -m tests.docs_pages [PAGE ...] [PYTEST OPTION ...]``.
 
-- Blocks of ``python`` run in one namespace for each page, in the workplace of ``docs_workplace``.
+- Blocks of ``python`` run in one namespace for each page, in a copy of the workplace of ``docs_workplace``.
 - Blocks of ``sh`` are checked by ``docs_commands``; behind the comment ``<!-- executed -->`` they also run.
 - A block of ``text`` is what the block before it printed: same words, numbers within 10 %; a line that holds ``…`` may
   be anything.
@@ -13,8 +13,10 @@ import contextlib
 import io
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from sybil import Example, Sybil
@@ -48,7 +50,6 @@ def shell_block(example: Example) -> str | None:
     binaries = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", example.parsed],
-        cwd=WORKPLACE,
         env={**os.environ, "PATH": binaries},
         capture_output=True,
         text=True,
@@ -79,7 +80,16 @@ def _alike(one: str, other: str) -> bool:
 
 
 def _enter(namespace: dict) -> None:
-    os.chdir(WORKPLACE)
+    """A folder of its own for each page: hard links, which what saves by renaming leaves alone."""
+    folder = tempfile.mkdtemp(prefix="page-", dir=WORKPLACE.parent)
+    shutil.copytree(WORKPLACE, folder, copy_function=os.link, dirs_exist_ok=True)
+    os.chdir(folder)
+
+
+def _leave(namespace: dict) -> None:
+    folder = os.getcwd()
+    os.chdir(ROOT)
+    shutil.rmtree(folder)
 
 
 PARSERS = [
@@ -89,7 +99,7 @@ PARSERS = [
     CodeBlockParser("text", text_block),
 ]
 pytest_collect_file = Sybil(
-    parsers=PARSERS, path=str(ROOT), filenames=[page.name for page in PAGES], setup=_enter
+    parsers=PARSERS, path=str(ROOT), filenames=[page.name for page in PAGES], setup=_enter, teardown=_leave
 ).pytest()
 
 
