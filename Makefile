@@ -79,7 +79,7 @@ build/docs/notebooks/%.md: docs/notebooks/%.py tests/docs_notebooks.py $(PREPARE
 
 docs: $(NOTEBOOKS)
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
-	@echo "The site is in build/site: open build/site/index.html."
+	@echo "The site is in build/site; with search: $(BIN)/python -m http.server --directory build/site"
 
 # Execute every code block of README.md and docs/*.md.
 pages: $(PREPARED)

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from lowrank_cache import LowRankCache, latent_attention
+from lowrank_cache import LowRankCache, Projections, latent_attention
 from lowrank_cache.calibration import PRESETS
 from lowrank_cache.calibration.api import projections_from_moments
 from lowrank_cache.calibration.moments import Moments
@@ -27,7 +27,10 @@ tokenizer = AutoTokenizer.from_pretrained(name)
 text = open("my.txt", encoding="utf-8").read()[-60_000:]
 ids = tokenizer(text, return_tensors="pt")["input_ids"]
 moments = Moments.load("my-moments.safetensors")
-presets = {preset: projections_from_moments(moments, **options) for preset, options in PRESETS.items()}
+presets = {
+    "smallest": Projections.from_pretrained("my-projections"),
+    "fastest": projections_from_moments(moments, **PRESETS["fastest"]),
+}
 
 
 # %%
@@ -50,7 +53,7 @@ def caches():
     return {"full": DynamicCache(config=model.config), **compressed}
 
 
-contexts, seconds, sizes = (512, 1024, 2048, 4096), {}, {}
+contexts, seconds, sizes = (512, 1024, 3072), {}, {}
 with latent_attention(model):
     for context in contexts:
         made = caches()
@@ -85,7 +88,7 @@ plt.show()
 #
 # ## What the bytes are
 #
-# At 4,096 tokens. The bases are shared by all caches of the model.
+# At 3,072 tokens. The bases are shared by all caches of the model.
 
 # %%
 figure, axis = plt.subplots(figsize=(8, 2.8), layout="constrained")
@@ -117,11 +120,11 @@ framed = {
     frame: projections_from_moments(moments, layer_group_size=1, joint=False, frame_length=frame) for frame in frames
 }
 with latent_attention(model):
-    times = decode({frame: LowRankCache(model, made, compression_ratio=8) for frame, made in framed.items()}, 3072)
+    times = decode({frame: LowRankCache(model, made, compression_ratio=8) for frame, made in framed.items()}, 2048)
 losses = [sum(row.predicted_loss for row in inspect_projections(made, 8).rows) for made in framed.values()]
 figure, (speed, quality) = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
 speed.bar([str(frame) for frame in frames], [1000 * times[frame] for frame in frames])
-speed.set(xlabel="tokens per frame", ylabel="ms per decoded token, 3,072 in the cache")
+speed.set(xlabel="tokens per frame", ylabel="ms per decoded token, 2,048 in the cache")
 quality.bar([str(frame) for frame in frames], losses, color="tab:orange")
 quality.set(xlabel="tokens per frame", ylabel="predicted loss at 8x, nats per token")
 plt.show()
