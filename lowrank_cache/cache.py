@@ -5,9 +5,12 @@ layer group's keys, values or both and one ``LowRankLayer`` per layer that hands
 layers keep transformers' own classes. What transformers calls, and when: docs/cache_contract.md.
 """
 
+import hashlib
 import weakref
 from collections.abc import Mapping
 from copy import deepcopy
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -26,10 +29,13 @@ from lowrank_cache.attended import Attended, attach_view, attended_by
 from lowrank_cache.hooks import watch
 from lowrank_cache.kernels.reference import QUANTIZED_BITS
 from lowrank_cache.latents import Coder
-from lowrank_cache.models import LayerShape, ModelShape, decoder_of, model_shape
+from lowrank_cache.models import LayerShape, ModelShape, decoder_of, input_device, model_shape, one_token_cache
 from lowrank_cache.positions import PositionTrack
 from lowrank_cache.projections import Projections
 from lowrank_cache.prompt_svd import prompt_stores
+from lowrank_cache.saved_cache import check_owner, fill, gather, owner_facts, settings_from_json, settings_to_json
+from lowrank_cache.saved_folder import damage_named, push_folder, read_folder, write_folder
+from lowrank_cache.saved_tensors import SavedTensors
 from lowrank_cache.store import LatentStore, StoreOptions
 from lowrank_cache.view import LatentView
 
@@ -182,6 +188,17 @@ class LowRankCache(Cache):
         else:
             raise ValueError(f"method must be 'xkv'; the bases of other methods are calibrated, got {method!r}")
         self.target_compression_ratio = float(compression_ratio) if ranks is None else None
+        self._settings = {  # what `from_pretrained` makes an equal cache of
+            "method": method,
+            **budget,
+            "residual_length": residual_length,
+            "num_sink_tokens": num_sink_tokens,
+            "block_size": block_size,
+            "latent_dtype": latent_dtype,
+            "layer_group_size": layer_group_size,
+            "new_tokens": new_tokens,
+        }
+        self._owner = owner_facts(model.config, shape)
         self._decoder = weakref.ref(decoder)
         self._compressed = tuple(layer.layer_idx for layer in shape.layers)
         self._attended = Attended()  # layers that attend to latents in the current forward
@@ -333,8 +350,15 @@ class LowRankCache(Cache):
         """Tokens seen so far by each attention layer that is not compressed."""
         return [layer.get_seq_length() for layer in self._other_layers() if isinstance(layer, CacheLayerMixin)]
 
+    def _low_rank_layers(self) -> list[LowRankLayer]:
+        return [layer for layer in self.layers if isinstance(layer, LowRankLayer)]
+
+    def _layers_kept(self) -> dict[int, Any]:
+        """Layers that are not compressed, by index."""
+        return {index: layer for index, layer in enumerate(self.layers) if not isinstance(layer, LowRankLayer)}
+
     def _other_layers(self) -> list:
-        return [layer for layer in self.layers if not isinstance(layer, LowRankLayer)]
+        return list(self._layers_kept().values())
 
     def __deepcopy__(self, memo: dict) -> "LowRankCache":
         """A cache that shares the bases and the model and owns its tokens."""
@@ -351,6 +375,82 @@ class LowRankCache(Cache):
             raise ReferenceError("the model this cache was made for does not exist any more")
         return decoder
 
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the cached tokens to ``folder``: JSON and safetensors, without room to grow and without the bases.
+
+        Everything is written as it is stored, so a cache that is loaded goes on exactly as this one would. An older
+        saved cache in the folder is replaced when the new one is complete, and is untouched if anything fails.
+
+        Raises:
+            ValueError: If the cache is empty.
+            NotImplementedError: If a layer that is not compressed is of a kind that cannot be saved.
+            OSError: If there is no room or no permission.
+        """
+        write_folder(folder, *self._gather())
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Save to a repository on the hub; ``options`` as ``saved_folder.push_folder`` takes them."""
+        facts, tensors = self._gather()
+        with TemporaryDirectory() as folder:
+            write_folder(folder, facts, tensors)
+            return push_folder(folder, repo_id, facts, **options)
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | Path, model: PreTrainedModel, projections: Projections | None = None, **download: Any
+    ) -> "LowRankCache":
+        """Load what ``save_pretrained`` wrote, for the same model with the same projections.
+
+        Args:
+            name_or_path: A folder, or a repository on the hub.
+            model: The model that made the cache, in the same dtype, on any device.
+            projections: Those it was made with, at full rank or truncated for its ratio; None for xkv.
+            download: ``revision``, ``token``, ``cache_dir``, ``local_files_only`` and ``force_download``.
+
+        Raises:
+            FileNotFoundError: If a file is missing.
+            ValueError: If a file is damaged or has another format version, or belongs to another model or to
+                other projections.
+            TypeError: If ``projections`` are something else.
+        """
+        if projections is not None and not isinstance(projections, Projections):
+            raise TypeError(f"projections must be Projections, got {type(projections).__name__}")
+        folder, facts, saved = read_folder(name_or_path, **download)
+        with damage_named(folder):
+            check_owner(folder, facts, owner_facts(model.config, model_shape(model)))
+            made_with = facts["projections_fingerprint"]
+            if (made_with is None) != (projections is None):
+                expected = "None, for xkv made this cache" if made_with is None else "those that made this cache"
+                raise ValueError(f"projections must be {expected}, got {projections!r}")
+            cache = cls(model, projections, **settings_from_json(facts["settings"]))
+            if cache._bases_fingerprint() != made_with:
+                raise ValueError(
+                    f"projections must be those that made the cache in {folder}; with these, which differ, its latents "
+                    "would be read wrongly"
+                )
+            parts = cache._track, cache._stores, cache._layers_kept()
+            fill(*parts, facts, saved, one_token_cache(model).layers, input_device(model))
+        for layer in cache._low_rank_layers():
+            layer.is_initialized = True
+        return cache
+
+    def _gather(self) -> tuple[dict[str, Any], SavedTensors]:
+        self._settle()
+        facts, tensors = gather(self._track, self._stores, self._layers_kept())
+        facts |= {
+            **self._owner,
+            "projections_fingerprint": self._bases_fingerprint(),
+            "settings": settings_to_json(self._settings),
+            "compression_ratio": self.full_bytes() / tensors.nbytes,
+        }
+        return facts, tensors
+
+    def _bases_fingerprint(self) -> str | None:
+        """SHA-256 of the truncated bases in use; None for xkv, whose bases are saved with the tokens."""
+        if not self._coders:
+            return None
+        return hashlib.sha256("".join(coder.fingerprint for coder in self._coders).encode()).hexdigest()
+
     def stored_bytes(self) -> int:
         """Bytes of every tensor kept for the cached tokens, unused room included; bases are not.
 
@@ -365,8 +465,10 @@ class LowRankCache(Cache):
 
         The dtype of the model does not matter: the full cache of a float32 model is twice this.
         """
-        layers = [layer for layer in self.layers if isinstance(layer, LowRankLayer)]
-        compressed = sum(layer.get_seq_length() * (layer.shape.key.width + layer.shape.value.width) for layer in layers)
+        compressed = sum(
+            layer.get_seq_length() * (layer.shape.key.width + layer.shape.value.width)
+            for layer in self._low_rank_layers()
+        )
         return 2 * (compressed * (self._track.batch or 0) + sum(tensor.numel() for tensor in self._other_states()))
 
     def compression_ratio(self) -> float:

@@ -56,6 +56,10 @@ class GrowingTensor:
         self.copied_bytes += copied.numel() * copied.element_size()
         return copied
 
+    def adopt(self, rows: Tensor) -> None:
+        """Hold ``rows``, whose memory becomes the buffer, instead of what was appended."""
+        self.buffer, self.rows = rows, rows.shape[self.axis]
+
     def view(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows ``start`` to ``stop`` as a view of the buffer; only after a first append."""
         if self.buffer is None:

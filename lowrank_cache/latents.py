@@ -4,6 +4,9 @@
 projections at the same ratio, and by their deep copies. ``PackedLatents`` holds the tokens.
 """
 
+import hashlib
+from functools import cached_property
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -15,6 +18,7 @@ from lowrank_cache.kernels.packed import PackedTier, padded_channels
 from lowrank_cache.kernels.reference import pack, quantize, read_latents
 from lowrank_cache.models import SideShape
 from lowrank_cache.projections import Basis
+from lowrank_cache.saved_tensors import SavedTensors
 
 __all__ = ["Coder", "PackedLatents"]
 
@@ -116,6 +120,19 @@ class Coder:
                 whole[channels[:, None], heads] = part.to(whole.dtype)
             self._whole[member] = whole
         return self._whole[member]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of what latents mean: members, tiers and up-projections as they are held.
+
+        The means are left out: ``Projections.truncate`` adds up what it cuts away in another order, so they may
+        differ in the last bit.
+        """
+        digest = hashlib.sha256(repr((self.members, self.tiers)).encode())
+        for tensor in (tensor for block in self.blocks for tensor in block.tensors()):
+            digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def __deepcopy__(self, memo) -> "Coder":
         return self  # immutable but for the device; a copy of a cache shares its bases
@@ -248,6 +265,27 @@ class PackedLatents:
     def read(self, start: int = 0) -> Tensor:
         """Stored latents from token ``start`` on, ``[batch, tokens, rank]`` float32."""
         return read_latents(self.views(start))
+
+    def save(self, into: SavedTensors, name: str) -> None:
+        """Put down the tokens as they are packed."""
+        for tier, view in enumerate(self.views() if self.tokens else ()):
+            into.put(f"{name}.codes.{tier}", view.codes)
+            if view.steps is not None:
+                into.put(f"{name}.steps.{tier}", view.steps)
+
+    def load(self, saved: SavedTensors, name: str, batch: int, tokens: int, device: torch.device) -> None:
+        """Take up what ``save`` put down, ``tokens`` tokens of ``batch`` rows.
+
+        Raises:
+            ValueError: If a tensor is missing, or has another shape or dtype than this store's tiers ask for.
+        """
+        for tier, ((bits, channels), codes, steps) in enumerate(zip(self.tiers, self.codes, self.steps, strict=True)):
+            row = padded_channels(bits, channels) // (1 if steps is None else 8 // bits)
+            dtype = self.latent_dtype if steps is None else torch.uint8
+            codes.adopt(saved.take(f"{name}.codes.{tier}", (batch, tokens, row), dtype, device))
+            if steps is not None:
+                steps.adopt(saved.take(f"{name}.steps.{tier}", (batch, tokens), torch.float16, device))
+        self.tokens = tokens
 
     def truncate(self, tokens: int) -> None:
         """Keep the first ``tokens`` tokens."""

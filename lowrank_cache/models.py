@@ -27,8 +27,10 @@ __all__ = [
     "RopeShape",
     "SideShape",
     "decoder_of",
+    "input_device",
     "layer_groups",
     "model_shape",
+    "one_token_cache",
     "one_token_forward",
 ]
 
@@ -287,15 +289,27 @@ def _observe(model: PreTrainedModel, config, position: int) -> dict[int, tuple[T
     return seen
 
 
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where ``model`` takes its token ids."""
+    device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]  # nn.Module.__getattr__
+    # accelerate keeps offloaded weights on meta and moves inputs itself
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def one_token_cache(model: PreTrainedModel) -> Cache:
+    """A stock cache of one token: shapes, dtypes and devices of everything that ``model`` hands to a cache."""
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    one_token_forward(model, cache)
+    return cache
+
+
 def one_token_forward(model: PreTrainedModel, cache: Cache, position: int = 0) -> None:
     """Run one token at ``position`` through ``model`` in eval mode, without gradients.
 
     Raises:
         NotImplementedError: If the model takes no transformers cache or no positions.
     """
-    device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]  # nn.Module.__getattr__
-    if device.type == "meta":  # accelerate keeps offloaded weights on meta and moves inputs itself
-        device = torch.device("cpu")
+    device = input_device(model)
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     token = torch.full((1, 1), min(7, vocabulary - 1), dtype=torch.long, device=device)
     was_training = model.training

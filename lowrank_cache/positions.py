@@ -5,6 +5,10 @@ before any layer updates; layers then ask it for the rotation of any range of sl
 index into the cache, equal for all rows; a position is what the rotary embedding was given.
 """
 
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +16,7 @@ from lowrank_cache.growing import GrowingTensor
 from lowrank_cache.kernels.packed import RotaryFrames
 from lowrank_cache.kernels.rope import angle_tables
 from lowrank_cache.models import RopeShape, rope_buffer
+from lowrank_cache.saved_tensors import SavedTensors, whole_number
 
 __all__ = ["PositionTrack"]
 
@@ -202,6 +207,58 @@ class PositionTrack:
         for segments in self._segments.values():
             while segments and segments[-1][0] >= slots:
                 segments.pop()
+
+    def save(self, into: SavedTensors) -> dict[str, Any]:
+        """Put down positions and frequencies; returns the slots from which each set of frequencies holds."""
+        into.put("positions", self._positions.view())
+        for source, segments in self._segments.items():
+            for nth, (_, inv_freq) in enumerate(segments):
+                into.put(f"frequencies.{source}.{nth}", inv_freq)
+        return {source: [start for start, _ in segments] for source, segments in self._segments.items()}
+
+    def load(
+        self,
+        saved: SavedTensors,
+        segments: Mapping[str, list[int]],
+        batch: int,
+        slots: int,
+        ropes: Iterable[RopeShape],
+        device: torch.device,
+    ) -> None:
+        """Take up what ``save`` put down.
+
+        Args:
+            segments: What ``save`` returned.
+            ropes: The rotations of all layers that this track serves.
+            device: Where the positions are kept.
+
+        Raises:
+            ValueError: If a tensor is missing or does not fit, positions do not follow each other, or frequencies
+                are not those of ``ropes``.
+        """
+        positions = saved.take("positions", (batch, slots), torch.int32, device)
+        real = positions != PADDING
+        order = torch.where(real, positions - real.int().cumsum(1), 0)
+        first = order.gather(1, real.int().argmax(1, keepdim=True))
+        if bool((positions < PADDING).any() or (real & (order != first)).any()):
+            raise ValueError("positions must be consecutive in each row, but for padding")
+        widths = {rope.source: rope.rotary_dim // 2 for rope in ropes}
+        if set(segments) != set(widths):
+            raise ValueError(f"frequencies must be of {sorted(widths)}, got {sorted(segments)}")
+        for source, starts in segments.items():
+            starts = [whole_number(start, f"frequencies.{source}", 0, slots - 1) for start in starts]
+            if not starts or starts[0] or any(later <= earlier for earlier, later in pairwise(starts)):
+                raise ValueError(f"frequencies.{source} must begin at slot 0 and change in rising slots, got {starts}")
+            self._segments[source] = [
+                (start, saved.take(f"frequencies.{source}.{nth}", (widths[source],), torch.float32, device))
+                for nth, start in enumerate(starts)
+            ]
+        self._positions.adopt(positions)
+        last = positions.max(1).values.long()
+        self._next = torch.where(last == PADDING, last, last + 1)
+        self.rows_equal = bool((positions == positions[:1]).all())
+        if not bool(real[:, 0].all()):
+            self.first_real = torch.where(real.any(1), real.int().argmax(1), slots)
 
     def map_batch(self, function) -> None:
         """Apply a change of the batch axis, e.g. ``lambda rows: rows[indices]``."""

@@ -7,8 +7,6 @@ safetensors and JSON, loaded from a folder or the hub.
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +18,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from lowrank_cache.allocation import plan_stores
+from lowrank_cache.atomic import write_files
 from lowrank_cache.models import BOTH, SIDES, ModelShape
 
 __all__ = ["Basis", "Projections"]
@@ -263,9 +262,9 @@ class Projections(
             "tensors_sha256": hashlib.sha256(payload).hexdigest(),
         }
         config["config_sha256"] = _config_digest(config)
-        # Tensors first: a config without its tensors is refused on load, so no half artefact is usable.
-        _write_atomically(save_directory / TENSOR_FILE, payload)
-        _write_atomically(save_directory / CONFIG_FILE, json.dumps(config, indent=1).encode())
+        write_files(
+            {save_directory / TENSOR_FILE: payload, save_directory / CONFIG_FILE: json.dumps(config, indent=1).encode()}
+        )
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # named arguments instead of model_kwargs
@@ -354,21 +353,6 @@ def _config_digest(config: dict) -> str:
     """SHA-256 of a config but for its own digest; layout and key order do not matter."""
     others = {key: value for key, value in config.items() if key != "config_sha256"}
     return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
-
-
-def _write_atomically(path: Path, payload: bytes) -> None:
-    """Write beside ``path`` and rename, so that a full disk or a crash leaves the old file or none."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(payload)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _check_coverage(bases: tuple[Basis, ...], shape: ModelShape) -> None:

@@ -8,6 +8,7 @@ what differs: docs/method.md, "xKV".
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from lowrank_cache.budget import tier_bytes
 from lowrank_cache.hadamard import mixed_rotation
 from lowrank_cache.models import SIDES, ModelShape, SideShape, layer_groups
 from lowrank_cache.positions import PositionTrack
+from lowrank_cache.saved_tensors import SavedTensors
 from lowrank_cache.store import LatentStore, StoreOptions
 
 __all__ = ["NEW_TOKENS", "PromptCoder", "PromptStore", "leading_directions", "prompt_ranks", "prompt_stores"]
@@ -114,6 +116,25 @@ class PromptCoder:
         self.up_projs = [function(part) for part in self.up_projs]
         self.constants = [function(part) for part in self.constants]
 
+    def save(self, into: SavedTensors, name: str) -> None:
+        """Put down the bases of all rows."""
+        for member, (up_proj, constant) in enumerate(zip(self.up_projs, self.constants, strict=True)):
+            into.put(f"{name}.up_proj.{member}", up_proj)
+            into.put(f"{name}.constant.{member}", constant)
+        into.put(f"{name}.units", self.units)
+
+    def load(self, saved: SavedTensors, name: str, batch: int, device: torch.device) -> None:
+        """Take up what ``save`` put down.
+
+        Raises:
+            ValueError: If a tensor is missing, or has another shape or dtype than these bases.
+        """
+        for member, shape in enumerate(self.shapes):
+            size, mean = (batch, self.rank, shape.width), (batch, shape.heads, 1, shape.head_dim)
+            self.up_projs.append(saved.take(f"{name}.up_proj.{member}", size, self.dtype, device))
+            self.constants.append(saved.take(f"{name}.constant.{member}", mean, self.dtype, device))
+        self.units = saved.take(f"{name}.units", (batch, 1, 1), torch.float32, device)
+
     def tensors(self) -> list[Tensor]:
         """The bases of all rows."""
         return [*self.up_projs, *self.constants, self.units]
@@ -207,6 +228,18 @@ class PromptStore(LatentStore):
     def map_batch(self, function) -> None:
         super().map_batch(function)
         self.coder.map_batch(function)
+
+    def save(self, into: SavedTensors, name: str) -> dict[str, Any]:
+        if self.coder.fitted:
+            self.coder.save(into, name)
+        return {**super().save(into, name), "fitted": self.coder.fitted}
+
+    def load(self, saved: SavedTensors, name: str, facts: Mapping[str, Any], likes: list[Tensor]) -> None:
+        if facts["fitted"] is True and self.coder.rank:
+            self.coder.load(saved, name, self.track.batch or 0, likes[-1].device)
+        super().load(saved, name, facts, likes)
+        if self.latents is not None and not self.coder.fitted:
+            raise ValueError(f"{name} holds latents without the bases that read them")
 
     @property
     def nbytes(self) -> int:

@@ -6,7 +6,9 @@ window. In a padded row the sinks are its first real tokens, wherever they stand
 beside the latents and overlay them on reading. See docs/cache_contract.md, "Slots".
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from lowrank_cache.kernels.packed import LatentSide, PackedTier
 from lowrank_cache.kernels.rope import rotate
 from lowrank_cache.latents import Coder, PackedLatents
 from lowrank_cache.positions import PositionTrack
+from lowrank_cache.saved_tensors import SavedTensors, whole_number
 from lowrank_cache.view import StoredSide
 
 __all__ = ["LatentStore", "StoreOptions"]
@@ -324,6 +327,44 @@ class LatentStore:
         if self.latents is not None:
             self.latents.truncate(self.encoded_end - self.options.num_sink_tokens)
         self.lengths = [min(length, tokens) for length in self.lengths]
+
+    def save(self, into: SavedTensors, name: str) -> dict[str, Any]:
+        """Put down what is stored, between forwards; returns how many tokens are latents."""
+        for member, (sinks, window) in enumerate(zip(self.sinks, self.windows, strict=True)):
+            if sinks is not None:
+                into.put(f"{name}.sinks.{member}", sinks)
+            if window.rows:
+                into.put(f"{name}.window.{member}", window.view())
+        if self.latents is not None:
+            self.latents.save(into, name)
+        return {"encoded": self.encoded_end - self.options.num_sink_tokens}
+
+    def load(self, saved: SavedTensors, name: str, facts: Mapping[str, Any], likes: list[Tensor]) -> None:
+        """Take up what ``save`` put down, after the track has its positions.
+
+        Args:
+            likes: By member, a tensor of the dtype and on the device of the states it is given.
+
+        Raises:
+            ValueError: If a tensor is missing, or numbers, shapes or dtypes do not fit this store.
+        """
+        batch, slots, sinks = self.track.batch or 0, self.track.slots, self.options.num_sink_tokens
+        encoded = whole_number(facts["encoded"], f"{name}.encoded", most=max(0, slots - sinks))
+        self.encoded_end, self.lengths = sinks + encoded, [slots] * len(self.lengths)
+        waiting = max(0, slots - self.encoded_end)
+        for member, (shape, like) in enumerate(zip(self.coder.shapes, likes, strict=True)):
+            for part, tokens in (("sinks", sinks), ("window", waiting)):
+                if tokens:
+                    size = (batch, shape.heads, tokens, shape.head_dim)
+                    states = saved.take(f"{name}.{part}.{member}", size, like.dtype, like.device)
+                    if part == "sinks":
+                        self.sinks[member] = states
+                    else:
+                        self.windows[member].adopt(states)
+        if encoded:
+            dtype = self.options.latent_dtype or likes[0].dtype
+            self.latents = PackedLatents(self.coder.tiers, dtype, self.options.block_size)
+            self.latents.load(saved, name, batch, encoded, likes[-1].device)
 
     def map_batch(self, function) -> None:
         """Apply a change of the batch axis, e.g. ``lambda rows: rows[indices]``, to everything stored."""

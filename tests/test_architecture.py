@@ -17,6 +17,7 @@ PACKAGE = "lowrank_cache"
 # import each other; a line of its own wins over the folder's.
 ALLOWED = {
     "lowrank_cache/__init__.py": {"attention", "cache", "projections"},
+    "lowrank_cache/atomic.py": set(),
     "lowrank_cache/attended.py": set(),
     "lowrank_cache/attention.py": {"attended", "kernels.api", "models", "view"},
     "lowrank_cache/view.py": {"kernels.api", "kernels.packed"},
@@ -25,7 +26,7 @@ ALLOWED = {
     "lowrank_cache/hooks.py": set(),
     "lowrank_cache/hadamard.py": set(),
     "lowrank_cache/models.py": {"kernels.rope"},
-    "lowrank_cache/projections.py": {"models", "allocation"},
+    "lowrank_cache/projections.py": {"allocation", "atomic", "models"},
     "lowrank_cache/allocation.py": {"budget", "models"},
     "lowrank_cache/latents.py": {
         "allocation",
@@ -35,9 +36,14 @@ ALLOWED = {
         "kernels.reference",
         "models",
         "projections",
+        "saved_tensors",
     },
-    "lowrank_cache/positions.py": {"growing", "kernels.packed", "kernels.rope", "models"},
-    "lowrank_cache/store.py": {"growing", "kernels", "latents", "models", "positions", "view"},
+    "lowrank_cache/positions.py": {"growing", "kernels.packed", "kernels.rope", "models", "saved_tensors"},
+    "lowrank_cache/store.py": {"growing", "kernels", "latents", "models", "positions", "saved_tensors", "view"},
+    "lowrank_cache/saved_tensors.py": set(),
+    "lowrank_cache/saved_folder.py": {"atomic", "saved_tensors"},
+    "lowrank_cache/saved_cache.py": {"models", "other_layers", "positions", "saved_tensors", "store"},
+    "lowrank_cache/other_layers.py": {"saved_tensors"},
     "lowrank_cache/cache.py": {
         "allocation",
         "attended",
@@ -48,6 +54,9 @@ ALLOWED = {
         "positions",
         "projections",
         "prompt_svd",
+        "saved_cache",
+        "saved_folder",
+        "saved_tensors",
         "store",
         "view",
     },
@@ -57,6 +66,7 @@ ALLOWED = {
         "hadamard",
         "models",
         "positions",
+        "saved_tensors",
         "store",
     },
     "lowrank_cache/cli.py": {"", "calibration", "evaluation", "projections", "cache"},
@@ -78,12 +88,13 @@ ALLOWED = {
         "store",
     },
     "kernels/": set(),
-    "calibration/": {"kernels.rope", "models", "projections", "allocation"},
+    "calibration/": {"allocation", "atomic", "kernels.rope", "models", "projections"},
 }
 # transformers changes often; a change of it must not reach further than these.
 TOUCH_TRANSFORMERS = {
     "lowrank_cache/cache.py",
     "lowrank_cache/models.py",
+    "lowrank_cache/other_layers.py",
     "lowrank_cache/attention.py",
     "lowrank_cache/cli.py",
     "lowrank_cache/evaluation/",
