@@ -2,8 +2,8 @@
 
 - Blocks of ``python`` run in one namespace for each page, in a copy of the workplace of ``docs_workplace``.
 - Blocks of ``sh`` are checked by ``docs_commands``; behind the comment ``<!-- executed -->`` they also run.
-- A block of ``text`` is what the block before it printed: same words, numbers within 10 %; a line that holds ``…`` may
-  be anything.
+- A block of ``text`` is what the block before it printed: same words, numbers within 10 % or one unit of their last
+  digit; a line that holds ``…`` may be anything.
 - A block that is not run has the reason in front of it: ``<!-- skip: next "reason" -->``.
 
 A failure names page and line. This file is the runner and the pytest plugin that it loads.
@@ -31,7 +31,7 @@ __all__ = ["PAGES", "PARSERS", "pytest_collect_file"]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 EXECUTED = "<!-- executed -->"
 TOLERANCE = 0.1
-_NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
+_NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
 _run_python = PythonEvaluator()
 
 
@@ -74,9 +74,14 @@ def _lines(text: str) -> list[str]:
 
 
 def _alike(one: str, other: str) -> bool:
-    ones, others = ([float(number.replace(",", "")) for number in _NUMBER.findall(text)] for text in (one, other))
-    close = all(abs(a - b) <= TOLERANCE * max(abs(a), abs(b)) for a, b in zip(ones, others, strict=False))
-    return close and _NUMBER.sub("#", one) == _NUMBER.sub("#", other)
+    pairs = zip(_NUMBER.findall(one), _NUMBER.findall(other), strict=False)
+    return _NUMBER.sub("#", one) == _NUMBER.sub("#", other) and all(_close(a, b) for a, b in pairs)
+
+
+def _close(one: str, other: str) -> bool:
+    a, b = (float(number.replace(",", "")) for number in (one, other))
+    digit = 10.0 ** -len(other.partition(".")[2])
+    return abs(a - b) <= max(TOLERANCE * max(a, b), 1.01 * digit)
 
 
 def _enter(namespace: dict) -> None:
