@@ -60,7 +60,7 @@ class Haystack:
         if len(self.sentences) < 20 or len(self.words) < 100:
             raise ValueError(
                 "the evaluation text must have at least 20 sentences and 100 different words of 4 to 9 letters, "
-                f"got {len(self.sentences)} and {len(self.words)}"
+                f"got {len(self.sentences)} and {len(self.words)}; without tasks (samples of 0) any text will do"
             )
 
     def prose(self, draw: random.Random, sentences: int) -> list[str]:
