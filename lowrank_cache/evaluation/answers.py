@@ -39,6 +39,10 @@ class Prompter:
         """Tokens of a text, special ones apart."""
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    def overhead(self) -> int:
+        """Tokens that a context and a question take beside their texts."""
+        return len(self.context("")) + len(self.question("", ""))
+
     def context(self, text: str) -> Tensor:
         """``[tokens]`` ids of what is read first."""
         if self._parts is None:

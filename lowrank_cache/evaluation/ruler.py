@@ -183,7 +183,13 @@ TASKS: dict[str, Callable[..., Text]] = {
 
 
 def ruler_sample(
-    task: str, count: Callable[[str], int], haystack: Haystack, length: int, index: int, seed: int = 0
+    task: str,
+    count: Callable[[str], int],
+    haystack: Haystack,
+    length: int,
+    index: int,
+    seed: int = 0,
+    reserved: int = 0,
 ) -> RulerSample:
     """The longest sample whose context, one question and answer take at most ``length`` tokens.
 
@@ -191,6 +197,7 @@ def ruler_sample(
         task: One of ``TASKS``.
         count: Tokens of a text.
         index, seed: Equal ones give equal samples.
+        reserved: Of the tokens, those to leave for what a chat template or the tokenizer adds.
 
     Raises:
         ValueError: If not even the shortest context fits.
@@ -203,7 +210,7 @@ def ruler_sample(
     def fits(size: int) -> bool:
         sample = build(size)
         asked = max(count(part.text + part.prefix) + answer_tokens(count, part) for part in sample.questions)
-        return count(sample.context) + asked <= length
+        return count(sample.context) + asked <= length - reserved
 
     low, high = _HOPS + 1, 2 * (_HOPS + 1)
     if not fits(low):
