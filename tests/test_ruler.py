@@ -38,6 +38,8 @@ def test_a_sample_fills_its_length_with_room_for_question_and_answer(task, lengt
     made = sample(task, length)
     asked = max(len(part.text + part.prefix) + answer_tokens(len, part) for part in made.questions)
     assert length - 250 < len(made.context) + asked <= length
+    shorter = ruler_sample(task, len, HAYSTACK, length, 0, reserved=150)
+    assert len(shorter.context) + asked <= length - 150
 
 
 @pytest.mark.parametrize(("task", "keys", "values", "asked"), [
@@ -106,6 +108,7 @@ def test_context_and_question_are_one_prompt(chat):
     ids = prompter.context("Some text.").tolist() + prompter.question(" What?", "It is").tolist()
     expected = "<user>Some text. What?\n<assistant>It is" if chat else "Some text. What?It is"
     assert tokenizer.decode(ids) == expected
+    assert prompter.overhead() == len(expected) - len("Some text. What?It is")
 
 
 def test_chat_needs_a_template():

@@ -1,7 +1,5 @@
 """Answers generated from a cache that was filled by streaming a context into it."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
@@ -41,6 +39,10 @@ class Prompter:
         """Tokens of a text, special ones apart."""
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    def overhead(self) -> int:
+        """Tokens that a context and a question take beside their texts."""
+        return len(self.context("")) + len(self.question("", ""))
+
     def context(self, text: str) -> Tensor:
         """``[tokens]`` ids of what is read first."""
         if self._parts is None:
@@ -56,20 +58,11 @@ class Prompter:
 
 
 @torch.no_grad()
-def fill(
-    model: PreTrainedModel,
-    cache: Cache,
-    context: Tensor,
-    *,
-    chunk: int,
-    first: int = 0,
-    progress: Callable[[int], object] | None = None,
-) -> None:
-    """Stream ``[tokens]`` ids into an empty cache; ``progress`` is called with the tokens of each forward."""
+def fill(model: PreTrainedModel, cache: Cache, context: Tensor, *, chunk: int, first: int = 0) -> None:
+    """Stream ``[tokens]`` ids into an empty cache; ``chunk`` and ``first`` as in ``streaming.feed``."""
     ids = context.to(model.device)[None]
-    for start, _ in feed(model, ids, torch.ones_like(ids), cache, chunk=chunk, first=first, logits_to_keep=1):
-        if progress is not None:
-            progress(min(first if start == 0 and first else chunk, ids.shape[1] - start))
+    for _ in feed(model, ids, torch.ones_like(ids), cache, chunk=chunk, first=first, logits_to_keep=1):
+        pass
 
 
 @torch.no_grad()

@@ -154,7 +154,9 @@ def _jobs(model, tokenizer, text: str, settings: EvaluationSettings) -> list[_Jo
         for length in settings.lengths:
             for task in settings.tasks:
                 for index in range(settings.samples):
-                    sample = ruler_sample(task, prompter.count, haystack, length, index, settings.seed)
+                    sample = ruler_sample(
+                        task, prompter.count, haystack, length, index, settings.seed, prompter.overhead()
+                    )
                     jobs.append(_answers_job(model, prompter, sample, settings))
     jobs.extend(_cost_job(model, ids, length, settings) for length in settings.lengths)
     return jobs

@@ -22,6 +22,7 @@ from lowrank_cache.evaluation.loading import in_dtype, load_model
 from lowrank_cache.evaluation.plots import plot_evaluation
 from lowrank_cache.evaluation.quality_run import QualityRun, moments_of, refitted_of
 from lowrank_cache.evaluation.report import metrics_of, report_markdown
+from lowrank_cache.evaluation.results_file import resume_results
 from lowrank_cache.evaluation.text_source import load_text
 from lowrank_cache.projections import Projections
 
@@ -61,10 +62,11 @@ def run_evaluation(
     text, source = load_text(run.evaluate_on, split="test")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     out.mkdir(parents=True, exist_ok=True)
-    kept = partial(_kept, out / "projections", ready)
+    kept = partial(_kept, out / "projections", ready, {})
     missing = [name for name, found in configurations.items() if found and _calibrated(found) and kept(found) is None]
     first_dtype = "float32" if missing and run.dtype != "auto" else run.dtype
     model, tokenizer, name = load_model(run.model, report, first_dtype, device)
+    _warn_of_lengths(name, model, settings, report)
     for specification in (one for one in specifications if one not in missing):
         _row(specification, build([specification], None, ready=kept)[specification], model, settings)
     if missing:
@@ -72,15 +74,23 @@ def run_evaluation(
         refit = partial(refitted_of, run, out, model, tokenizer, moments, report)
         for specification, (made, _) in build(missing, moments, refit).items():
             _keep(out / "projections", configurations[specification], made)
-        if run.dtype not in ("auto", "float32"):
+        if run.dtype not in ("auto", "float32") and not getattr(model, "is_quantized", False):
             model = in_dtype(model, run.dtype)
     built = build(specifications, None, ready=kept)
     rows = [_row(specification, built[specification], model, settings) for specification in specifications]
     identity = _identity(name, model, text, run, projections)
-    _write_json(out / "config.json", _config(identity, source, specifications, run, settings))
+    samples = out / "samples.jsonl"
+    resume_results(samples, {**settings.fixed(), **identity})  # of other settings: fails before config.json is replaced
+    _write_json(out / "config.json", _config(identity, source, specifications, settings))
     with _progress_bar() as progress:
-        records = evaluate(model, tokenizer, text, rows, settings, out / "samples.jsonl", identity, progress)
+        records = evaluate(model, tokenizer, text, rows, settings, samples, identity, progress)
     _write_report(out, rows, records, report)
+
+
+def _warn_of_lengths(name: str, model, settings: EvaluationSettings, report: Report) -> None:
+    most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if most is not None and max(settings.lengths) > most:
+        report(f"{name} is made for {most} tokens, and lengths go to {max(settings.lengths)}")
 
 
 def _checked(specifications: list[str]) -> dict[str, Configuration | None]:
@@ -123,12 +133,16 @@ def _ready(names: tuple[str, ...], configurations: dict[str, Configuration | Non
     return ready
 
 
-def _kept(folder: Path, ready: dict[str, Projections], configuration: Configuration) -> Projections | None:
-    """Given projections, or those that an earlier run has kept."""
-    if configuration.method in ready:
-        return ready[configuration.method]
-    path = folder / configuration.bases_name
-    return Projections.from_pretrained(path) if path.is_dir() else None
+def _kept(
+    folder: Path, given: dict[str, Projections], loaded: dict[str, Projections], configuration: Configuration
+) -> Projections | None:
+    """Given projections by method, or those that an earlier run has kept in ``folder``, which are ``loaded`` once."""
+    if configuration.method in given:
+        return given[configuration.method]
+    name = configuration.bases_name
+    if name not in loaded and (folder / name).is_dir():
+        loaded[name] = Projections.from_pretrained(folder / name)
+    return loaded.get(name)
 
 
 def _keep(folder: Path, configuration: Configuration | None, projections: Projections | None) -> None:
@@ -168,7 +182,7 @@ def _digest(path: Path, otherwise: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _config(identity: dict, source: str, specifications: list[str], run: QualityRun, settings) -> dict[str, Any]:
+def _config(identity: dict, source: str, specifications: list[str], settings: EvaluationSettings) -> dict[str, Any]:
     versions = {
         "python": platform.python_version(),
         **{name: version(name) for name in ("lowrank-cache", "torch", "transformers")},

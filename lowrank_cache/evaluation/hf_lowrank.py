@@ -87,9 +87,12 @@ class LowRankLM(HFLM):
         if cache == "lowrank":
             if isinstance(projections, str):
                 projections = Projections.from_pretrained(projections)
-            dtype = getattr(torch, latent_dtype) if isinstance(latent_dtype, str) else latent_dtype
             options = {"method": method, "compression_ratio": compression_ratio, "ranks": ranks, "bits": bits}
-            options |= {"layer_group_size": layer_group_size, "new_tokens": new_tokens, "latent_dtype": dtype}
+            options |= {
+                "layer_group_size": layer_group_size,
+                "new_tokens": new_tokens,
+                "latent_dtype": _dtype(latent_dtype),
+            }
         else:
             projections = None
         sizes = {"residual_length": residual_length, "num_sink_tokens": num_sink_tokens, "block_size": block_size}
@@ -159,10 +162,13 @@ class LowRankLM(HFLM):
                 # A context without a continuation left repeats its last one, so that the batch stays as it is.
                 chosen = [indices[min(turn, len(indices) - 1)] for indices in asked]
                 inputs = [torch.tensor([cut[index][0][-1], *cut[index][1][:-1]]) for index in chosen]
-                logits = self._continued(inputs, None if cache is None else branch(cache), mask)
-                for row, (index, indices) in enumerate(zip(chosen, asked, strict=True)):
-                    if turn < len(indices):
-                        answers.append((index, self._answer(logits[row], cut[index][1])))
+                targets = [torch.tensor(cut[index][1]) for index in chosen]
+                found = self._continued(inputs, targets, None if cache is None else branch(cache), mask)
+                answers += [
+                    (index, answer)
+                    for index, answer, indices in zip(chosen, found, asked, strict=True)
+                    if turn < len(indices)
+                ]
         return answers
 
     def _precision(self) -> AbstractContextManager:
@@ -179,17 +185,23 @@ class LowRankLM(HFLM):
             pass
         return cache, mask
 
-    def _continued(self, rows: list[Tensor], cache: Cache | None, mask: Tensor) -> Tensor:
-        """Log-probabilities ``[batch, tokens, vocabulary]`` after each token of the rows, right-padded."""
+    def _continued(
+        self, rows: list[Tensor], targets: list[Tensor], cache: Cache | None, mask: Tensor
+    ) -> list[tuple[float, bool]]:
+        """Of each row, log-probability of the targets after its tokens, and whether each is the most likely one."""
         ids, real = (tensor.to(self.device) for tensor in padded(rows, "right"))
+        wanted = padded(targets, "right")[0].to(self.device)
         cache = self._new_cache() if cache is None else cache
-        parts = feed(self.model, ids, torch.cat([mask, real], 1), cache, chunk=self.chunk)
-        return torch.cat([logits.log_softmax(-1, dtype=self.softmax_dtype) for _, logits in parts], 1)
-
-    def _answer(self, log_probabilities: Tensor, continuation: list[int]) -> tuple[float, bool]:
-        targets = torch.tensor(continuation, device=log_probabilities.device)
-        steps = log_probabilities[: len(targets)]
-        return float(steps.gather(1, targets[:, None]).sum()), bool((steps.argmax(-1) == targets).all())
+        values, likeliest = [], []
+        for start, logits in feed(self.model, ids, torch.cat([mask, real], 1), cache, chunk=self.chunk):
+            part = wanted[:, start : start + logits.shape[1], None]
+            values.append(logits.log_softmax(-1, dtype=self.softmax_dtype).gather(2, part)[..., 0])
+            likeliest.append(logits.argmax(-1) == part[..., 0])
+        value, greedy = torch.cat(values, 1), torch.cat(likeliest, 1)
+        return [
+            (float(value[row, : len(part)].sum()), bool(greedy[row, : len(part)].all()))
+            for row, part in enumerate(targets)
+        ]
 
     @torch.no_grad()
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs) -> Tensor:
@@ -207,3 +219,12 @@ class LowRankLM(HFLM):
             return super()._model_generate(
                 context, max_length, stop, attention_mask=mask, past_key_values=cache, **generation_kwargs
             )
+
+
+def _dtype(name: str | torch.dtype | None) -> torch.dtype | None:
+    """A dtype by its name in torch."""
+    if not isinstance(name, str):
+        return name
+    if not isinstance(getattr(torch, name, None), torch.dtype):
+        raise ValueError(f"latent_dtype must be None or the name of a torch dtype, got {name!r}")
+    return getattr(torch, name)

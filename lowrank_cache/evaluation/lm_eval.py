@@ -3,10 +3,10 @@
 lm-eval finds models by a registry that only running code can add to, so its own command does not know this one.
 """
 
+import sys
 from pathlib import Path
 
-from lm_eval._cli import HarnessCLI
-from lm_eval.utils import setup_logging
+from lm_eval.__main__ import cli_evaluate
 
 from lowrank_cache.evaluation.hf_lowrank import register
 
@@ -17,13 +17,11 @@ TASKS = Path(__file__).parent / "lm_eval_tasks"  # look-ups, which need no netwo
 
 def main() -> None:
     """Run lm-eval with the arguments of this process."""
-    setup_logging()
     register()
-    parser = HarnessCLI()
-    arguments = parser.parse_args()
-    if arguments.command == "run" and getattr(arguments, "include_path", None) is None:
-        arguments.include_path = str(TASKS)
-    parser.execute(arguments)
+    given = {argument.partition("=")[0] for argument in sys.argv[1:]}
+    if given & {"--tasks", "-t"} and "--include_path" not in given:
+        sys.argv += ["--include_path", str(TASKS)]
+    cli_evaluate()
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ class Haystack:
         if len(self.sentences) < 20 or len(self.words) < 100:
             raise ValueError(
                 "the evaluation text must have at least 20 sentences and 100 different words of 4 to 9 letters, "
-                f"got {len(self.sentences)} and {len(self.words)}"
+                f"got {len(self.sentences)} and {len(self.words)}; without tasks (samples of 0) any text will do"
             )
 
     def prose(self, draw: random.Random, sentences: int) -> list[str]:
@@ -183,7 +183,13 @@ TASKS: dict[str, Callable[..., Text]] = {
 
 
 def ruler_sample(
-    task: str, count: Callable[[str], int], haystack: Haystack, length: int, index: int, seed: int = 0
+    task: str,
+    count: Callable[[str], int],
+    haystack: Haystack,
+    length: int,
+    index: int,
+    seed: int = 0,
+    reserved: int = 0,
 ) -> RulerSample:
     """The longest sample whose context, one question and answer take at most ``length`` tokens.
 
@@ -191,6 +197,7 @@ def ruler_sample(
         task: One of ``TASKS``.
         count: Tokens of a text.
         index, seed: Equal ones give equal samples.
+        reserved: Of the tokens, those to leave for what a chat template or the tokenizer adds.
 
     Raises:
         ValueError: If not even the shortest context fits.
@@ -203,7 +210,7 @@ def ruler_sample(
     def fits(size: int) -> bool:
         sample = build(size)
         asked = max(count(part.text + part.prefix) + answer_tokens(count, part) for part in sample.questions)
-        return count(sample.context) + asked <= length
+        return count(sample.context) + asked <= length - reserved
 
     low, high = _HOPS + 1, 2 * (_HOPS + 1)
     if not fits(low):
