@@ -57,7 +57,6 @@ def test_the_fake_refuses_what_gpus_refuse(devices):
 @pytest.mark.parametrize("family, group, first_layers, latent", [
     ("llama", 1, 1, True), ("llama", 3, 1, False), ("llama", 3, 2, True), ("deepseek-v3", 3, 1, False)
 ])  # fmt: skip
-@pytest.mark.filterwarnings("ignore:Set seed")
 def test_tokens_are_those_of_one_device(devices, family, group, first_layers, latent):
     projections = full_rank_projections(family, 4, group)
     whole = tiny_model(family)
@@ -77,7 +76,6 @@ def test_tokens_are_those_of_one_device(devices, family, group, first_layers, la
         assert {buffer.view().device for buffer in store.latents.buffers()} == {store.windows[-1].view().device}
 
 
-@pytest.mark.filterwarnings("ignore:Set seed")
 def test_latents_of_a_crossing_group_are_copied_packed(devices):
     """One copy of the latents in a forward, not of the keys and values that they stand for."""
     model = spread("llama", 2)
@@ -96,7 +94,6 @@ def test_latents_of_a_crossing_group_are_copied_packed(devices):
     assert packed <= back <= packed + logits
 
 
-@pytest.mark.filterwarnings("ignore:Set seed")
 def test_groups_of_a_prompt_end_at_borders(devices):
     model = spread("llama", 2)
     with pytest.warns(UserWarning, match=r"split where layers lie on different devices: \[\(0, 1\), \(2,\)\]"):
@@ -111,7 +108,6 @@ def test_groups_of_a_prompt_end_at_borders(devices):
         LowRankCache(tiny_model("llama"), method="xkv", layer_group_size=3, **OPTIONS)
 
 
-@pytest.mark.filterwarnings("ignore:Set seed")
 @pytest.mark.filterwarnings("ignore:1 layer group")
 @pytest.mark.parametrize("group", [1, 3])
 def test_saved_on_one_device_and_loaded_on_two(devices, tmp_path, group):
