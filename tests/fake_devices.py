@@ -17,7 +17,10 @@ __all__ = ["FIRST", "SECOND", "FakeDevices"]
 # torch keeps this type for devices it does not know; indexing asks for a guard, which has nothing to do here.
 FIRST, SECOND = torch.device("privateuseone", 0), torch.device("privateuseone", 1)
 torch._C._acc.register_python_privateuseone_device_guard(torch.utils.backend_registration._DummyDeviceGuard())
-torch._register_device_module("privateuseone", types.SimpleNamespace(_lazy_init=lambda: None))
+torch._register_device_module(
+    "privateuseone",
+    types.SimpleNamespace(_lazy_init=lambda: None, _is_in_bad_fork=lambda: False, manual_seed_all=lambda seed: None),
+)
 aten = torch.ops.aten
 _COPIES = {aten._to_copy.default, aten.copy_.default}
 _INDEXED = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default}

@@ -34,7 +34,7 @@ def generate(model: PreTrainedModel, cache: LowRankCache, device="cpu") -> Tenso
     tokens, mask = random_tokens(2, 20), torch.ones(2, 20, dtype=torch.long)
     mask[0, :5] = 0
     inputs = {"input_ids": tokens.to(device), "attention_mask": mask.to(device)}
-    return model.generate(**inputs, past_key_values=cache, max_new_tokens=8, do_sample=False).cpu()
+    return model.generate(**inputs, past_key_values=cache, max_new_tokens=4, do_sample=False).cpu()
 
 
 @pytest.fixture
@@ -54,14 +54,10 @@ def test_the_fake_refuses_what_gpus_refuse(devices):
     assert devices.moved_bytes == {("privateuseone:1", "privateuseone:0"): 8, ("privateuseone:0", "cpu"): 12}
 
 
-@pytest.mark.parametrize("family, group, first_layers", [
-    ("llama", 1, 1), ("llama", 3, 1), ("llama", 3, 2), ("gpt-oss", 2, 2), ("deepseek-v3", 3, 1)
+@pytest.mark.parametrize("family, group, first_layers, latent", [
+    ("llama", 1, 1, True), ("llama", 3, 1, False), ("llama", 3, 2, True), ("deepseek-v3", 3, 1, False)
 ])  # fmt: skip
-@pytest.mark.parametrize("latent", [False, True])
-@pytest.mark.filterwarnings("ignore:Set seed")
 def test_tokens_are_those_of_one_device(devices, family, group, first_layers, latent):
-    if latent and family == "deepseek-v3":
-        pytest.skip("MLA does not attend to latents")
     projections = full_rank_projections(family, 4, group)
     whole = tiny_model(family)
     with latent_attention(whole) if latent else contextlib.nullcontext():
@@ -80,7 +76,6 @@ def test_tokens_are_those_of_one_device(devices, family, group, first_layers, la
         assert {buffer.view().device for buffer in store.latents.buffers()} == {store.windows[-1].view().device}
 
 
-@pytest.mark.filterwarnings("ignore:Set seed")
 def test_latents_of_a_crossing_group_are_copied_packed(devices):
     """One copy of the latents in a forward, not of the keys and values that they stand for."""
     model = spread("llama", 2)
@@ -99,12 +94,11 @@ def test_latents_of_a_crossing_group_are_copied_packed(devices):
     assert packed <= back <= packed + logits
 
 
-@pytest.mark.filterwarnings("ignore:Set seed")
 def test_groups_of_a_prompt_end_at_borders(devices):
     model = spread("llama", 2)
     with pytest.warns(UserWarning, match=r"split where layers lie on different devices: \[\(0, 1\), \(2,\)\]"):
         cache = LowRankCache(model, method="xkv", layer_group_size=3, **OPTIONS)
-    assert generate(model, cache, FIRST).shape == (2, 28)
+    assert generate(model, cache, FIRST).shape == (2, 24)
     assert [{layer for layer, _ in store.coder.members} for store in cache._stores] == [{0, 1}, {0, 1}, {2}, {2}]
     for store in cache._stores:
         assert len({tensor.device for tensor in store.coder.tensors()}) == 1
@@ -114,7 +108,6 @@ def test_groups_of_a_prompt_end_at_borders(devices):
         LowRankCache(tiny_model("llama"), method="xkv", layer_group_size=3, **OPTIONS)
 
 
-@pytest.mark.filterwarnings("ignore:Set seed")
 @pytest.mark.filterwarnings("ignore:1 layer group")
 @pytest.mark.parametrize("group", [1, 3])
 def test_saved_on_one_device_and_loaded_on_two(devices, tmp_path, group):
@@ -128,7 +121,7 @@ def test_saved_on_one_device_and_loaded_on_two(devices, tmp_path, group):
     mask = torch.ones(2, tokens.shape[1] + 3, dtype=torch.long)
     mask[0, :5] = 0
     longer = torch.cat([tokens, random_tokens(2, 3, seed=4)], dim=1)
-    options = {"max_new_tokens": 5, "do_sample": False}
+    options = {"max_new_tokens": 3, "do_sample": False}
     expected = whole.generate(longer, attention_mask=mask, past_key_values=cache, **options)
     inputs = {"input_ids": longer.to(FIRST), "attention_mask": mask.to(FIRST)}
     assert torch.equal(model.generate(**inputs, past_key_values=loaded, **options).cpu(), expected)

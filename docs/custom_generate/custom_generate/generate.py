@@ -1,0 +1,47 @@
+"""``model.generate(custom_generate=...)`` with a compressed cache; the work is done by the package lowrank-cache."""
+
+from contextlib import nullcontext
+
+from lowrank_cache import LowRankCache, Projections, latent_attention
+
+
+def generate(
+    model,
+    *,
+    projections=None,
+    method=None,
+    compression_ratio=8.0,
+    attend_to_latents=False,
+    cache_options=None,
+    past_key_values=None,
+    **arguments,
+):
+    """``model.generate`` with a new ``LowRankCache``.
+
+    Args:
+        projections: ``Projections``, or the folder or repository that holds them.
+        method: ``"xkv"`` instead of projections.
+        compression_ratio: Bytes per token of the full cache over those of the latents, at least 1.
+        attend_to_latents: Whether the model attends to latents, see ``lowrank_cache.latent_attention``.
+        cache_options: More arguments of ``LowRankCache``.
+        arguments: Everything that ``generate`` takes.
+
+    Returns:
+        What ``generate`` returns; with ``return_dict_in_generate=True`` its ``past_key_values`` is the cache.
+
+    Raises:
+        ValueError: If a cache is given, or an argument of ``LowRankCache`` is out of range.
+        NotImplementedError: If the model's cache cannot be compressed.
+    """
+    if past_key_values is not None:
+        raise ValueError(
+            "past_key_values must not be given: this recipe makes a cache for every call. To go on with a cache, call "
+            "model.generate(past_key_values=cache) without custom_generate"
+        )
+    if isinstance(projections, str):
+        projections = Projections.from_pretrained(projections, compression_ratio=compression_ratio)
+    cache = LowRankCache(
+        model, projections, method=method, compression_ratio=compression_ratio, **(cache_options or {})
+    )
+    with latent_attention(model) if attend_to_latents else nullcontext():
+        return model.generate(past_key_values=cache, **arguments)
