@@ -2,6 +2,7 @@
 # make test    run the tests
 # make check   make test, and every slower gate
 # make lint    ruff and mypy only
+# make release-check   what must hold before a release: builds, installs, and tests other versions of transformers
 # make clean   remove everything that was built, .venv included
 #
 # All packages go into .venv, in the versions of constraints.txt. To choose the interpreter:
@@ -31,7 +32,7 @@ $(shell [ "$$(cat $(STAMP))" = "$(CURDIR)" ] && $(BIN)/python -I -c \
 	'import importlib.metadata as m; m.version("lowrank-cache"); m.version("torch")' 2>/dev/null || rm -f $(STAMP))
 endif
 
-.PHONY: help demo test check gates lint clean
+.PHONY: help demo test check gates lint release-check clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -63,8 +64,12 @@ lint: $(STAMP)
 # What `make check` does beside the tests; .ci/run calls it after `make test`.
 gates: lint
 	$(BIN)/python -P tests/aot_gates.py --jobs 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --calls 2000 --seed 0
 
 check: test gates
+
+release-check: $(STAMP)
+	$(BIN)/python -P tests/release_check.py $(RELEASE_CHECK_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
