@@ -3,6 +3,7 @@
 # make check   make test, and every slower gate
 # make docs    the site, into build/site
 # make lint    ruff and mypy only
+# make release-check   what must hold before a release: builds, installs, and tests other versions of transformers
 # make clean   remove everything that was built, .venv included
 #
 # All packages go into .venv, in the versions of constraints.txt. To choose the interpreter:
@@ -37,7 +38,7 @@ $(shell [ "$$(cat $(STAMP))" = "$(CURDIR)" ] && $(BIN)/python -I -c \
 	'import importlib.metadata as m; m.version("lowrank-cache"); m.version("torch")' 2>/dev/null || rm -f $(STAMP))
 endif
 
-.PHONY: help demo test check gates lint docs pages clean
+.PHONY: help demo test check gates lint docs pages release-check clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -90,8 +91,12 @@ gates: lint
 	$(BIN)/python -P tests/aot_gates.py --jobs 2
 	$(MAKE) pages
 	$(MAKE) docs
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --calls 2000 --seed 0
 
 check: test gates
+
+release-check: $(STAMP)
+	$(BIN)/python -P tests/release_check.py $(RELEASE_CHECK_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info

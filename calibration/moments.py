@@ -159,7 +159,16 @@ class Moments:
                     name = f"sensitivity.{side}.{layer.layer_idx}"
                     moments.sensitivity[side, layer.layer_idx] = tensors.pop(name)
             moments.inv_freq = {name.removeprefix("inv_freq."): table for name, table in tensors.items()}
-        except (KeyError, TypeError, json.JSONDecodeError, SafetensorError) as error:
+        except (
+            KeyError,
+            TypeError,
+            ValueError,
+            IndexError,
+            AttributeError,
+            OverflowError,
+            RecursionError,
+            SafetensorError,
+        ) as error:
             raise ValueError(f"{path} holds no readable moments: {type(error).__name__}: {error}") from error
         return moments
 

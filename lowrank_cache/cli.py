@@ -3,9 +3,11 @@
 Arguments and messages only; what the commands do lives in ``evaluation`` and ``calibration``.
 """
 
+import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,6 +57,32 @@ def _errors_as_messages() -> Iterator[None]:
     except (ValueError, NotImplementedError, ImportError, OSError, DownloadError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error
+
+
+@app.command()
+def env() -> None:
+    """Print the versions that a bug report should name."""
+    typer.echo(f"Python {platform.python_version()}, {platform.platform()}, {platform.machine()}")
+    for name in ENVIRONMENT:
+        try:
+            typer.echo(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            typer.echo(f"{name} is not installed")
+    accelerators = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    typer.echo(f"accelerators: {', '.join(accelerators) or 'none'}; {torch.get_num_threads()} threads")
+
+
+ENVIRONMENT = [
+    "lowrank-cache",
+    "torch",
+    "transformers",
+    "triton",
+    "accelerate",
+    "safetensors",
+    "huggingface_hub",
+    "bitsandbytes",
+    "numpy",
+]
 
 
 @app.command()

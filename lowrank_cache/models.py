@@ -118,7 +118,10 @@ class ModelShape:
     def from_dict(cls, fields: dict) -> "ModelShape":
         def side(fields: dict) -> SideShape:
             rope = RopeShape(**fields["rope"]) if fields["rope"] else None
-            return SideShape(int(fields["heads"]), int(fields["head_dim"]), rope)
+            sizes = int(fields["heads"]), int(fields["head_dim"])
+            if min(sizes) < 1:
+                raise ValueError(f"heads and head_dim must be at least 1, got {sizes}")
+            return SideShape(*sizes, rope)
 
         layers = tuple(
             LayerShape(int(layer["layer_idx"]), side(layer["key"]), side(layer["value"])) for layer in fields["layers"]

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
 from lowrank_cache import LowRankCache, latent_attention
 from lowrank_cache.cache import LowRankLayer
@@ -52,6 +52,7 @@ BASES = [
 MODES = ["greedy", "sampling", "several", "beams", "chunks", "lookup", "assisted", "padded", "forwards", "forwards"]
 PRELUDES = ["none", "none", "chat", "prefix", "cropped", "reset"]
 CHANGES_FREQUENCIES = {"llama-dynamic", "phi3"}  # with the length, in a buffer of the model that every run shares
+MOST_FAILURES = 5  # then it stops
 RSS_GROWTH = 128 << 20  # bytes: the allocator's own, and projections made on the way
 
 
@@ -80,7 +81,8 @@ def draw(seed: int, number: int) -> Call:
     exact, bases = rng.random() < 0.5, rng.choice(BASES)
     if not exact and rng.random() < 0.2:
         bases = None
-    prelude = rng.choice(PRELUDES) if mode in ("greedy", "sampling", "lookup") else "none"
+    # Speculative decoding of transformers feeds the whole prompt again, whatever is cached; the others take one batch.
+    prelude = rng.choice(PRELUDES) if mode in ("greedy", "sampling") else "none"
     batch = 1 if mode in ("lookup", "assisted") else rng.randint(2, 3) if mode == "padded" else rng.randint(1, 3)
     sizes = {name: rng.randint(low, high) for name, low, high in (("residual_length", 0, 6), ("num_sink_tokens", 0, 4))}
     return Call(
@@ -256,12 +258,14 @@ def check(call: Call) -> str:
     plain = all_compressed(make_cache(call, model))
     with latent_attention(model) if call.attend else contextlib.nullcontext():
         first = run(call, functools.partial(make_cache, call), plain)
-        left = after_all(model)
+        first.cache = None
+        left = after_all()
         second = run(call, functools.partial(make_cache, call), plain)
         assert_same(first, second)
         assert_bytes(second)
-        second.cache = first.cache = None
-        assert after_all(model) == left, f"tensors left by the call: {left} before, {after_all(model)} after"
+        del first
+        second.cache = None
+        assert after_all() == left, f"tensors left by the call: {left} before, {after_all()} after"
     assert not registered() and hook_count(decoder_of(model)) == 0
     assert not decoder_of(model)._forward_pre_hooks
     if call.exact:
@@ -276,7 +280,7 @@ def check(call: Call) -> str:
     return "lossy"
 
 
-def after_all(model: PreTrainedModel) -> tuple[int, int]:
+def after_all() -> tuple[int, int]:
     """How many tensors the process holds, and their bytes."""
     tensors = live_tensors()
     return len(tensors), sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -291,7 +295,8 @@ def assert_same(first: Outcome, second: Outcome) -> None:
 
 
 def assert_bytes(outcome: Outcome) -> None:
-    if isinstance(outcome.cache, LowRankCache):
+    linear = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in getattr(outcome.cache, "layers", ()))
+    if isinstance(outcome.cache, LowRankCache) and not linear:  # whose states are not counted
         assert outcome.cache.stored_bytes() == held_bytes(outcome.cache) > 0
         assert outcome.cache.compression_ratio() == outcome.cache.full_bytes() / held_bytes(outcome.cache)
 
@@ -365,9 +370,11 @@ def main() -> int:
             prepare(call.family, call.bases, call.mode)
             results[check(call)] += 1
         except Exception:
-            traceback.print_exc()
-            print(f"\ncall {number} failed: {call}\npython -m tests.soak --seed {arguments.seed} --only {number}")
-            return 1
+            traceback.print_exc(limit=-3)
+            print(f"call {number} failed: {call}\n  python -m tests.soak --seed {arguments.seed} --only {number}\n")
+            results["FAILED"] += 1
+            if results["FAILED"] == MOST_FAILURES:
+                return 1
         if made == len(numbers) // 2:  # by then every family and kind of bases has been seen
             settled = rss()
         if made % 100 == 99:
@@ -379,8 +386,10 @@ def main() -> int:
     if grown > RSS_GROWTH:
         print(f"memory must not grow by more than {RSS_GROWTH >> 20} MiB in the second half")
         return 1
-    return 0
+    return 1 if results["FAILED"] else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    gc.unfreeze()
+    sys.exit(status)
