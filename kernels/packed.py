@@ -63,6 +63,12 @@ class PackedTier:
                 f"{list(steps.shape)}"
             )
 
+    def to(self, device: torch.device) -> "PackedTier":
+        """The same tier on ``device``; itself if it lies there."""
+        if self.codes.device == device:
+            return self
+        return replace(self, codes=self.codes.to(device), steps=None if self.steps is None else self.steps.to(device))
+
 
 @dataclass(frozen=True)
 class RotaryFrames:

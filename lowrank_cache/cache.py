@@ -6,8 +6,10 @@ layers keep transformers' own classes. What transformers calls, and when: docs/c
 """
 
 import hashlib
+import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,7 +31,15 @@ from lowrank_cache.attended import Attended, attach_view, attended_by
 from lowrank_cache.hooks import watch
 from lowrank_cache.kernels.reference import QUANTIZED_BITS
 from lowrank_cache.latents import Coder
-from lowrank_cache.models import LayerShape, ModelShape, decoder_of, input_device, model_shape, one_token_cache
+from lowrank_cache.models import (
+    LayerShape,
+    ModelShape,
+    decoder_of,
+    input_device,
+    layer_devices,
+    model_shape,
+    one_token_cache,
+)
 from lowrank_cache.positions import PositionTrack
 from lowrank_cache.projections import Projections
 from lowrank_cache.prompt_svd import prompt_stores
@@ -37,6 +47,7 @@ from lowrank_cache.saved_cache import check_owner, fill, gather, owner_facts, se
 from lowrank_cache.saved_folder import damage_named, push_folder, read_folder, write_folder
 from lowrank_cache.saved_tensors import SavedTensors
 from lowrank_cache.store import LatentStore, StoreOptions
+from lowrank_cache.turn import Turn
 from lowrank_cache.view import LatentView
 
 __all__ = ["LowRankCache", "LowRankLayer"]
@@ -78,7 +89,7 @@ class LowRankLayer(CacheLayerMixin):
         encoded_end = max(store.encoded_end, min(store.options.num_sink_tokens, self.get_seq_length()))
         states = self._checked(key_states, value_states)
         keys, values = (self.stores[side].extend(self.members[side], tensor) for side, tensor in states.items())
-        return LatentView(keys, values, self.get_seq_length(), encoded_end, store.sink_slots, impl)
+        return LatentView(keys, values, self.get_seq_length(), encoded_end, store.sink_slots(key_states.device), impl)
 
     def can_extend(self) -> bool:
         """Whether there are past tokens, in stores that can be attended to."""
@@ -174,6 +185,7 @@ class LowRankCache(Cache):
             projections.check_model(shape)
             if layer_group_size is not None or new_tokens is not None:
                 raise ValueError("layer_group_size and new_tokens belong to method 'xkv'; projections hold their own")
+            _warn_of_borders(projections, layer_devices(model))
             self._coders = _coders(projections, **budget, latent_dtype=latent_dtype)
             self._track = PositionTrack(projections.frame_length, num_sink_tokens)
             self._stores = [LatentStore(coder, self._track, options) for coder in self._coders]
@@ -183,7 +195,15 @@ class LowRankCache(Cache):
             self._coders = []  # bases belong to prompts and lie in the stores
             self._track = PositionTrack(1, num_sink_tokens)
             self._stores = list(
-                prompt_stores(shape, self._track, options, **budget, layer_group_size=size, new_tokens=new_tokens)
+                prompt_stores(
+                    shape,
+                    self._track,
+                    options,
+                    **budget,
+                    layer_group_size=size,
+                    new_tokens=new_tokens,
+                    devices=layer_devices(model),
+                )
             )
         else:
             raise ValueError(f"method must be 'xkv'; the bases of other methods are calibrated, got {method!r}")
@@ -205,6 +225,8 @@ class LowRankCache(Cache):
         self._updated: set[int] | None = None  # compressed layers seen in the current forward; None between forwards
         self._length_before = 0  # cached tokens when the current forward began
         self._others_before: list[int] = []  # what `_others_progress` was then
+        self._half_changed = False  # a change of all layers began and has not ended
+        self._turn = Turn()
         super().__init__(layers=_make_layers(model, shape, self._stores))
         watch(decoder, self)
 
@@ -214,31 +236,43 @@ class LowRankCache(Cache):
         Raises:
             ValueError: If the forward is another model's, holds no tokens, or does not continue the
                 cached sequence. The cache is unchanged then.
+            RuntimeError: If another thread's forward with this cache has not ended.
         """
         if decoder is not self._decoder():
             raise ValueError(
                 f"this cache was made for {type(self._decoder()).__name__} {id(self._decoder()):#x} and cannot be "
                 f"used with {type(decoder).__name__} {id(decoder):#x}; make one cache per model"
             )
-        self._settle()
         tokens = arguments.get("input_ids")
         if tokens is None:
             tokens = arguments.get("inputs_embeds")
         if tokens is None:
             raise ValueError("one of input_ids and inputs_embeds must be given to a forward with a LowRankCache")
-        length, progress = self._track.slots, self._others_progress()
-        self._track.begin(
-            tokens.shape[0],
-            tokens.shape[1],
-            arguments.get("position_ids"),
-            arguments.get("attention_mask"),
-            tokens.device,
-        )
-        self._attended = attended_by(decoder)
-        for store in self._stores:
-            store.begin(self._attended.impl)
-        self._length_before, self._others_before = length, progress
-        self._updated = set()
+        self._turn.take()
+        try:
+            self._settle()
+            self._begin(attended_by(decoder), tokens, arguments.get("position_ids"), arguments.get("attention_mask"))
+        except BaseException:
+            self._turn.give_back()
+            raise
+
+    def _begin(
+        self, attended: Attended, tokens: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None
+    ) -> None:
+        length = self._track.slots
+        self._length_before, self._others_before = length, self._others_progress()
+        self._attended = attended
+        try:
+            self._track.begin(tokens.shape[0], tokens.shape[1], position_ids, attention_mask, tokens.device)
+            for store in self._stores:
+                store.begin(attended.impl)
+            self._updated = set()
+        except BaseException:
+            self._updated = None
+            for store in self._stores:
+                store.rollback()
+            self._track.truncate(length)
+            raise
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Cached tokens, padding included; during a forward, and after one that failed, those before it."""
@@ -253,7 +287,7 @@ class LowRankCache(Cache):
         if not isinstance(layer, LowRankLayer):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         expected = (self._track.batch, self._track.slots - layer.get_seq_length())
-        updated = self._updated
+        updated = self._updated if self._turn.is_mine() else None
         if updated is None or layer_idx in updated or (key_states.shape[0], key_states.shape[2]) != expected:
             raise ValueError(
                 f"layer {layer_idx} was updated outside a forward of the model this cache was made for, so the "
@@ -275,10 +309,16 @@ class LowRankCache(Cache):
             self._track.end()
             for store in self._stores:
                 store.commit()
+            self._turn.give_back()
         return keys, values
 
     def _settle(self) -> None:
         """If the last forward did not reach every layer, return to the state before it."""
+        if self._half_changed:
+            raise ValueError(
+                "a crop or a change of rows of this cache was interrupted, so its layers do not agree any more; "
+                "call cache.reset() and start again"
+            )
         if self._updated is None:
             return
         linear = [layer for layer in self._other_layers() if isinstance(layer, LinearAttentionCacheLayerMixin)]
@@ -302,49 +342,67 @@ class LowRankCache(Cache):
         """
         if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove must be at most 0 (-3 removes three tokens), got {tokens_to_remove}")
-        self._settle()
-        for layer in self._other_layers():
-            layer.crop(tokens_to_remove)
-        if tokens_to_remove < 0:
-            kept = max(0, self._track.slots + tokens_to_remove)
-            for store in self._stores:
-                store.truncate(kept)
-            self._track.truncate(kept)
+        with self._changing():
+            self._change_others("crop", tokens_to_remove)
+            if tokens_to_remove < 0:
+                kept = max(0, self._track.slots + tokens_to_remove)
+                for store in self._stores:
+                    store.truncate(kept)
+                self._track.truncate(kept)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Give row ``i`` what row ``beam_idx[i]`` held, as beam search asks."""
-        self._settle()
-        for layer in self._other_layers():
-            layer.reorder_cache(beam_idx)
-        self._map_batch(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+        self._change_rows("reorder_cache", beam_idx, lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row ``repeats`` times, next to itself."""
-        self._settle()
-        for layer in self._other_layers():
-            layer.batch_repeat_interleave(repeats)
-        self._map_batch(lambda rows: rows.repeat_interleave(repeats, dim=0))
+        self._change_rows("batch_repeat_interleave", repeats, lambda rows: rows.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only the rows ``indices``."""
-        self._settle()
-        for layer in self._other_layers():
-            layer.batch_select_indices(indices)
-        self._map_batch(lambda rows: rows[indices.to(rows.device)])
+        self._change_rows("batch_select_indices", indices, lambda rows: rows[indices.to(rows.device)])
 
     def reset(self) -> None:
         """Forget all tokens; calibrated bases stay, a prompt's own are forgotten with it."""
+        self._half_changed = True
         for layer in self._other_layers():
             layer.reset()
         for store in self._stores:
             store.clear()
         self._track.clear()
         self._updated = None
+        self._turn.give_back()
+        self._half_changed = False
 
-    def _map_batch(self, function) -> None:
-        self._track.map_batch(function)
-        for store in self._stores:
-            store.map_batch(function)
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Mark the cache until a change of all its layers is through: whatever interrupts it, the mark stays."""
+        self._settle()
+        self._turn.give_back()
+        self._half_changed = True
+        yield
+        self._half_changed = False
+
+    def _change_others(self, change: str, argument) -> None:
+        """Call ``change`` of all layers that are not compressed."""
+        for changed, layer in enumerate(self._other_layers()):
+            try:
+                getattr(layer, change)(argument)
+            except (RuntimeError, AttributeError) as error:
+                # transformers' layers refuse before they change; if the first one does, the cache is as it was.
+                self._half_changed = changed > 0 or isinstance(error, torch.OutOfMemoryError)
+                raise
+
+    def _change_rows(self, change: str, argument: Tensor | int, function: Callable[[Tensor], Tensor]) -> None:
+        """Apply a change of the batch axis to everything that is held."""
+        if self._track.batch is not None:
+            device = argument.device if isinstance(argument, Tensor) else None
+            function(torch.arange(self._track.batch, device=device))  # a row that does not exist raises here
+        with self._changing():
+            self._change_others(change, argument)
+            self._track.map_batch(function)
+            for store in self._stores:
+                store.map_batch(function)
 
     def _others_progress(self) -> list[int]:
         """Tokens seen so far by each attention layer that is not compressed."""
@@ -509,6 +567,23 @@ def _check_options(residual_length, num_sink_tokens, block_size, latent_dtype) -
     return StoreOptions(residual_length, num_sink_tokens, block_size, latent_dtype)
 
 
+def _warn_of_borders(projections: Projections, devices: Mapping[int, torch.device]) -> None:
+    """Say which layer groups cross from one device to another: their latents must be copied in every forward."""
+    crossing = {
+        basis.layers: [str(devices[layer]) for layer in basis.layers]
+        for basis in projections.bases
+        if len({devices.get(layer) for layer in basis.layers}) > 1
+    }
+    if crossing:
+        layers, where = next(iter(crossing.items()))
+        warnings.warn(
+            f"{len(crossing)} layer group(s) cross devices, the first being layers {list(layers)} on {where}; their "
+            "latents lie on the last layer's device and are copied to the others in every forward. To avoid it, choose "
+            "a device_map with borders between groups, or calibrate with layer_group_size=1",
+            stacklevel=3,
+        )
+
+
 _CODERS: "weakref.WeakKeyDictionary[Projections, dict]" = weakref.WeakKeyDictionary()
 
 
@@ -519,12 +594,13 @@ def _coders(projections: Projections, compression_ratio, ranks, bits, latent_dty
     made = _CODERS.setdefault(projections, {})
     if key not in made:
         plans = plan_stores(projections, compression_ratio, ranks, bits)
-        made[key] = []
+        coders = []  # all or none are remembered: making them may be interrupted, or done by two threads at once
         for store, plan in zip(projections.stores(), plans, strict=True):
             members = projections.shape.members(store[0].side, store[0].layers)
             # Channels with a loss of their own keep it: rotation would spread what matters over what does not.
             rotated = bits in QUANTIZED_BITS and all(basis.rank_weight is not None for basis in store)
-            made[key].append(Coder(store, plan, members, dtype, rotated))
+            coders.append(Coder(store, plan, members, dtype, rotated))
+        made[key] = coders
     return made[key]
 
 

@@ -58,6 +58,7 @@ class Coder:
         self.constants = [torch.zeros(shape.heads, shape.head_dim) for shape in self.shapes]
         self.blocks = []
         self._whole: dict[int, Tensor] = {}  # up-projections put together from several bases, by member
+        self._copies: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}  # for layers on other devices
         start = 0
         for basis in store:
             inside = (kept >= start) & (kept < start + basis.rank)
@@ -91,7 +92,8 @@ class Coder:
     def nbytes(self) -> int:
         """Bytes of the truncated bases."""
         blocks = (tensor for block in self.blocks for tensor in block.tensors())
-        tensors = [self.weight, *self.constants, *blocks, *self._whole.values()]
+        copies = (tensor for pair in self._copies.values() for tensor in pair)
+        tensors = [self.weight, *self.constants, *blocks, *self._whole.values(), *copies]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     @property
@@ -134,17 +136,26 @@ class Coder:
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
+    def reading(self, member: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """``up_proj`` and mean of one member on ``device``, copied there once if the bases lie elsewhere."""
+        if device == self.weight.device:
+            return self.up_proj(member), self.constants[member]
+        if (member, device) not in self._copies:
+            self._copies[member, device] = self.up_proj(member).to(device), self.constants[member].to(device)
+        return self._copies[member, device]
+
     def __deepcopy__(self, memo) -> "Coder":
         return self  # immutable but for the device; a copy of a cache shares its bases
 
     def to(self, device: torch.device) -> None:
         """Move the bases to the device of the layers they serve."""
         if self.weight.device != device:
-            self.weight = self.weight.to(device)
             self.constants = [constant.to(device) for constant in self.constants]
             self._whole.clear()
+            self._copies.clear()
             for block in self.blocks:
                 block.to(device)
+            self.weight = self.weight.to(device)  # last: it tells that all have moved
 
     def encode(self, states: list[Tensor]) -> Tensor:
         """Latents of states: by member ``[batch, heads, tokens, head_dim]`` → ``[batch, tokens, rank]``, float32."""

@@ -8,8 +8,9 @@ here, when a cache is made, and never later. See docs/cache_contract.md, "The pr
 
 import hashlib
 import json
+import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
@@ -28,6 +29,7 @@ __all__ = [
     "SideShape",
     "decoder_of",
     "input_device",
+    "layer_devices",
     "layer_groups",
     "model_shape",
     "one_token_cache",
@@ -129,14 +131,19 @@ class ModelShape:
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
 
-def layer_groups(shape: ModelShape, side: str, size: int) -> list[Group]:
+def layer_groups(
+    shape: ModelShape, side: str, size: int, devices: Mapping[int, torch.device] | None = None
+) -> list[Group]:
     """Cut the compressible layers into groups of ``size`` adjacent ones; the last may be shorter.
 
-    A group never mixes layers whose states differ in heads, head_dim or rope.
+    A group never mixes layers whose states differ in heads, head_dim or rope, nor, with ``devices`` from
+    ``layer_devices``, layers of different devices.
     """
     groups: list[list[int]] = []
     for layer in shape.layers:
         alike = groups and _shapes(shape.layer(groups[-1][0]), side) == _shapes(layer, side)
+        if alike and devices is not None:
+            alike = devices.get(groups[-1][-1]) == devices.get(layer.layer_idx)
         if alike and len(groups[-1]) < size:
             groups[-1].append(layer.layer_idx)
         else:
@@ -176,7 +183,7 @@ def model_shape(model: PreTrainedModel) -> ModelShape:
 
     Raises:
         NotImplementedError: If the model's cache cannot be compressed: no full-attention layer, no
-            rotary embedding, ALiBi, M-RoPE, or keys that the probe cannot un-rotate.
+            rotary embedding, ALiBi, M-RoPE, keys that the probe cannot un-rotate, or a model split over processes.
         ValueError: If the model computes NaN or infinite keys or values.
     """
     decoder = decoder_of(model)
@@ -203,8 +210,21 @@ class _ProbeCache(DynamicCache):
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
+def _check_one_process(model: PreTrainedModel) -> None:
+    """Refuse a model that is split over processes: each would calibrate, and cache, only its own heads or layers."""
+    tensor_parallel = getattr(model, "_tp_size", None) or 1
+    pipeline_parallel = getattr(getattr(model.config, "distributed_config", None), "pp_size", None) or 1
+    if tensor_parallel > 1 or pipeline_parallel > 1:
+        raise NotImplementedError(
+            f"{type(model).__name__} is split over processes (tensor parallel {tensor_parallel}, pipeline parallel "
+            f"{pipeline_parallel}), and each caches only its own heads or layers, which is not supported; load the "
+            "whole model in one process, over several devices with device_map if need be"
+        )
+
+
 def _probe(model: PreTrainedModel, decoder: nn.Module) -> ModelShape:
     name = type(model).__name__
+    _check_one_process(model)
     config = model.config.get_text_config(decoder=True)
     layer_types = tuple(get_layer_types_and_kwargs(config)[0])
     full = [index for index, layer_type in enumerate(layer_types) if layer_type == "full_attention"]
@@ -255,8 +275,11 @@ def _same_inputs(decoder: nn.Module) -> Iterator[None]:
     rounding of rotated scores, routers amplify it, and in half precision deep layers differ beyond recognition.
     """
     inputs: dict[nn.Module, Tensor] = {}
+    prober = threading.get_ident()
 
     def replace(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if threading.get_ident() != prober:  # another thread is using the model meanwhile
+            return args, kwargs
         hidden = kwargs.get("hidden_states", args[0] if args else None)
         if isinstance(hidden, Tensor):
             first = inputs.setdefault(module, hidden.clone())
@@ -287,6 +310,28 @@ def _observe(model: PreTrainedModel, config, position: int) -> dict[int, tuple[T
                 "check the model's weights"
             )
     return seen
+
+
+def layer_devices(model: PreTrainedModel) -> dict[int, torch.device]:
+    """The device on which each cache layer computes; accelerate brings weights that are offloaded to it."""
+    devices: dict[int, torch.device] = {}
+    for module in decoder_of(model).modules():
+        layer_idx = getattr(module, "layer_idx", None)
+        # A layer that holds several caches (LongCat) counts itself otherwise than the modules inside, which call them.
+        outer = any(hasattr(part, "layer_idx") for part in module.modules() if part is not module)
+        if isinstance(layer_idx, int) and not outer and layer_idx not in devices:
+            devices[layer_idx] = _execution_device(module)
+    return devices
+
+
+def _execution_device(module: nn.Module) -> torch.device:
+    for part in module.modules():
+        hook = getattr(part, "_hf_hook", None)
+        for single in getattr(hook, "hooks", (hook,)):
+            device = getattr(single, "execution_device", None)
+            if device is not None:  # accelerate counts GPUs
+                return torch.empty(0, device=device).device
+    return next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
 
 
 def input_device(model: PreTrainedModel) -> torch.device:

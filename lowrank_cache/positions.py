@@ -135,16 +135,17 @@ class PositionTrack:
         if not segments or not torch.equal(segments[-1][1].to(current.device), current):
             segments.append((start, current))
 
-    def rotation(self, rope: RopeShape, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Cosine and sine that take slots ``start`` to ``stop`` out of their frames.
+    def rotation(self, rope: RopeShape, start: int, stop: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Cosine and sine that take slots ``start`` to ``stop`` out of their frames, on ``device``.
 
         Returns:
             Two tensors ``[1 or batch, 1, stop - start, rotary_dim / 2]`` float32: rotating the stored key by
             them gives the post-RoPE key. One row when all rows have equal positions.
         """
-        key = (rope.source, start, stop)
+        key = (rope.source, start, stop, device)
         if key not in self._tables:
-            self._tables[key] = self._rotation(rope, start, stop)
+            cos, sin = self._rotation(rope, start, stop)
+            self._tables[key] = cos.to(device), sin.to(device)
         return self._tables[key]
 
     def _rotation(self, rope: RopeShape, start: int, stop: int) -> tuple[Tensor, Tensor]:
@@ -164,24 +165,25 @@ class PositionTrack:
         cos, sin = (torch.cat(tables, dim=1)[:, None] for tables in zip(*parts, strict=True))
         return cos, sin
 
-    def frames(self, rope: RopeShape, start: int, stop: int) -> RotaryFrames:
+    def frames(self, rope: RopeShape, start: int, stop: int, device: torch.device) -> RotaryFrames:
         """The same rotations, one for each frame; one for each token if the slots are not cut into whole frames.
 
         That is so where a dynamic rotary embedding has changed its frequencies, which ends a frame early.
         """
-        key = (rope, start, stop)
+        key = (rope, start, stop, device)
         if key not in self._frames:
-            self._frames[key] = self._make_frames(rope, start, stop)
+            self._frames[key] = self._make_frames(rope, start, stop, device)
         return self._frames[key]
 
-    def _make_frames(self, rope: RopeShape, start: int, stop: int) -> RotaryFrames:
+    def _make_frames(self, rope: RopeShape, start: int, stop: int, device: torch.device) -> RotaryFrames:
         whole = len(self._segments[rope.source]) == 1 and start == self.first_frame_slot
         if self.frame_length == 1 or not whole:
-            cos, sin = self.rotation(rope, start, stop)
+            cos, sin = self.rotation(rope, start, stop, device)
             return RotaryFrames(cos[:, 0], sin[:, 0], 1, rope.layout)
         positions = self._positions.view(start, stop)[:, :: self.frame_length]
         tables = angle_tables(positions[:1] if self.rows_equal else positions, self._segments[rope.source][0][1])
-        return RotaryFrames(*tables, self.frame_length, rope.layout)
+        cos, sin = (table.to(device) for table in tables)
+        return RotaryFrames(cos, sin, self.frame_length, rope.layout)
 
     def real_after_sinks(self, start: int, stop: int, sinks: int) -> Tensor:
         """``[batch, stop - start]`` bool: neither padding nor one of its row's first ``sinks`` tokens."""

@@ -7,6 +7,7 @@ forgotten with the tokens, and count in ``stored_bytes``. Source: xKV (arXiv:250
 what differs: docs/method.md, "xKV".
 """
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -186,11 +187,11 @@ class PromptStore(LatentStore):
     def _fit(self, pending: list[Tensor]) -> None:
         """Bases of every row from its real tokens in ``pending``, sinks left out."""
         batch, width = len(pending[0]), sum(shape.width for shape in self.coder.shapes)
-        second = pending[0].new_zeros(batch, width, width, dtype=torch.float32)
+        second = pending[-1].new_zeros(batch, width, width, dtype=torch.float32)
         total, count = second.new_zeros(batch, 1, width), second.new_zeros(batch, 1, 1)
         shift, block = None, -(-width // 4)
         for start in range(0, pending[0].shape[2], _FIT_TOKENS):
-            part = [dense[:, :, start : start + _FIT_TOKENS].float() for dense in pending]
+            part = self._gathered(pending, start, start + _FIT_TOKENS)
             first = self.encoded_end + start
             rows = torch.cat([dense.transpose(1, 2).flatten(2) for dense in self._framed(part, first)], dim=2)
             used = self.track.real_after_sinks(first, first + rows.shape[1], self.options.num_sink_tokens)
@@ -221,7 +222,7 @@ class PromptStore(LatentStore):
     def rollback(self) -> None:
         undone = self._before is not None and not self._fitted_before
         super().rollback()
-        if undone and self.coder.fitted:
+        if undone:
             self.coder.forget()
             self.latents = None
 
@@ -283,8 +284,11 @@ def prompt_stores(
     bits: int | None,
     layer_group_size: int,
     new_tokens: str,
+    devices: Mapping[int, torch.device] | None = None,
 ) -> list[PromptStore]:
     """A store for the keys and one for the values of every group of ``layer_group_size`` adjacent layers.
+
+    A group ends where the model goes on on another of its ``devices``, of which a warning is given.
 
     Raises:
         ValueError: If an argument is out of range or the ratio cannot be reached.
@@ -295,7 +299,10 @@ def prompt_stores(
         raise ValueError(f"new_tokens must be one of {NEW_TOKENS}, got {new_tokens!r}")
     dtype = options.latent_dtype or torch.float32
     stores = []
-    for group, pair in prompt_ranks(shape, compression_ratio, ranks, bits, layer_group_size).items():
+    groups = layer_groups(shape, "both", layer_group_size, devices)
+    if groups != layer_groups(shape, "both", layer_group_size):
+        warnings.warn(f"layer groups were split where layers lie on different devices: {groups}", stacklevel=3)
+    for group, pair in prompt_ranks(shape, compression_ratio, ranks, bits, layer_group_size, devices).items():
         for side, rank in zip(SIDES, pair, strict=True):
             coder = PromptCoder(shape.members(side, group), rank, bits or 16, dtype)
             stores.append(PromptStore(coder, track, options, new_tokens))
@@ -308,6 +315,7 @@ def prompt_ranks(
     ranks: Ranks | None = None,
     bits: int | None = None,
     layer_group_size: int = 4,
+    devices: Mapping[int, torch.device] | None = None,
 ) -> dict[tuple[int, ...], tuple[int, int]]:
     """Key and value rank of every layer group; a rank of 0 keeps that side exactly.
 
@@ -320,7 +328,7 @@ def prompt_ranks(
     """
     if bits is not None and (not isinstance(bits, int) or bits not in BIT_WIDTHS):
         raise ValueError(f"bits must be one of {BIT_WIDTHS} or None, got {bits!r}")
-    groups = layer_groups(shape, "both", layer_group_size)
+    groups = layer_groups(shape, "both", layer_group_size, devices)
     if ranks is not None:
         return _given_ranks(shape, groups, ranks)
     check_compression_ratio(compression_ratio)

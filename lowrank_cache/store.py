@@ -64,7 +64,8 @@ class LatentStore:
         self.pending: list[Tensor | None] = [None] * members  # window and new states of a group that will encode
         self.latents: PackedLatents | None = None
         self._read: Tensor | None = None  # latents as read in the current forward, until its last member
-        self._tiers: tuple[PackedTier, ...] | None = None  # views of the latents, for the current forward
+        # Views of the latents, for the current forward; copies for layers that lie on other devices than the last.
+        self._tiers: dict[torch.device, tuple[PackedTier, ...]] = {}
         self._impl = "torch"
         self._before: tuple | None = None  # state before the current forward, for `rollback`
 
@@ -89,7 +90,7 @@ class LatentStore:
 
     def extend(self, member: int, states: Tensor) -> StoredSide:
         """``update`` that rebuilds nothing: past tokens come back as they are stored."""
-        latents = self._latent_side(member)
+        latents = self._latent_side(member, states.device)
         self._take_in(member, states)
         pending, window, sinks = self.pending[member], self.windows[member], self.sinks[member]
         if pending is not None:
@@ -105,13 +106,12 @@ class LatentStore:
         """Whether ``extend`` can take the place of ``update``: latents have channels, and one basis for all rows."""
         return self.coder.rank > 0
 
-    @property
-    def sink_slots(self) -> Tensor | None:
+    def sink_slots(self, device: torch.device) -> Tensor | None:
         """``[batch, num_sink_tokens]``, the slot of every row's sinks; None if those are all rows' first slots."""
         first_real = self.track.first_real
         if first_real is None or self.options.num_sink_tokens == 0:
             return None
-        return first_real[:, None] + torch.arange(self.options.num_sink_tokens, device=first_real.device)
+        return first_real.to(device)[:, None] + torch.arange(self.options.num_sink_tokens, device=device)
 
     def _take_in(self, member: int, states: Tensor) -> None:
         """Put new states into sinks and window, or, if there will be something to encode, with the window aside."""
@@ -131,20 +131,21 @@ class LatentStore:
         if member == len(self.lengths) - 1:
             self._read = None
             if self.pending[member] is not None:
-                self._check_one_device()
                 self._encode_pending()
 
-    def _latent_side(self, member: int) -> LatentSide | None:
+    def _latent_side(self, member: int, device: torch.device) -> LatentSide | None:
+        """The latents and what reads one member of them, on the device of that member's layer."""
         if self.latents is None or not self.latents.tokens:
             return None
         self.coder.to(self.latents.codes[0].view().device)
-        if self._tiers is None:  # every member of the forward reads the same latents
-            self._tiers = self.latents.views()
+        if device not in self._tiers:  # every member of the forward reads the same latents
+            self._tiers[device] = tuple(tier.to(device) for tier in self.latents.views())
         rope = self.coder.shapes[member].rope
         frames = None
         if rope is not None:
-            frames = self.track.frames(rope, self.options.num_sink_tokens, self.encoded_end)
-        return LatentSide(self._tiers, self.coder.up_proj(member), self.coder.constants[member], frames)
+            frames = self.track.frames(rope, self.options.num_sink_tokens, self.encoded_end, device)
+        up_proj, constant = self.coder.reading(member, device)
+        return LatentSide(self._tiers[device], up_proj, constant, frames)
 
     def _encodes(self, waiting: int) -> bool:
         """Whether a window of ``waiting`` tokens, new ones included, gives away its oldest block."""
@@ -153,14 +154,6 @@ class LatentStore:
     def _last_encoding(self) -> bool:
         """Whether no tokens will be encoded after those that are now."""
         return False
-
-    def _check_one_device(self) -> None:
-        devices = sorted({str(dense.device) for dense in self.pending if dense is not None})
-        if len(devices) > 1:
-            raise ValueError(
-                f"{self.coder.name} must be on one device, got {devices}; use a layer_group_size whose groups do not "
-                "cross devices, e.g. 1"
-            )
 
     def _encode_pending(self) -> None:
         options = self.options
@@ -174,13 +167,18 @@ class LatentStore:
         self.latents.reserve(self.latents.tokens + encoded, final=self._last_encoding())
         for start in range(0, encoded, _ENCODE_TOKENS):
             stop = min(start + _ENCODE_TOKENS, encoded)
-            self._encode(self.latents, [dense[:, :, start:stop].float() for dense in pending])
+            self._encode(self.latents, self._gathered(pending, start, stop))
         for member, dense in enumerate(pending):
             # A new window, not a shifted one: `rollback` still needs the old one.
             self.windows[member] = self._new_window()
             if waiting > encoded:
                 self.windows[member].append(dense[:, :, encoded:])
         self.pending = [None] * len(self.pending)
+
+    @staticmethod
+    def _gathered(pending: list[Tensor], start: int, stop: int) -> list[Tensor]:
+        """Tokens of every member as float32, on the device of the last one: latents of a group lie in one place."""
+        return [dense[:, :, start:stop].to(pending[-1].device, torch.float32) for dense in pending]
 
     def _encode(self, latents: PackedLatents, states: list[Tensor]) -> None:
         """Append the latents of the next slots: by member ``[batch, heads, tokens, head_dim]`` float32, post-RoPE."""
@@ -202,7 +200,7 @@ class LatentStore:
         self, states: list[Tensor], down_proj: Tensor, dtype: torch.dtype, stop: int
     ) -> tuple[PackedTier, ...]:
         frames = [
-            None if shape.rope is None else self.track.frames(shape.rope, self.encoded_end, stop)
+            None if shape.rope is None else self.track.frames(shape.rope, self.encoded_end, stop, states[0].device)
             for shape in self.coder.shapes
         ]
         coder = self.coder
@@ -216,7 +214,7 @@ class LatentStore:
         framed = []
         for part, shape in zip(states, self.coder.shapes, strict=True):
             if shape.rope is not None:
-                cos, sin = self.track.rotation(shape.rope, start, start + part.shape[2])
+                cos, sin = self.track.rotation(shape.rope, start, start + part.shape[2], part.device)
                 part = rotate(part, cos, sin, shape.rope.layout, inverse=True)
             framed.append(part)
         return framed
@@ -231,7 +229,7 @@ class LatentStore:
             everything[:, :, self.encoded_end : past] = self.windows[member].view()
         if self.latents is not None and self.latents.tokens:
             everything[:, :, sinks : self.encoded_end] = self._reconstruct(self.latents, member, states)
-        kept, slots = self.sinks[member], self.sink_slots
+        kept, slots = self.sinks[member], self.sink_slots(states.device)
         if kept is None:  # there are no sink tokens
             return everything
         if slots is None:
@@ -245,10 +243,14 @@ class LatentStore:
     def _reconstruct(self, packed: PackedLatents, member: int, new: Tensor, start: int = 0) -> Tensor:
         """Encoded tokens of one member from ``start`` on, ``[batch, heads, tokens, head_dim]`` float32, post-RoPE.
 
+        They come on the device of the latents.
+
         ``new``: the states of the forward; bfloat16 ones, and float16 ones on a GPU, lend their dtype to the
         product.
         """
         if self._read is None:  # every member of the forward reads the same latents
+            if packed.codes:
+                self.coder.to(packed.codes[0].view().device)
             if self.coder.rank:
                 self._read = packed.read(start)
             else:  # nothing is stored: every token is read as the calibration mean
@@ -257,7 +259,8 @@ class LatentStore:
         states = self.coder.decode(self._read, member, new.dtype if fast else torch.float32)
         rope = self.coder.shapes[member].rope
         if rope is not None:
-            cos, sin = self.track.rotation(rope, self.options.num_sink_tokens + start, self.encoded_end)
+            begin = self.options.num_sink_tokens + start
+            cos, sin = self.track.rotation(rope, begin, self.encoded_end, states.device)
             states = rotate(states, cos, sin, rope.layout)
         return states
 
@@ -265,7 +268,7 @@ class LatentStore:
         sinks = self.options.num_sink_tokens
         if sinks == 0:
             return
-        kept, slots = self.sinks[member], self.sink_slots
+        kept, slots = self.sinks[member], self.sink_slots(states.device)
         if kept is None:
             batch, heads, _, head_dim = states.shape
             kept = states.new_zeros(batch, heads, sinks, head_dim)
@@ -289,18 +292,18 @@ class LatentStore:
     def begin(self, impl: str = "torch") -> None:
         """Note the state before a forward, so that `rollback` can return to it; ``impl``: kernels that encode."""
         self._impl = impl
-        self._read = self._tiers = None
+        self._read, self._tiers = None, {}
         windows = [(window, window.rows) for window in self.windows]
         tokens = 0 if self.latents is None else self.latents.tokens
         self._before = (list(self.lengths), self.encoded_end, tokens, windows)
 
     def commit(self) -> None:
         """The forward ended well: let go of what `rollback` would need."""
-        self._before = self._tiers = None
+        self._before, self._tiers = None, {}
 
     def rollback(self) -> None:
         """Undo the current forward. Sinks need no undoing: those past the length are written again."""
-        self._read = self._tiers = None
+        self._read, self._tiers = None, {}
         if self._before is None:
             return
         self.lengths, self.encoded_end, tokens, windows = self._before
