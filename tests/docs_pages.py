@@ -38,6 +38,7 @@ _run_python = PythonEvaluator()
 def python_block(example: Example) -> None:
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         _run_python(example)
+    print(printed.getvalue(), end="")  # for pytest -rP, which shows an author what to put into the page
     example.document.namespace["_printed"] = printed.getvalue()
 
 

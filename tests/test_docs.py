@@ -2,16 +2,18 @@
 
 import ast
 import re
+import traceback
 from pathlib import Path
 
 import pytest
 from sybil import Sybil
+from sybil.example import SybilFailure
 from sybil.parsers.markdown import CodeBlockParser
 
 from tests.docs_commands import commands, problem
+from tests.docs_pages import PAGES, PARSERS
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # What a page holds that is made when the site is built.
 BUILT = re.compile(r"notebooks/\w+\.md")
 
@@ -128,3 +130,49 @@ def test_blocks_that_are_not_run_say_why():
     for page in PAGES:
         for comment in re.findall(r"<!--+ *skip.*?-->", page.read_text(encoding="utf-8"), re.DOTALL):
             assert re.fullmatch(r'<!-- skip: next ".+" -->', comment), f"{page.name}: {comment}"
+
+
+BROKEN = """\
+# Page
+
+```python
+print("1,000 bytes, 2.0x")
+```
+
+```text
+1,050 bytes, 2.1x
+```
+
+```text
+1,050 bits, 2.1x
+```
+
+```text
+1,500 bytes, 2.0x
+```
+
+```sh
+lowrank-cache inspect PROJECTIONS
+lowrank-cache inspect PROJECTIONS --no-such-option
+```
+
+```python
+one = 1
+one / 0
+```
+"""
+
+
+def test_a_broken_block_names_page_and_line(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(BROKEN)
+    printing, same, words, numbers, shell, dividing = Sybil(PARSERS, path=str(tmp_path)).parse(page).examples()
+    printing.evaluate()
+    same.evaluate()
+    for example, line in ((words, 12), (numbers, 16), (shell, 21)):
+        with pytest.raises(SybilFailure, match=rf"page\.md:{line}: "):
+            example.evaluate()
+    with pytest.raises(ZeroDivisionError) as raised:
+        dividing.evaluate()
+    frame = traceback.extract_tb(raised.value.__traceback__)[-1]
+    assert (frame.filename, frame.lineno) == (str(page), 26)
