@@ -70,7 +70,7 @@ def _makefile(words: list[str]) -> str | None:
 
 def _pip(words: list[str]) -> str | None:
     extras = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
-    named = {extra for word in words for extra in re.findall(r"(?:^\.|^lowrank-cache)\[([a-z,]+)\]", word)}
+    named = {extra for word in words for extra in re.findall(r"(?:^\.|^lowrank-cache)\[([a-z,-]+)\]", word)}
     missing = {extra for names in named for extra in names.split(",")} - extras
     return f"pyproject.toml has no extra {sorted(missing)}" if missing else None
 
