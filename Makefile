@@ -1,7 +1,9 @@
 # make demo    calibrate a small real model and compare its full cache with the compressed one
 # make test    run the tests
 # make check   make test, and every slower gate
+# make docs    the site, into build/site
 # make lint    ruff and mypy only
+# make release-check   what must hold before a release: builds, installs, and tests other versions of transformers
 # make clean   remove everything that was built, .venv included
 #
 # All packages go into .venv, in the versions of constraints.txt. To choose the interpreter:
@@ -19,6 +21,11 @@ PYTHON ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 py
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.docs-installed
+# What the docs' code blocks and notebooks need to run, and the executed notebooks (tests/docs_*.py).
+PREPARED := build/docs/prepared
+NOTEBOOKS := $(patsubst docs/notebooks/%.py,build/docs/notebooks/%.md,$(filter-out %/pages.py,$(wildcard docs/notebooks/*.py)))
+SOURCES := $(wildcard lowrank_cache/*.py lowrank_cache/*/*.py)
 
 # What a shell carries over from elsewhere must not leak into the virtual environment.
 unexport PYTHONPATH PYTHONHOME PIP_TARGET PIP_PREFIX
@@ -31,7 +38,7 @@ $(shell [ "$$(cat $(STAMP))" = "$(CURDIR)" ] && $(BIN)/python -I -c \
 	'import importlib.metadata as m; m.version("lowrank-cache"); m.version("torch")' 2>/dev/null || rm -f $(STAMP))
 endif
 
-.PHONY: help demo test check gates lint clean
+.PHONY: help demo test check gates lint docs pages release-check clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -60,11 +67,36 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+$(DOCS_STAMP): $(STAMP)
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[data,dev,docs]'
+	@touch $@
+
+$(PREPARED): $(DOCS_STAMP) $(SOURCES) tests/docs_workplace.py
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.docs_workplace
+
+# Two notebooks at a time would fight over the cores whose speed one of them shows.
+build/docs/notebooks/%.md: docs/notebooks/%.py tests/docs_notebooks.py $(PREPARED)
+	@$(BIN)/python -m tests.docs_notebooks $*
+
+docs: $(NOTEBOOKS)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "The site is in build/site; with search: $(BIN)/python -m http.server --directory build/site"
+
+# Execute every code block of README.md and docs/*.md.
+pages: $(PREPARED)
+	$(BIN)/python -m tests.docs_pages
+
 # What `make check` does beside the tests; .ci/run calls it after `make test`.
 gates: lint
 	$(BIN)/python -P tests/aot_gates.py --jobs 2
+	$(MAKE) pages
+	$(MAKE) docs
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --calls 2000 --seed 0
 
 check: test gates
+
+release-check: $(STAMP)
+	$(BIN)/python -P tests/release_check.py $(RELEASE_CHECK_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info

@@ -17,10 +17,11 @@ from lowrank_cache.calibration.recalkv import recalkv_bases
 from lowrank_cache.models import BOTH, SIDES, Group, ModelShape, layer_groups, model_shape
 from lowrank_cache.projections import Basis, Projections
 
-__all__ = ["auto_group_size", "calibrate", "projections_from_moments", "refit_values"]
+__all__ = ["METHODS", "auto_group_size", "calibrate", "projections_from_moments", "refit_values"]
 
 MAX_GROUP_LAYERS = 5
 MAX_GROUP_WIDTH = 4096
+# Open to additions at run time: (moments, groups, frame_length, **options) -> bases; docs/new_method.md.
 METHODS: dict[str, Callable[..., list[Basis]]] = {"fisher": fisher_bases, "palu": palu_bases, "recalkv": recalkv_bases}
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from lowrank_cache.atomic import write_files
 from lowrank_cache.calibration.query_sensitivity import QueryStatistics, record_queries
 from lowrank_cache.kernels.rope import angle_tables, rotate
 from lowrank_cache.models import (
@@ -116,7 +117,11 @@ class Moments:
         return self.shape.layer(group[0]).side(side)
 
     def save(self, path: str | Path) -> None:
-        """Write to one safetensors file, so that groups and frames can change without another pass."""
+        """Write to one safetensors file, so that groups and frames can change without another pass.
+
+        Raises:
+            OSError: If it cannot be written; a file that was there stays as it was.
+        """
         tensors = {f"second.{side}.{group[0]}": sums for (side, group), sums in self.second.items()}
         tensors |= {f"total.{side}.{group[0]}": sums for (side, group), sums in self.total.items()}
         tensors |= {f"sensitivity.{side}.{layer}": sums for (side, layer), sums in self.sensitivity.items()}
@@ -126,7 +131,11 @@ class Moments:
             "groups": self.groups,
             **{name: getattr(self, name) for name in _COUNTS},
         }
-        save_file(tensors, str(path), metadata={"moments": json.dumps(header)})
+        metadata = {"moments": json.dumps(header)}
+        try:
+            write_files({Path(path): lambda part: save_file(tensors, part, metadata=metadata)})
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}") from error
 
     @classmethod
     def load(cls, path: str | Path) -> "Moments":
@@ -150,7 +159,16 @@ class Moments:
                     name = f"sensitivity.{side}.{layer.layer_idx}"
                     moments.sensitivity[side, layer.layer_idx] = tensors.pop(name)
             moments.inv_freq = {name.removeprefix("inv_freq."): table for name, table in tensors.items()}
-        except (KeyError, TypeError, json.JSONDecodeError, SafetensorError) as error:
+        except (
+            KeyError,
+            TypeError,
+            ValueError,
+            IndexError,
+            AttributeError,
+            OverflowError,
+            RecursionError,
+            SafetensorError,
+        ) as error:
             raise ValueError(f"{path} holds no readable moments: {type(error).__name__}: {error}") from error
         return moments
 
@@ -406,7 +424,10 @@ def _require_gradient(module: nn.Module, inputs, output: Tensor) -> Tensor:
 
 
 def _tensors(batches: Iterable, model: PreTrainedModel):
-    """Input ids and attention mask of every batch, on the model's device."""
+    """Input ids and attention mask of every batch, on the device of the embeddings.
+
+    Offloaded embeddings are on no device between forwards; accelerate's hooks then move what a forward is given.
+    """
     if isinstance(batches, str | bytes):
         raise TypeError(
             "batches must be an iterable of token ids, got a string; tokenize it with the model's tokenizer"
@@ -424,7 +445,8 @@ def _tensors(batches: Iterable, model: PreTrainedModel):
             shape = list(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
             raise TypeError(f"batches[{index}] must be a LongTensor [batch, tokens], got {shape}")
         mask = torch.ones_like(batch) if mask is None else mask
-        yield batch.to(device), mask.to(device)
+        target = batch.device if device.type == "meta" else device
+        yield batch.to(target), mask.to(target)
 
 
 def _add(total: Tensor | None, part: Tensor) -> Tensor:

@@ -82,6 +82,8 @@ def _output_gram(module: nn.Module, kv_heads: int, value_dim: int) -> Tensor:
     projection = getattr(module, name)
     width = projection.in_features
     device = next(iter(projection.parameters())).device
+    if device.type == "meta":  # offloaded: accelerate's hooks bring the weight, and move the input to it
+        device = torch.device("cpu")
     dtype = getattr(projection, "compute_dtype", None) or next(
         (p.dtype for p in projection.parameters() if p.is_floating_point()), torch.float32
     )

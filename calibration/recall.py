@@ -5,7 +5,7 @@ spend too few bits on the channels that look-ups need. The effect is measured in
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -58,7 +58,13 @@ def _value(draw: random.Random) -> str:
 
 
 def mixed_batches(
-    tokenizer, text: str, *, tokens: int, window: int = 512, recall_share: float = 0.5, seed: int = 0
+    tokenizer: Callable[[str], Mapping],
+    text: str,
+    *,
+    tokens: int,
+    window: int = 512,
+    recall_share: float = 0.5,
+    seed: int = 0,
 ) -> Iterator[Tensor]:
     """Calibration sequences: windows of ``text`` and recall sequences, interleaved.
 

@@ -6,6 +6,7 @@ code stands between ``Cache.update`` and attention (MLA). Which layers those are
 """
 
 import sys
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,12 +51,13 @@ def latent_attention(model: PreTrainedModel, *, impl: str = "auto") -> "LatentAt
         raise ValueError(f"impl must be one of {IMPLEMENTATIONS}, got {impl!r}")
     model_shape(model)  # raises for what cannot be compressed
     decoder = decoder_of(model)
-    switched = _SWITCHED.get(decoder)
-    if switched is None:
-        switched = _switch(model, decoder, impl)
-    elif switched.impl != impl:
-        raise ValueError(f"impl must be {switched.impl!r}, in which this model attends already, got {impl!r}")
-    switched.users += 1
+    with _LOCK:
+        switched = _SWITCHED.get(decoder)
+        if switched is None:
+            switched = _switch(model, decoder, impl)
+        elif switched.impl != impl:
+            raise ValueError(f"impl must be {switched.impl!r}, in which this model attends already, got {impl!r}")
+        switched.users += 1
     return LatentAttention(decoder)
 
 
@@ -67,14 +69,15 @@ class LatentAttention:
 
     def remove(self) -> None:
         """Switch the model back to its own attention; calling it twice changes nothing."""
-        decoder = self._decoder() if self._decoder is not None else None
-        self._decoder = None
-        if decoder is None or decoder not in _SWITCHED:
-            return
-        switched = _SWITCHED[decoder]
-        switched.users -= 1
-        if switched.users == 0:
-            _switch_back(decoder)
+        with _LOCK:
+            decoder = self._decoder() if self._decoder is not None else None
+            self._decoder = None
+            if decoder is None or decoder not in _SWITCHED:
+                return
+            switched = _SWITCHED[decoder]
+            switched.users -= 1
+            if switched.users == 0:
+                _switch_back(decoder)
 
     def __enter__(self) -> "LatentAttention":
         return self
@@ -93,6 +96,7 @@ class _Switched:
 
 
 _SWITCHED: "weakref.WeakKeyDictionary[PreTrainedModel, _Switched]" = weakref.WeakKeyDictionary()
+_LOCK = threading.RLock()
 
 
 def _switch(model: PreTrainedModel, decoder: PreTrainedModel, impl: str) -> _Switched:
@@ -108,7 +112,7 @@ def _switch(model: PreTrainedModel, decoder: PreTrainedModel, impl: str) -> _Swi
         AttentionMaskInterface.register(_NAMES[key], _MASKS[key])  # type: ignore[arg-type]  # a dict of functions
     decoder.set_attn_implementation(_NAMES[others])
     if decoder not in _DIRECT:  # the first time
-        weakref.finalize(decoder, _unregister_if_unused)  # a model may die switched
+        weakref.finalize(decoder, _model_died)  # perhaps while it was switched
     _SWITCHED[decoder] = _Switched(previous, impl)
     try:
         layers = _layers_that_attend_directly(model, decoder)
@@ -135,6 +139,16 @@ def _unregister_if_unused() -> None:
         for name in _NAMES.values():
             AttentionInterface._global_mapping.pop(name, None)  # there is no public way back
             AttentionMaskInterface._global_mapping.pop(name, None)
+
+
+def _model_died() -> None:
+    # The garbage collector calls this at any point of any thread, so it must not wait; who holds the lock looks after
+    # the registration himself when he switches back.
+    if _LOCK.acquire(blocking=False):
+        try:
+            _unregister_if_unused()
+        finally:
+            _LOCK.release()
 
 
 class _Probe:

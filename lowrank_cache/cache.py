@@ -8,7 +8,8 @@ layers keep transformers' own classes. What transformers calls, and when: docs/c
 import hashlib
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -46,6 +47,7 @@ from lowrank_cache.saved_cache import check_owner, fill, gather, owner_facts, se
 from lowrank_cache.saved_folder import damage_named, push_folder, read_folder, write_folder
 from lowrank_cache.saved_tensors import SavedTensors
 from lowrank_cache.store import LatentStore, StoreOptions
+from lowrank_cache.turn import Turn
 from lowrank_cache.view import LatentView
 
 __all__ = ["LowRankCache", "LowRankLayer"]
@@ -223,6 +225,8 @@ class LowRankCache(Cache):
         self._updated: set[int] | None = None  # compressed layers seen in the current forward; None between forwards
         self._length_before = 0  # cached tokens when the current forward began
         self._others_before: list[int] = []  # what `_others_progress` was then
+        self._half_changed = False  # a change of all layers began and has not ended
+        self._turn = Turn()
         super().__init__(layers=_make_layers(model, shape, self._stores))
         watch(decoder, self)
 
@@ -232,31 +236,43 @@ class LowRankCache(Cache):
         Raises:
             ValueError: If the forward is another model's, holds no tokens, or does not continue the
                 cached sequence. The cache is unchanged then.
+            RuntimeError: If another thread's forward with this cache has not ended.
         """
         if decoder is not self._decoder():
             raise ValueError(
                 f"this cache was made for {type(self._decoder()).__name__} {id(self._decoder()):#x} and cannot be "
                 f"used with {type(decoder).__name__} {id(decoder):#x}; make one cache per model"
             )
-        self._settle()
         tokens = arguments.get("input_ids")
         if tokens is None:
             tokens = arguments.get("inputs_embeds")
         if tokens is None:
             raise ValueError("one of input_ids and inputs_embeds must be given to a forward with a LowRankCache")
-        length, progress = self._track.slots, self._others_progress()
-        self._track.begin(
-            tokens.shape[0],
-            tokens.shape[1],
-            arguments.get("position_ids"),
-            arguments.get("attention_mask"),
-            tokens.device,
-        )
-        self._attended = attended_by(decoder)
-        for store in self._stores:
-            store.begin(self._attended.impl)
-        self._length_before, self._others_before = length, progress
-        self._updated = set()
+        self._turn.take()
+        try:
+            self._settle()
+            self._begin(attended_by(decoder), tokens, arguments.get("position_ids"), arguments.get("attention_mask"))
+        except BaseException:
+            self._turn.give_back()
+            raise
+
+    def _begin(
+        self, attended: Attended, tokens: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None
+    ) -> None:
+        length = self._track.slots
+        self._length_before, self._others_before = length, self._others_progress()
+        self._attended = attended
+        try:
+            self._track.begin(tokens.shape[0], tokens.shape[1], position_ids, attention_mask, tokens.device)
+            for store in self._stores:
+                store.begin(attended.impl)
+            self._updated = set()
+        except BaseException:
+            self._updated = None
+            for store in self._stores:
+                store.rollback()
+            self._track.truncate(length)
+            raise
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Cached tokens, padding included; during a forward, and after one that failed, those before it."""
@@ -271,7 +287,7 @@ class LowRankCache(Cache):
         if not isinstance(layer, LowRankLayer):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         expected = (self._track.batch, self._track.slots - layer.get_seq_length())
-        updated = self._updated
+        updated = self._updated if self._turn.is_mine() else None
         if updated is None or layer_idx in updated or (key_states.shape[0], key_states.shape[2]) != expected:
             raise ValueError(
                 f"layer {layer_idx} was updated outside a forward of the model this cache was made for, so the "
@@ -293,10 +309,16 @@ class LowRankCache(Cache):
             self._track.end()
             for store in self._stores:
                 store.commit()
+            self._turn.give_back()
         return keys, values
 
     def _settle(self) -> None:
         """If the last forward did not reach every layer, return to the state before it."""
+        if self._half_changed:
+            raise ValueError(
+                "a crop or a change of rows of this cache was interrupted, so its layers do not agree any more; "
+                "call cache.reset() and start again"
+            )
         if self._updated is None:
             return
         linear = [layer for layer in self._other_layers() if isinstance(layer, LinearAttentionCacheLayerMixin)]
@@ -320,49 +342,67 @@ class LowRankCache(Cache):
         """
         if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove must be at most 0 (-3 removes three tokens), got {tokens_to_remove}")
-        self._settle()
-        for layer in self._other_layers():
-            layer.crop(tokens_to_remove)
-        if tokens_to_remove < 0:
-            kept = max(0, self._track.slots + tokens_to_remove)
-            for store in self._stores:
-                store.truncate(kept)
-            self._track.truncate(kept)
+        with self._changing():
+            self._change_others("crop", tokens_to_remove)
+            if tokens_to_remove < 0:
+                kept = max(0, self._track.slots + tokens_to_remove)
+                for store in self._stores:
+                    store.truncate(kept)
+                self._track.truncate(kept)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Give row ``i`` what row ``beam_idx[i]`` held, as beam search asks."""
-        self._settle()
-        for layer in self._other_layers():
-            layer.reorder_cache(beam_idx)
-        self._map_batch(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+        self._change_rows("reorder_cache", beam_idx, lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row ``repeats`` times, next to itself."""
-        self._settle()
-        for layer in self._other_layers():
-            layer.batch_repeat_interleave(repeats)
-        self._map_batch(lambda rows: rows.repeat_interleave(repeats, dim=0))
+        self._change_rows("batch_repeat_interleave", repeats, lambda rows: rows.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only the rows ``indices``."""
-        self._settle()
-        for layer in self._other_layers():
-            layer.batch_select_indices(indices)
-        self._map_batch(lambda rows: rows[indices.to(rows.device)])
+        self._change_rows("batch_select_indices", indices, lambda rows: rows[indices.to(rows.device)])
 
     def reset(self) -> None:
         """Forget all tokens; calibrated bases stay, a prompt's own are forgotten with it."""
+        self._half_changed = True
         for layer in self._other_layers():
             layer.reset()
         for store in self._stores:
             store.clear()
         self._track.clear()
         self._updated = None
+        self._turn.give_back()
+        self._half_changed = False
 
-    def _map_batch(self, function) -> None:
-        self._track.map_batch(function)
-        for store in self._stores:
-            store.map_batch(function)
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Mark the cache until a change of all its layers is through: whatever interrupts it, the mark stays."""
+        self._settle()
+        self._turn.give_back()
+        self._half_changed = True
+        yield
+        self._half_changed = False
+
+    def _change_others(self, change: str, argument) -> None:
+        """Call ``change`` of all layers that are not compressed."""
+        for changed, layer in enumerate(self._other_layers()):
+            try:
+                getattr(layer, change)(argument)
+            except (RuntimeError, AttributeError) as error:
+                # transformers' layers refuse before they change; if the first one does, the cache is as it was.
+                self._half_changed = changed > 0 or isinstance(error, torch.OutOfMemoryError)
+                raise
+
+    def _change_rows(self, change: str, argument: Tensor | int, function: Callable[[Tensor], Tensor]) -> None:
+        """Apply a change of the batch axis to everything that is held."""
+        if self._track.batch is not None:
+            device = argument.device if isinstance(argument, Tensor) else None
+            function(torch.arange(self._track.batch, device=device))  # a row that does not exist raises here
+        with self._changing():
+            self._change_others(change, argument)
+            self._track.map_batch(function)
+            for store in self._stores:
+                store.map_batch(function)
 
     def _others_progress(self) -> list[int]:
         """Tokens seen so far by each attention layer that is not compressed."""
@@ -554,12 +594,13 @@ def _coders(projections: Projections, compression_ratio, ranks, bits, latent_dty
     made = _CODERS.setdefault(projections, {})
     if key not in made:
         plans = plan_stores(projections, compression_ratio, ranks, bits)
-        made[key] = []
+        coders = []  # all or none are remembered: making them may be interrupted, or done by two threads at once
         for store, plan in zip(projections.stores(), plans, strict=True):
             members = projections.shape.members(store[0].side, store[0].layers)
             # Channels with a loss of their own keep it: rotation would spread what matters over what does not.
             rotated = bits in QUANTIZED_BITS and all(basis.rank_weight is not None for basis in store)
-            made[key].append(Coder(store, plan, members, dtype, rotated))
+            coders.append(Coder(store, plan, members, dtype, rotated))
+        made[key] = coders
     return made[key]
 
 

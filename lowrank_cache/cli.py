@@ -3,9 +3,11 @@
 Arguments and messages only; what the commands do lives in ``evaluation`` and ``calibration``.
 """
 
+import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,14 +22,18 @@ from lowrank_cache.calibration.recall import mixed_batches
 from lowrank_cache.evaluation.bench import BenchSettings
 from lowrank_cache.evaluation.bench_run import bench as run_bench
 from lowrank_cache.evaluation.demo import DemoSettings, run_demo
+from lowrank_cache.evaluation.evaluate import EvaluationSettings
+from lowrank_cache.evaluation.evaluate_run import run_evaluation
 from lowrank_cache.evaluation.inspection import inspect_projections
+from lowrank_cache.evaluation.loading import in_dtype, load_model
 from lowrank_cache.evaluation.model_source import DownloadError
 from lowrank_cache.evaluation.papers import check_papers
 from lowrank_cache.evaluation.plots import plot_projections
 from lowrank_cache.evaluation.prefill import prefill_peak
 from lowrank_cache.evaluation.quality import QualitySettings
-from lowrank_cache.evaluation.quality_run import QualityRun, in_dtype, load_model, run_quality
+from lowrank_cache.evaluation.quality_run import QualityRun, run_quality
 from lowrank_cache.evaluation.roofline_run import run_roofline
+from lowrank_cache.evaluation.ruler import TASKS
 from lowrank_cache.evaluation.text_source import load_text
 
 __all__ = ["app"]
@@ -51,6 +57,32 @@ def _errors_as_messages() -> Iterator[None]:
     except (ValueError, NotImplementedError, ImportError, OSError, DownloadError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error
+
+
+@app.command()
+def env() -> None:
+    """Print the versions that a bug report should name."""
+    typer.echo(f"Python {platform.python_version()}, {platform.platform()}, {platform.machine()}")
+    for name in ENVIRONMENT:
+        try:
+            typer.echo(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            typer.echo(f"{name} is not installed")
+    accelerators = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    typer.echo(f"accelerators: {', '.join(accelerators) or 'none'}; {torch.get_num_threads()} threads")
+
+
+ENVIRONMENT = [
+    "lowrank-cache",
+    "torch",
+    "transformers",
+    "triton",
+    "accelerate",
+    "safetensors",
+    "huggingface_hub",
+    "bitsandbytes",
+    "numpy",
+]
 
 
 @app.command()
@@ -224,6 +256,70 @@ def quality(
         )
         run = QualityRun(model, calibrate_on, evaluate_on, moments, tokens, recall_share, sensitivity, dtype, key_bias)
         run_quality(out, cache, run, settings, typer.echo)
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[
+        str | None, typer.Argument(help="Name on the hub, or folder, of a decoder-only model; SmolLM2-135M by default.")
+    ] = None,
+    cache: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A cache to measure, repeatable: a baseline or "
+            "METHOD:RATIO[,groups=G][,frame=L][,joint=0|1][,bits=B][,ranks=R]."
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the report; rerunning resumes.")] = Path("artefacts/eval"),
+    projections: Annotated[
+        list[str] | None,
+        typer.Option(help="Ready projections, a folder or hub repository; one of a method, repeatable."),
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            help="Text to evaluate on: a file, dataset:NAME[,config=C][,split=S][,column=T], python-sources or "
+            "messages:LANGUAGE; WikiText-2 by default."
+        ),
+    ] = None,
+    calibrate_on: Annotated[str | None, typer.Option(help="Text to calibrate on, likewise.")] = None,
+    moments: Annotated[Path | None, typer.Option(help="Statistics of an earlier run, not to calibrate again.")] = None,
+    tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = 20_480,
+    sensitivity: Annotated[str, typer.Option(help="gradient or query, of calibration.")] = "gradient",
+    lengths: Annotated[str, typer.Option(help="Tokens of contexts, separated by commas.")] = "1024,2048,4096",
+    tasks: Annotated[str, typer.Option(help="Long-context tasks, separated by commas.")] = ",".join(TASKS),
+    samples: Annotated[int, typer.Option(help="Contexts of each task and length; 0 for none.")] = 16,
+    windows: Annotated[int, typer.Option(help="Windows of text for the perplexity; 0 for none.")] = 16,
+    window: Annotated[int, typer.Option(help="Tokens per window.")] = 1024,
+    chunk: Annotated[int, typer.Option(help="Tokens per forward.")] = 128,
+    prompt: Annotated[int, typer.Option(help="Tokens of the first forward, which windows do not score.")] = 0,
+    batch: Annotated[int, typer.Option(help="Windows per forward.")] = 4,
+    residual_length: Annotated[int, typer.Option(help="Recent tokens that a cache keeps exactly.")] = 128,
+    seed: Annotated[int, typer.Option(help="Of the tasks.")] = 0,
+    chat: Annotated[bool, typer.Option(help="Ask in the model's chat template.")] = False,
+    attend: Annotated[bool, typer.Option(help="Attend to latents instead of rebuilding keys and values.")] = False,
+    dtype: Annotated[str, typer.Option(help="Dtype in which the caches are measured; auto: the model's.")] = "bfloat16",
+    device: Annotated[str | None, typer.Option(help="Torch device; the GPU if there is one.")] = None,
+) -> None:
+    """Evaluate caches on MODEL: perplexity, long-context tasks, bytes and times, in a report with intervals."""
+    with _errors_as_messages():
+        settings = EvaluationSettings(
+            lengths=_numbers("lengths", lengths),
+            tasks=tuple(task.strip() for task in tasks.split(",")),
+            samples=samples,
+            windows=windows,
+            window=window,
+            chunk=chunk,
+            prompt=prompt,
+            batch=batch,
+            chat=chat,
+            attend=attend,
+            seed=seed,
+            residual_length=residual_length,
+        )
+        run = QualityRun(model, calibrate_on, text, moments, tokens, 0.5, sensitivity, dtype)
+        caches = cache or ["full", "quantized-fp8", "fisher:8"]
+        run_evaluation(out, caches, run, settings, typer.echo, projections=tuple(projections or ()), device=device)
 
 
 @app.command()

@@ -5,30 +5,39 @@ forward begins. It holds no cache and no model; other caches pass through it unt
 """
 
 import inspect
+import threading
 import weakref
 from functools import partial
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 __all__ = ["hook_count", "watch"]
 
+CACHE_ARGUMENTS = ("cache", "past_key_values")  # since transformers 5.24, and before
+
 
 class _SharedHook:
-    def __init__(self, decoder: nn.Module):
+    def __init__(self) -> None:
         self.users = 0
-        signature = inspect.signature(decoder.forward)
-        self.handle = decoder.register_forward_pre_hook(partial(_announce, signature), with_kwargs=True)
+        self.handle: RemovableHandle | None = None
 
 
 _HOOKS: "weakref.WeakKeyDictionary[nn.Module, _SharedHook]" = weakref.WeakKeyDictionary()
+# Reentrant: the garbage collector may end a cache, and so call `_release`, at any point of the thread that holds it.
+_LOCK = threading.RLock()
 
 
 def watch(decoder: nn.Module, cache: object) -> None:
     """Let ``decoder`` announce its forwards to caches of its own for as long as ``cache`` lives."""
-    if decoder not in _HOOKS:
-        _HOOKS[decoder] = _SharedHook(decoder)
-    _HOOKS[decoder].users += 1
+    with _LOCK:
+        hook = _HOOKS.setdefault(decoder, _SharedHook())
+        hook.users += 1
+        if hook.handle is None:
+            announce = partial(_announce, inspect.signature(decoder.forward))
+            hook.handle = decoder.register_forward_pre_hook(announce, with_kwargs=True)
+        _HOOKS[decoder] = hook  # again, if its last other user was collected meanwhile
     weakref.finalize(cache, _release, weakref.ref(decoder))
 
 
@@ -37,20 +46,24 @@ def hook_count(decoder: nn.Module) -> int:
     return _HOOKS[decoder].users if decoder in _HOOKS else 0
 
 
-def _release(decoder_ref: weakref.ref) -> None:
-    decoder = decoder_ref()
-    if decoder is None or decoder not in _HOOKS:
-        return
-    hook = _HOOKS[decoder]
-    hook.users -= 1
-    if hook.users == 0:
-        hook.handle.remove()
-        del _HOOKS[decoder]
+def _release(decoder_ref: "weakref.ref[nn.Module]") -> None:
+    with _LOCK:
+        decoder = decoder_ref()
+        if decoder is None or decoder not in _HOOKS:
+            return
+        hook = _HOOKS[decoder]
+        hook.users -= 1
+        if hook.users == 0 and hook.handle is not None:
+            hook.handle.remove()
+            hook.handle = None
+            del _HOOKS[decoder]
 
 
 @torch.compiler.disable(reason="positions are checked with Python control flow, outside of any graph")
 def _announce(signature: inspect.Signature, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
     arguments = {**signature.bind_partial(*args).arguments, **kwargs}
-    begin = getattr(arguments.get("past_key_values"), "begin_forward", None)
-    if begin is not None:
-        begin(decoder, arguments)
+    for name in CACHE_ARGUMENTS:
+        begin = getattr(arguments.get(name), "begin_forward", None)
+        if begin is not None:
+            begin(decoder, arguments)
+            return

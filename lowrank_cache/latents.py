@@ -150,12 +150,12 @@ class Coder:
     def to(self, device: torch.device) -> None:
         """Move the bases to the device of the layers they serve."""
         if self.weight.device != device:
-            self.weight = self.weight.to(device)
             self.constants = [constant.to(device) for constant in self.constants]
             self._whole.clear()
             self._copies.clear()
             for block in self.blocks:
                 block.to(device)
+            self.weight = self.weight.to(device)  # last: it tells that all have moved
 
     def encode(self, states: list[Tensor]) -> Tensor:
         """Latents of states: by member ``[batch, heads, tokens, head_dim]`` → ``[batch, tokens, rank]``, float32."""

@@ -8,6 +8,7 @@ here, when a cache is made, and never later. See docs/cache_contract.md, "The pr
 
 import hashlib
 import json
+import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -117,7 +118,10 @@ class ModelShape:
     def from_dict(cls, fields: dict) -> "ModelShape":
         def side(fields: dict) -> SideShape:
             rope = RopeShape(**fields["rope"]) if fields["rope"] else None
-            return SideShape(int(fields["heads"]), int(fields["head_dim"]), rope)
+            sizes = int(fields["heads"]), int(fields["head_dim"])
+            if min(sizes) < 1:
+                raise ValueError(f"heads and head_dim must be at least 1, got {sizes}")
+            return SideShape(*sizes, rope)
 
         layers = tuple(
             LayerShape(int(layer["layer_idx"]), side(layer["key"]), side(layer["value"])) for layer in fields["layers"]
@@ -274,8 +278,11 @@ def _same_inputs(decoder: nn.Module) -> Iterator[None]:
     rounding of rotated scores, routers amplify it, and in half precision deep layers differ beyond recognition.
     """
     inputs: dict[nn.Module, Tensor] = {}
+    prober = threading.get_ident()
 
     def replace(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if threading.get_ident() != prober:  # another thread is using the model meanwhile
+            return args, kwargs
         hidden = kwargs.get("hidden_states", args[0] if args else None)
         if isinstance(hidden, Tensor):
             first = inputs.setdefault(module, hidden.clone())

@@ -7,8 +7,7 @@ safetensors and JSON, loaded from a folder or the hub.
 
 import hashlib
 import json
-import os
-import tempfile
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from lowrank_cache.allocation import plan_stores
+from lowrank_cache.atomic import write_files
 from lowrank_cache.models import BOTH, SIDES, ModelShape
 
 __all__ = ["Basis", "Projections"]
@@ -263,9 +263,9 @@ class Projections(
             "tensors_sha256": hashlib.sha256(payload).hexdigest(),
         }
         config["config_sha256"] = _config_digest(config)
-        # Tensors first: a config without its tensors is refused on load, so no half artefact is usable.
-        _write_atomically(save_directory / TENSOR_FILE, payload)
-        _write_atomically(save_directory / CONFIG_FILE, json.dumps(config, indent=1).encode())
+        write_files(
+            {save_directory / TENSOR_FILE: payload, save_directory / CONFIG_FILE: json.dumps(config, indent=1).encode()}
+        )
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # named arguments instead of model_kwargs
@@ -310,65 +310,76 @@ def _read(folder: Path) -> Projections:
     for name in (CONFIG_FILE, TENSOR_FILE):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} holds no projections: {name} is missing")
+    config = _read_config(folder)
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        version = config["format_version"]
-        if version != FORMAT_VERSION:
-            raise ValueError(
-                f"{folder} has format version {version}, and this release reads version {FORMAT_VERSION}; "
-                "calibrate again or install the release that wrote it"
-            )
-        if _config_digest(config) != config["config_sha256"]:
-            raise ValueError(
-                f"{folder / CONFIG_FILE} is damaged or was edited: its contents do not match config_sha256"
-            )
-        with open(folder / TENSOR_FILE, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != config["tensors_sha256"]:
-            raise ValueError(
-                f"{folder / TENSOR_FILE} is damaged: its SHA-256 is {digest}, {CONFIG_FILE} expects "
-                f"{config['tensors_sha256']}"
-            )
-        tensors = load_file(folder / TENSOR_FILE)  # mapped: pages are read when used
-        bases = []
-        for index, fields in enumerate(config["bases"]):
-            layers, heads = tuple(map(int, fields["layers"])), tuple(map(int, fields["heads"]))
-            prefix = f"{index:04d}.{fields['side']}.layers_{layers[0]}_{layers[-1]}.heads_{'-'.join(map(str, heads))}"
-            arrays = {name: tensors[f"{prefix}.{name}"] for name in _TENSORS}
-            bases.append(Basis(fields["side"], layers, heads, **arrays, rank_weight=fields["rank_weight"]))
-        return Projections(
-            bases,
-            ModelShape.from_dict(config["model_shape"]),
-            method=str(config["method"]),
-            frame_length=int(config["frame_length"]),
-            provenance=config["provenance"],
-            min_compression_ratio=float(config["min_compression_ratio"]),
-        )
-    except (KeyError, TypeError, IndexError, AttributeError, safetensors.SafetensorError) as error:
+        return _assemble(config, load_file(folder / TENSOR_FILE))  # mapped: pages are read when used
+    except (*_DAMAGE, safetensors.SafetensorError, RuntimeError) as error:
         raise ValueError(f"{folder} holds damaged projections: {type(error).__name__}: {error}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{folder / CONFIG_FILE} is not valid JSON: {error}") from error
+
+
+# What wrong types and sizes in a file may raise where they are used.
+_DAMAGE = (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError)
+
+
+def _read_config(folder: Path) -> dict:
+    """The config, of this format and with digests that match both files."""
+    path = folder / CONFIG_FILE
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        digest = _config_digest(config) if isinstance(config, dict) else None
+    except (ValueError, RecursionError) as error:  # also for text that is not UTF-8, and numbers too long to read
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if digest is None:
+        raise ValueError(f"{path} must hold a JSON object, got {type(config).__name__}")
+    version = config.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{folder} has format version {version}, and this release reads version {FORMAT_VERSION}; "
+            "calibrate again or install the release that wrote it"
+        )
+    if digest != config.get("config_sha256"):
+        raise ValueError(f"{path} is damaged or was edited: its contents do not match config_sha256")
+    with open(folder / TENSOR_FILE, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    expected = config.get("tensors_sha256")
+    if found != expected:
+        raise ValueError(f"{folder / TENSOR_FILE} is damaged: its SHA-256 is {found}, {CONFIG_FILE} expects {expected}")
+    return config
+
+
+def _assemble(config: dict, tensors: dict[str, Tensor]) -> Projections:
+    bases = []
+    for index, fields in enumerate(config["bases"]):
+        layers, heads = tuple(map(int, fields["layers"])), tuple(map(int, fields["heads"]))
+        prefix = f"{index:04d}.{fields['side']}.layers_{layers[0]}_{layers[-1]}.heads_{'-'.join(map(str, heads))}"
+        arrays = {name: tensors[f"{prefix}.{name}"] for name in _TENSORS}
+        wrong = {name: array.dtype for name, array in arrays.items() if array.dtype != torch.float32}
+        if wrong or arrays["down_proj"].dim() != 2:
+            raise ValueError(f"{prefix} must be float32 with a matrix down_proj, got {wrong or 'another shape'}")
+        weight = fields["rank_weight"]
+        bases.append(
+            Basis(fields["side"], layers, heads, **arrays, rank_weight=None if weight is None else _finite(weight))
+        )
+    return Projections(
+        bases,
+        ModelShape.from_dict(config["model_shape"]),
+        method=str(config["method"]),
+        frame_length=int(config["frame_length"]),
+        provenance=config["provenance"],
+        min_compression_ratio=_finite(config["min_compression_ratio"]),
+    )
+
+
+def _finite(number) -> float:
+    if not isinstance(number, int | float) or not math.isfinite(number):
+        raise ValueError(f"a finite number was expected, got {number!r}")
+    return float(number)
 
 
 def _config_digest(config: dict) -> str:
     """SHA-256 of a config but for its own digest; layout and key order do not matter."""
     others = {key: value for key, value in config.items() if key != "config_sha256"}
     return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
-
-
-def _write_atomically(path: Path, payload: bytes) -> None:
-    """Write beside ``path`` and rename, so that a full disk or a crash leaves the old file or none."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(payload)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _check_coverage(bases: tuple[Basis, ...], shape: ModelShape) -> None:
@@ -378,6 +389,8 @@ def _check_coverage(bases: tuple[Basis, ...], shape: ModelShape) -> None:
         unknown = [index for index in basis.layers if index not in layers]
         if unknown:
             raise ValueError(f"{basis.name}: layers {unknown} are not compressible layers of the model")
+        if list(basis.layers) != sorted(set(basis.layers)):
+            raise ValueError(f"{basis.name}: layers must be in ascending order, each once, got {basis.layers}")
         if len({(layers[index].key, layers[index].value) for index in basis.layers}) != 1:
             raise ValueError(f"{basis.name}: grouped layers must have equal heads, head_dim and rope")
         members = shape.members(basis.side, basis.layers)
@@ -388,12 +401,15 @@ def _check_coverage(bases: tuple[Basis, ...], shape: ModelShape) -> None:
             covered.setdefault((side, index), []).extend(basis.heads)
     for index, layer in layers.items():
         for side in SIDES:
-            heads = sorted(covered.get((side, index), []))
-            expected = list(range(layer.side(side).heads))
-            if heads != expected:
+            heads, count = sorted(covered.get((side, index), [])), layer.side(side).heads
+            if len(heads) != count or heads != list(range(count)):
                 raise ValueError(
-                    f"bases must cover each {side} head of layer {index} once, heads {expected}, got {heads}"
+                    f"bases must cover each {side} head of layer {index} once, heads {_listed(count)}, got {heads}"
                 )
+
+
+def _listed(heads: int) -> str:
+    return str(list(range(heads))) if heads < 1000 else f"0 to {heads - 1}"  # the number may come from a damaged file
 
 
 def _first_difference(ours, theirs, path: str = "") -> str:

@@ -222,7 +222,7 @@ class PromptStore(LatentStore):
     def rollback(self) -> None:
         undone = self._before is not None and not self._fitted_before
         super().rollback()
-        if undone and self.coder.fitted:
+        if undone:
             self.coder.forget()
             self.latents = None
 

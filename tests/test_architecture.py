@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "lowrank_cache"
+TASKS = ROOT / PACKAGE / "evaluation" / "lm_eval_tasks"
 
 # What each file may import of this project. A folder's line holds for all its files, which may also
 # import each other; a line of its own wins over the folder's.
@@ -19,6 +20,7 @@ ALLOWED = {
     "lowrank_cache/__init__.py": {"attention", "cache", "projections"},
     "lowrank_cache/atomic.py": set(),
     "lowrank_cache/attended.py": set(),
+    "lowrank_cache/turn.py": set(),
     "lowrank_cache/attention.py": {"attended", "kernels.api", "models", "view"},
     "lowrank_cache/view.py": {"kernels.api", "kernels.packed"},
     "lowrank_cache/growing.py": set(),
@@ -26,7 +28,7 @@ ALLOWED = {
     "lowrank_cache/hooks.py": set(),
     "lowrank_cache/hadamard.py": set(),
     "lowrank_cache/models.py": {"kernels.rope"},
-    "lowrank_cache/projections.py": {"models", "allocation"},
+    "lowrank_cache/projections.py": {"allocation", "atomic", "models"},
     "lowrank_cache/allocation.py": {"budget", "models"},
     "lowrank_cache/latents.py": {
         "allocation",
@@ -58,6 +60,7 @@ ALLOWED = {
         "saved_folder",
         "saved_tensors",
         "store",
+        "turn",
         "view",
     },
     "lowrank_cache/prompt_svd.py": {
@@ -88,7 +91,7 @@ ALLOWED = {
         "store",
     },
     "kernels/": set(),
-    "calibration/": {"kernels.rope", "models", "projections", "allocation"},
+    "calibration/": {"allocation", "atomic", "kernels.rope", "models", "projections"},
 }
 # transformers changes often; a change of it must not reach further than these.
 TOUCH_TRANSFORMERS = {
@@ -210,6 +213,15 @@ def test_kernels_need_torch_alone_and_triton_lazily():
         others = {module.split(".")[0] for module, _ in imports(path)} - {"torch", *sys.stdlib_module_names}
         allowed = {PACKAGE, "triton"} if path.name.startswith("triton_") else {PACKAGE}
         assert others <= allowed, f"{name_of(path)} imports {others}"
+
+
+def test_lm_eval_is_needed_by_its_own_model_alone():
+    ours = {"lowrank_cache/evaluation/hf_lowrank.py", "lowrank_cache/evaluation/lm_eval.py"}
+    for path in sources():
+        names = {module for module, _ in imports(path)}
+        needs = any(name.split(".")[0] == "lm_eval" for name in names)
+        leads = names & {f"{PACKAGE}.evaluation.hf_lowrank", f"{PACKAGE}.evaluation.lm_eval"}
+        assert name_of(path) in ours or not (needs or leads), f"{name_of(path)} may not need lm-eval"
 
 
 def run(code: str, *, python_path=(), cwd=None) -> str:
@@ -350,6 +362,8 @@ def test_the_wheel_holds_every_module_and_nothing_at_the_top_level(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert tops == {PACKAGE, next(top for top in tops if top.endswith(".dist-info"))}
+    tasks = {f"{PACKAGE}/evaluation/lm_eval_tasks/{path.name}" for path in TASKS.glob("*.yaml")}
+    assert tasks and {name for name in names if name.endswith(".yaml")} == tasks
     assert {name for name in names if name.endswith(".py")} == {
         f"{module_of(path).replace('.', '/')}{'/__init__' if path.name == '__init__.py' else ''}.py"
         for path in sources()

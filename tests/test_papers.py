@@ -27,12 +27,25 @@ def test_writes_every_table_and_keeps_its_models(small, tmp_path):
     papers.check_papers(tmp_path, text, steps=4, windows=3, calibration_windows=8, report=said.append)
     table = (tmp_path / "papers.md").read_text()
     rows = [line for line in table.splitlines() if line.startswith("| ")]
-    for name in ("Palu, 50 %", "ReCalKV, 70 %", "neither", "HSR", "OVC", "both", "whitened SVD", "xKV 3x, 4 layers"):
+    for name in (
+        "Palu, 50 %",
+        "ReCalKV, 70 %",
+        "neither",
+        "HSR",
+        "OVC",
+        "both",
+        "similar heads",
+        "whitened SVD",
+        "xKV",
+    ):
         assert any(line.startswith(f"| {name}") for line in rows), name
     lost = {name: float(error) for name, error in re.findall(r"\| ((?:plain|whitened) SVD[^|]*) \| ([\d.]+) \|", table)}
     whitened = [error for name, error in lost.items() if name.startswith("whitened")]
     assert len(whitened) == 4 and max(whitened) - min(whitened) <= 1e-6  # OVC changes nothing there
     assert lost["plain SVD"] > lost["plain SVD, 1 OVC step"] >= whitened[0]
+    grouped = {name: float(error) for name, error in re.findall(r"\| ([^|]*(?:heads|ways)[^|]*) \| ([\d.]+) \|", table)}
+    best = grouped.pop("best of all 35 ways")
+    assert len(grouped) == 3 and 0 < best <= min(grouped.values())
     weights = [path.read_bytes() for path in sorted(tmp_path.glob("*/model.safetensors"))]
     assert len(weights) == 2
     kept = trained(multi_head_config(), torch.zeros(1), tmp_path / "multi-head", 4, said.append)

@@ -4,23 +4,22 @@ Machines are noisy, so a context's caches decode in turn, one step each, and wha
 and its ratio to the full cache's in the same minutes. ``DynamicCache`` runs on transformers' SDPA.
 """
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from lowrank_cache.attention import latent_attention
-from lowrank_cache.cache import LowRankCache
-from lowrank_cache.evaluation.baselines import make_baseline, tensor_bytes
+from lowrank_cache.evaluation.baselines import tensor_bytes
+from lowrank_cache.evaluation.cache_rows import cache_row
 from lowrank_cache.evaluation.memory import watch_allocated
+from lowrank_cache.evaluation.results_file import append_result, resume_results
 from lowrank_cache.projections import Projections
 
 __all__ = ["BenchRow", "BenchSettings", "bench_markdown", "run_bench"]
@@ -99,6 +98,11 @@ def run_bench(
         raise ValueError(f"ids must hold at least {needed} tokens, got {len(ids)}")
     torch.set_num_threads(settings.threads)
     done = _resume(out, settings)
+    sizes = {
+        "residual_length": settings.residual_length,
+        "num_sink_tokens": settings.num_sink_tokens,
+        "block_size": settings.block_size,
+    }
     names = ["full", *(name for name in configurations if name != "full")]
     for context in settings.contexts:
         for batch in settings.batches:
@@ -106,11 +110,13 @@ def run_bench(
             if missing == ["full"] or not missing:
                 continue
             chosen = ["full", *(name for name in missing if name != "full")]  # a ratio needs its baseline beside it
-            makers = {name: _maker(name, configurations.get(name, (None, {})), model, settings) for name in chosen}
+            # A row's bases are made once for all its caches, and before the prefill that is timed.
+            makers = {
+                name: cache_row(name, *configurations.get(name, (None, {})), model, sizes).make for name in chosen
+            }
             for row in _measure_together(model, ids, makers, context, batch, settings, progress):
                 done[row.name, context, batch] = row
-                with open(out, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(asdict(row)) + "\n")
+                append_result(out, asdict(row))
     # Earlier runs' rows too, as the file holds them: a table is not less for being measured in parts.
     return sorted(done.values(), key=lambda row: (row.context, row.batch, row.name != "full"))
 
@@ -118,31 +124,8 @@ def run_bench(
 def _resume(out: Path, settings: BenchSettings) -> dict[tuple[str, int, int], BenchRow]:
     # Contexts and batches may grow from run to run: a row holds its own.
     fixed = {name: value for name, value in asdict(settings).items() if name not in ("contexts", "batches")}
-    header = {"settings": fixed}
-    if not out.exists():
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(header) + "\n", encoding="utf-8")
-        return {}
-    first, *lines = out.read_text(encoding="utf-8").splitlines()
-    if json.loads(first) != header:
-        raise ValueError(f"{out} was made with other settings: {first}; remove it or name another folder")
-    rows = [BenchRow(**fields) for fields in map(json.loads, lines)]
+    rows = [BenchRow(**fields) for fields in resume_results(out, fixed)]
     return {(row.name, row.context, row.batch): row for row in rows}
-
-
-def _maker(name: str, configuration, model, settings: BenchSettings) -> Callable[[], Cache]:
-    projections, options = configuration
-    if projections is None and "method" not in options:
-        return lambda: make_baseline(name, model, settings.residual_length)
-    sizes: dict[str, Any] = {
-        "residual_length": settings.residual_length,
-        "num_sink_tokens": settings.num_sink_tokens,
-        "block_size": settings.block_size,
-    }
-    LowRankCache(
-        model, projections, **sizes, **options
-    )  # bases are made once for all caches: not in the prefill's time
-    return lambda: LowRankCache(model, projections, **sizes, **options)
 
 
 @torch.no_grad()

@@ -10,8 +10,9 @@ import torch
 from lowrank_cache.evaluation.bench import BenchRow, BenchSettings, bench_markdown, run_bench
 from lowrank_cache.evaluation.bench_op import op_markdown, time_ops
 from lowrank_cache.evaluation.configurations import build, parse
+from lowrank_cache.evaluation.loading import in_dtype, load_model
 from lowrank_cache.evaluation.plots import plot_bench
-from lowrank_cache.evaluation.quality_run import QualityRun, in_dtype, load_model, moments_of
+from lowrank_cache.evaluation.quality_run import QualityRun, moments_of
 from lowrank_cache.evaluation.text_source import load_text
 
 __all__ = ["bench"]

@@ -39,6 +39,20 @@ class Configuration:
     ranks: int | None = None
     new: str | None = None
 
+    @property
+    def refit_ratio(self) -> float:
+        """Ratio of the ranks at which values are fitted to the compressed stream; 1 where they are not."""
+        if self.method != "recalkv" or self.ranks is not None:
+            return 1.0
+        return max(1.0, self.compression_ratio * (self.bits or 16) / 16)
+
+    @property
+    def bases_name(self) -> str:
+        """Equal for configurations with equal bases; part of a path."""
+        joint = {None: "auto", True: "1", False: "0"}[self.joint]
+        refit = f",refit={self.refit_ratio:g}" if self.refit_ratio > 1 else ""
+        return f"{self.method},groups={self.groups},frame={self.frame},joint={joint}{refit}"
+
 
 def parse(specification: str) -> Configuration | None:
     """A configuration, or None if ``specification`` names a baseline.
@@ -77,16 +91,19 @@ def parse(specification: str) -> Configuration | None:
 
 def build(
     specifications: list[str],
-    moments: Moments,
+    moments: Moments | None,
     refit: Callable[[Projections, float], Moments | None] = lambda projections, ratio: None,
+    ready: Callable[[Configuration], Projections | None] = lambda configuration: None,
 ) -> dict[str, tuple[Projections | None, dict]]:
     """Projections and cache arguments of each specification; equal bases are made once.
 
     Args:
+        moments: Statistics; None if every configuration that needs them is ready.
         refit: Moments of the values in a stream that projections compress at a ratio, for recalkv's value
             calibration; None leaves it out. The ratio is that of the ranks, 1 where none is cut away.
+        ready: The projections of a configuration for which none need be made.
     """
-    made: dict[tuple, Projections] = {}
+    made: dict[str, Projections] = {}
     built: dict[str, tuple[Projections | None, dict]] = {}
     for specification in specifications:
         configuration = parse(specification)
@@ -99,20 +116,25 @@ def build(
             of_prompt = {"method": XKV, "layer_group_size": size, "new_tokens": configuration.new}
             built[specification] = (None, {**options, **of_prompt})
             continue
-        of_ranks = 1.0
-        if configuration.method == "recalkv" and configuration.ranks is None:
-            of_ranks = max(1.0, configuration.compression_ratio * (configuration.bits or 16) / 16)
-        key = (configuration.method, configuration.frame, configuration.groups, configuration.joint, of_ranks)
-        if key not in made:
-            arguments: dict = {
-                "method": configuration.method,
-                "frame_length": configuration.frame,
-                "layer_group_size": configuration.groups,
-                "joint": configuration.joint,
-            }
-            made[key] = projections_from_moments(moments, **arguments)
-            refitted = refit(made[key], of_ranks) if of_ranks > 1 else None
-            if refitted is not None:
-                made[key] = projections_from_moments(moments, **arguments, refitted=refitted)
-        built[specification] = (made[key], options)
+        name = configuration.bases_name
+        if name not in made:
+            made[name] = ready(configuration) or _made(configuration, moments, refit)
+        built[specification] = (made[name], options)
     return built
+
+
+def _made(configuration: Configuration, moments: Moments | None, refit) -> Projections:
+    if moments is None:
+        raise ValueError(f"bases {configuration.bases_name!r} need statistics, got none")
+    arguments: dict = {
+        "method": configuration.method,
+        "frame_length": configuration.frame,
+        "layer_group_size": configuration.groups,
+        "joint": configuration.joint,
+    }
+    projections = projections_from_moments(moments, **arguments)
+    ratio = configuration.refit_ratio
+    refitted = refit(projections, ratio) if ratio > 1 else None
+    if refitted is None:
+        return projections
+    return projections_from_moments(moments, **arguments, refitted=refitted)

@@ -1,11 +1,14 @@
 """What the papers say about their methods, checked on small models that this file trains: tables in Markdown.
 
-ReCalKV against Palu, its ablation, its value calibration after plain and whitened SVDs, and xKV over the
-latents of an MLA model. Every perplexity is measured through the real cache.
+ReCalKV against Palu, its ablation, its grouping of key heads among all possible ones, its value calibration
+after plain and whitened SVDs, and xKV over the latents of an MLA model. Every perplexity is measured through the
+real cache, one token a forward and, as in the papers, without sinks and window, so that every past token is read
+from latents.
 """
 
 from collections.abc import Callable
 from functools import partial
+from itertools import combinations
 from math import exp
 from pathlib import Path
 from typing import Any
@@ -17,17 +20,19 @@ from transformers import DynamicCache, PreTrainedModel
 from lowrank_cache import LowRankCache
 from lowrank_cache.calibration.api import projections_from_moments, refit_values
 from lowrank_cache.calibration.moments import Moments, collect_moments
-from lowrank_cache.calibration.recalkv import calibrate_once
+from lowrank_cache.calibration.palu import head_groups, head_rows
+from lowrank_cache.calibration.recalkv import calibrate_once, group_similar_heads, head_similarity
 from lowrank_cache.evaluation.machine_text import python_sources
 from lowrank_cache.evaluation.perplexity import stream, windows_of
 from lowrank_cache.evaluation.quality import interval
 from lowrank_cache.evaluation.small_models import WINDOW, byte_tokens, mla_config, multi_head_config, trained
-from lowrank_cache.models import SIDES, layer_groups, model_shape
+from lowrank_cache.models import SIDES, SideShape, layer_groups, model_shape
 from lowrank_cache.projections import Projections
 
 __all__ = ["check_papers"]
 
-EXACT = {"residual_length": 16, "num_sink_tokens": 4, "block_size": 16}
+EXACT = {"residual_length": 0, "num_sink_tokens": 0, "block_size": 1}
+HEAD_GROUP = 4  # of Palu, and of ReCalKV's keys
 Report = Callable[[str], object]
 
 
@@ -58,7 +63,8 @@ def check_papers(
     make = partial(_projections, model, batches, moments)
     parts = [
         _compare_with_palu(model, make, evaluation, report),
-        _ablation(model, make, evaluation, report),
+        *(_ablation(model, make, evaluation, removed, report) for removed in (80, 90)),
+        _grouping_errors(moments),
         _value_errors(model, moments),
         _mla(trained(mla_config(), training, out / "mla", steps // 2, report), evaluation, report),
     ]
@@ -94,7 +100,7 @@ def _losses(model: PreTrainedModel, windows: Tensor, options: dict | None, proje
             return DynamicCache(config=model.config)
         return LowRankCache(model, projections, **{**EXACT, **options})
 
-    losses = stream(model, windows, make, chunk=16, batch=16, prompt=prompt)
+    losses = stream(model, windows, make, chunk=1, batch=len(windows), prompt=prompt)
     return losses[:, max(prompt - 1, 0) :]
 
 
@@ -114,7 +120,7 @@ def _compare_with_palu(model, make, windows, report: Report) -> str:
     return "\n".join([*lines, "", "ReCalKV less Palu, paired over windows:", "", *notes])
 
 
-def _ablation(model, make, windows, report: Report, removed: int = 80) -> str:
+def _ablation(model, make, windows, removed: int, report: Report) -> str:
     full = _losses(model, windows, None)
     ratio = 100 / (100 - removed)
     lines = [f"| {removed} % removed | perplexity of a byte | to the full cache |", "| --- | --- | --- |"]
@@ -127,6 +133,38 @@ def _ablation(model, make, windows, report: Report, removed: int = 80) -> str:
         lines.append(_row(name, losses[name], full))
     notes = [_difference(f"- {name} less neither", losses[name], losses["neither"]) for name in ("HSR", "OVC", "both")]
     return "\n".join([*lines, "", *notes])
+
+
+def _grouping_errors(moments: Moments, removed: int = 80) -> str:
+    """Share of the keys' energy that two groups of heads lose at the ablation's rank, by how they are chosen."""
+    lost: dict[str, list[float]] = {}
+    for layer in moments.shape.layers:
+        heads = layer.key.heads
+        second, mean, _ = moments.of_group("key", (layer.layer_idx,))
+        rest = [(0, *others) for others in combinations(range(1, heads), HEAD_GROUP - 1)]
+        all_ways = [[first, tuple(sorted(set(range(heads)) - set(first)))] for first in rest]
+        errors = [_energy_lost(second, layer.key, groups, removed) for groups in all_ways]
+        similar = group_similar_heads(head_similarity(second, mean, heads), HEAD_GROUP)
+        for name, error in {
+            "adjacent heads (Palu)": _energy_lost(second, layer.key, head_groups(heads, HEAD_GROUP), removed),
+            "similar heads (HSR)": _energy_lost(second, layer.key, similar, removed),
+            f"mean of all {len(errors)} ways": sum(errors) / len(errors),
+            f"best of all {len(errors)} ways": min(errors),
+        }.items():
+            lost.setdefault(name, []).append(error)
+    lines = [f"| groups of {HEAD_GROUP} key heads, {removed} % removed | energy lost |", "| --- | --- |"]
+    lines += [f"| {name} | {sum(errors) / len(errors):.5f} |" for name, errors in lost.items()]
+    return "\n".join(lines)
+
+
+def _energy_lost(second: Tensor, shape: SideShape, groups: list[tuple[int, ...]], removed: int) -> float:
+    """``second``: ``[width, width]``; principal components of each group, of equal rank for equal groups."""
+    lost = 0.0
+    for heads in groups:
+        rows = head_rows(shape, 1, heads)
+        energies = torch.linalg.eigvalsh(second[rows][:, rows])
+        lost += float(energies[: round(len(rows) * removed / 100)].sum())
+    return lost / float(second.trace())
 
 
 def _value_errors(model, moments: Moments) -> str:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from lowrank_cache.evaluation.streaming import chunk_bounds
+
 __all__ = ["stream", "windows_of"]
 
 
@@ -49,9 +51,8 @@ def stream(
     for rows in windows.split(batch):
         cache = make_cache()
         rows = rows.to(model.device)
-        starts = [0, *range(prompt or chunk, rows.shape[1], chunk)]
         batch_losses = []
-        for start, stop in zip(starts, [*starts[1:], rows.shape[1]], strict=True):
+        for start, stop in chunk_bounds(rows.shape[1], chunk, prompt):
             logits = model(input_ids=rows[:, start:stop], past_key_values=cache, use_cache=True).logits
             targets = rows[:, start + 1 : stop + 1]  # the last token of a window has none
             predictions = logits[:, : targets.shape[1]].flatten(0, 1).float()

@@ -1,6 +1,7 @@
 """Pictures: bits per layer and side, predicted loss against ratio, measured quality against bytes."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from lowrank_cache.evaluation.quality import QualityRow, perplexity_ratio
 from lowrank_cache.models import BOTH
 from lowrank_cache.projections import Projections
 
-__all__ = ["plot_bench", "plot_projections", "plot_quality"]
+__all__ = ["plot_bench", "plot_evaluation", "plot_projections", "plot_quality"]
 
 CURVE_RATIOS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24)
 
@@ -135,6 +136,51 @@ def plot_bench(rows: list[BenchRow], path: Path) -> None:
             axis.legend(fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def plot_evaluation(metrics: dict[str, dict[str, Any]], path: Path) -> None:
+    """Write a PNG: perplexity ratio and task scores of an evaluation (``report``) against stored bytes.
+
+    A line joins the caches that no other one beats in both size and quality. The perplexity stands over the bytes
+    at the longest length, scores over those at their own.
+    """
+    plt = _pyplot()
+    lengths = list(dict.fromkeys(length for entry in metrics.values() for length in entry["lengths"]))
+    panels: list[tuple[str, str, str, bool]] = [
+        ("perplexity", lengths[-1], "perplexity ratio to the full cache", False)
+    ]
+    panels += [("score", length, f"mean score at {int(length):,} tokens", True) for length in lengths]
+    figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 5), squeeze=False, layout="constrained")
+    for axis, (what, length, label, higher) in zip(axes[0], panels, strict=True):
+        points = [point for name in metrics if (point := _pareto_point(metrics[name], name, what, length))]
+        for name, size, value in points:
+            axis.plot(size, value, "o")
+            axis.annotate(name, (size, value), textcoords="offset points", xytext=(4, 4), fontsize=7)
+        front = _front([(size, value if higher else -value) for _, size, value in points])
+        axis.plot([size for size, _ in front], [value if higher else -value for _, value in front], color="grey", lw=1)
+        axis.set(xscale="log", ylabel=label, xlabel=f"stored bytes at {int(length):,} tokens, % of the full cache")
+        axis.grid(alpha=0.3)
+        axis.xaxis.set_major_formatter("{x:g} %")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _pareto_point(entry: dict[str, Any], name: str, what: str, length: str) -> tuple[str, float, float] | None:
+    """Name, percentage of the full cache's bytes, and value; None for what was not measured."""
+    at = entry["lengths"].get(length, {})
+    value = at.get("score") if what == "score" else (entry["perplexity"] or {}).get("ratio", 1.0)
+    if "smaller" not in at or value is None or (what == "perplexity" and entry["perplexity"] is None):
+        return None
+    return name, 100 / at["smaller"], value
+
+
+def _front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points with no other one at most as large and at least as good, by size."""
+    front: list[tuple[float, float]] = []
+    for size, value in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not front or value > front[-1][1]:
+            front.append((size, value))
+    return front
 
 
 def _family(name: str) -> str:

@@ -4,7 +4,6 @@ Every row is one configuration: its size, perplexity and recall are measured tog
 per row in a JSON Lines file, so that a run that was cut goes on where it stopped.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -14,13 +13,12 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from lowrank_cache import LowRankCache, Projections
-from lowrank_cache.budget import tier_bytes
-from lowrank_cache.evaluation.baselines import BASELINES, make_baseline, tensor_bytes
+from lowrank_cache import Projections
+from lowrank_cache.evaluation.baselines import tensor_bytes
+from lowrank_cache.evaluation.cache_rows import CacheRow, cache_row
 from lowrank_cache.evaluation.perplexity import stream, windows_of
 from lowrank_cache.evaluation.recall import QUESTIONS, RecallText, lookup_texts, needle_texts, score_recall
-from lowrank_cache.evaluation.remembered import RememberingCache
-from lowrank_cache.prompt_svd import PromptStore
+from lowrank_cache.evaluation.results_file import append_result, resume_results
 
 __all__ = [
     "QualityRow",
@@ -119,70 +117,33 @@ def measure(
     """
     ids = torch.tensor(tokenizer(text)["input_ids"])
     windows = windows_of(ids, settings.window, settings.windows)
-    done = _resume(results, settings)
+    done = {row["name"]: QualityRow(**row) for row in resume_results(results, asdict(settings))}
+    sizes = {
+        "residual_length": settings.residual_length,
+        "num_sink_tokens": settings.num_sink_tokens,
+        "block_size": settings.block_size,
+    }
     rows = []
     for name in ["full", *(name for name in configurations if name != "full")]:
         if name not in done:
             progress(f"measuring {name}")
             projections, options = configurations.get(name, (None, {}))
             try:
-                make_cache, ratio, bases = _factory(name, projections, options, model, settings)
-                done[name] = _measure_row(name, model, tokenizer, ids, windows, make_cache, ratio, bases, settings)
+                row = cache_row(name, projections, options, model, sizes)
+                done[name] = _measure_row(row, model, tokenizer, ids, windows, settings)
             except ImportError as error:
                 progress(f"skipped {name}: {error}")
                 continue
-            with open(results, "a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(done[name])) + "\n")
+            append_result(results, asdict(done[name]))
         rows.append(done[name])
     return rows
 
 
-def _resume(results: Path, settings: QualitySettings) -> dict[str, QualityRow]:
-    header = json.loads(json.dumps({"settings": asdict(settings)}))
-    if not results.exists():
-        results.parent.mkdir(parents=True, exist_ok=True)
-        results.write_text(json.dumps(header) + "\n", encoding="utf-8")
-        return {}
-    lines = results.read_text(encoding="utf-8").splitlines()
-    if json.loads(lines[0]) != header:
-        raise ValueError(f"{results} was made with other settings: {lines[0]}; remove it or name another file")
-    return {row["name"]: QualityRow(**row) for row in map(json.loads, lines[1:])}
-
-
-def _factory(name, projections, options, model, settings) -> tuple[Callable[[], Cache], float | None, int]:
-    if projections is None and "method" not in options:
-        if name not in BASELINES:
-            raise ValueError(f"configuration {name!r} has no projections and is no baseline of {BASELINES}")
-        make_baseline(name, model, settings.residual_length)  # fails here, before anything is measured
-        return lambda: make_baseline(name, model, settings.residual_length), None, 0
-    sizes = {
-        "residual_length": settings.residual_length,
-        "num_sink_tokens": settings.num_sink_tokens,
-        "block_size": settings.block_size,
-    }
-    cache = LowRankCache(model, projections, **sizes, **options)
-    return (
-        lambda: RememberingCache(model, projections, **sizes, **options),
-        _latent_ratio(cache),
-        cache.projection_bytes(),
-    )
-
-
-def _latent_ratio(cache: LowRankCache) -> float:
-    """Full bytes per token at 16 bits over latent bytes per token; what xkv keeps exactly counts as it is."""
-    full = latents = 0
-    for store in cache._stores:
-        width = 2 * sum(shape.width for shape in store.coder.shapes)
-        full += width
-        exact = isinstance(store, PromptStore) and store.coder.rank == 0
-        latents += width if exact else sum(tier_bytes(bits, channels) for bits, channels in store.coder.tiers)
-    return full / latents
-
-
 def _measure_row(
-    name, model, tokenizer, ids: Tensor, windows: Tensor, make_cache, ratio, bases, settings
+    row: CacheRow, model, tokenizer, ids: Tensor, windows: Tensor, settings: QualitySettings
 ) -> QualityRow:
     caches: list[Cache] = []
+    make_cache = row.make_remembering
 
     def remembered() -> Cache:
         caches[:] = [make_cache()]
@@ -191,20 +152,20 @@ def _measure_row(
     losses = stream(model, windows, remembered, chunk=settings.chunk, batch=settings.batch, prompt=settings.prompt)
     losses = losses[:, max(settings.prompt - 1, 0) :]
     stored = tensor_bytes(caches[0])
-    rows = windows.shape[0] % settings.batch or min(settings.batch, windows.shape[0])
-    full, dynamic = _full_bytes(model, rows, settings.window)
+    last = windows.shape[0] % settings.batch or min(settings.batch, windows.shape[0])
+    full, dynamic = _full_bytes(model, last, settings.window)
     texts = lookup_texts(tokenizer, settings.lookups // QUESTIONS, settings.entries)
     lookup = _recall(model, [(texts, settings.chunk)], make_cache, settings.batch, settings.prompt)
     by_length = [needle_texts(tokenizer, ids, count // QUESTIONS, tokens) for tokens, count in settings.needles]
     needle = _recall(model, [(texts, settings.needle_chunk) for texts in by_length], make_cache, settings.batch)
     return QualityRow(
-        name=name,
-        latent_ratio=ratio,
+        name=row.name,
+        latent_ratio=row.latent_ratio,
         real_ratio=full / stored,
         dynamic_ratio=dynamic / stored,
-        projection_bytes=bases,
+        projection_bytes=row.projection_bytes,
         losses=losses.mean(1).tolist(),
-        quarter_losses=[[float(part.mean()) for part in row.tensor_split(4)] for row in losses],
+        quarter_losses=[[float(part.mean()) for part in window.tensor_split(4)] for window in losses],
         lookup_losses=lookup[0],
         lookup_exact=lookup[1],
         needle_losses=needle[0],

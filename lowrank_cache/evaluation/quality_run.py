@@ -4,25 +4,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowrank_cache.calibration.api import auto_group_size, refit_values
 from lowrank_cache.calibration.moments import Moments, collect_moments
 from lowrank_cache.calibration.recall import mixed_batches
 from lowrank_cache.evaluation.biased_model import with_key_bias
 from lowrank_cache.evaluation.configurations import build
-from lowrank_cache.evaluation.model_source import demo_model
+from lowrank_cache.evaluation.loading import in_dtype, load_model
 from lowrank_cache.evaluation.plots import plot_quality
 from lowrank_cache.evaluation.quality import QualitySettings, drift_markdown, markdown, measure, needle_markdown
 from lowrank_cache.evaluation.text_source import load_text
 from lowrank_cache.models import BOTH, layer_groups, model_shape
 from lowrank_cache.projections import Projections
 
-__all__ = ["QualityRun", "in_dtype", "load_model", "moments_of", "run_quality"]
+__all__ = ["QualityRun", "moments_of", "refitted_of", "run_quality"]
 
 
 @dataclass(frozen=True)
@@ -39,8 +36,8 @@ class QualityRun:
     """
 
     model: str | None
-    calibrate_on: Path | None
-    evaluate_on: Path | None
+    calibrate_on: Path | str | None
+    evaluate_on: Path | str | None
     moments: Path | None
     tokens: int
     recall_share: float
@@ -59,7 +56,7 @@ def run_quality(
         name = f"{name} with a key bias of {run.key_bias:g}"
     out.mkdir(parents=True, exist_ok=True)
     moments = moments_of(run, out / "moments.safetensors", model, tokenizer, report)
-    configurations = build(specifications, moments, partial(_refitted, run, out, model, tokenizer, moments, report))
+    configurations = build(specifications, moments, partial(refitted_of, run, out, model, tokenizer, moments, report))
     text, source = load_text(run.evaluate_on, split="test")
     report(f"{name}, measured in {run.dtype} on {source}")
     model = in_dtype(model, run.dtype)
@@ -73,26 +70,6 @@ def run_quality(
         plot_quality(rows, out / "quality.png")
     except ImportError as error:
         report(str(error))
-
-
-def load_model(name: str | None, report: Callable[[str], object]) -> tuple[Any, Any, str]:
-    """A float32 model in eval mode, its tokenizer and its name; the demo's for None."""
-    if name is None:
-        model, tokenizer, name = demo_model(report)
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    return model.float().eval(), tokenizer, name
-
-
-def in_dtype(model: Any, dtype: str) -> Any:
-    """``model`` moved to a dtype by name; inverse frequencies stay float32, as in a model loaded in this dtype."""
-    tables = {path: buffer.clone() for path, buffer in model.named_buffers() if path.endswith("inv_freq")}
-    model = model.to(getattr(torch, dtype))
-    for path, table in tables.items():
-        parent, _, leaf = path.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, table)
-    return model
 
 
 def moments_of(run: QualityRun, path: Path, model, tokenizer, report: Callable[[str], object]) -> Moments:
@@ -112,7 +89,7 @@ def moments_of(run: QualityRun, path: Path, model, tokenizer, report: Callable[[
     return moments
 
 
-def _refitted(
+def refitted_of(
     run: QualityRun,
     out: Path,
     model,

@@ -5,7 +5,6 @@ The wording shares no form with ``calibration.recall``, so that calibrating on r
 calibrating on the test. Each text is streamed once and asked several times, each time from a copy of the cache.
 """
 
-import copy
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,14 +13,24 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from lowrank_cache import LowRankCache
+from lowrank_cache.evaluation.streaming import branch, feed, padded
 
-__all__ = ["QUESTIONS", "RecallResult", "RecallText", "lookup_texts", "needle_texts", "score_recall"]
+__all__ = [
+    "NAMES",
+    "QUESTIONS",
+    "RecallResult",
+    "RecallText",
+    "lookup_list",
+    "lookup_question",
+    "lookup_texts",
+    "needle_texts",
+    "score_recall",
+]
 
 QUESTIONS = 4  # asked of each text
 _COLOURS = "red blue green black white yellow orange purple brown grey pink crimson".split()
 _ANIMALS = "tiger eagle shark wolf bear fox owl whale horse moose lynx crane cobra bison".split()
-_NAMES = [f"{colour} {animal}" for colour in _COLOURS for animal in _ANIMALS]
+NAMES = [f"{colour} {animal}" for colour in _COLOURS for animal in _ANIMALS]
 
 
 @dataclass(frozen=True)
@@ -40,18 +49,25 @@ class RecallResult:
     exact: Tensor
 
 
+def lookup_list(draw: random.Random, entries: int) -> tuple[str, dict[str, str]]:
+    """A text that lists ``entries`` similar facts, and the fact of each name."""
+    codes = {name: _code(draw) for name in draw.sample(NAMES, entries)}
+    facts = "".join(f"Agent {name} was given the secret code {code} this morning.\n" for name, code in codes.items())
+    return f"Read the list of agents and codes.\n\n{facts}", codes
+
+
+def lookup_question(name: str) -> str:
+    """What asks for the fact of a name; the answer follows after a space."""
+    return f"\nThe secret code that was given to agent {name} is"
+
+
 def lookup_texts(tokenizer, count: int, entries: int = 22, seed: int = 0) -> list[RecallText]:
     """Each text lists ``entries`` similar facts; some of them are asked for."""
     texts = []
     for index in range(count):
         draw = random.Random(seed * 1_000_003 + index)
-        codes = {name: _code(draw) for name in draw.sample(_NAMES, entries)}
-        facts = "".join(
-            f"Agent {name} was given the secret code {code} this morning.\n" for name, code in codes.items()
-        )
-        asked = draw.sample(list(codes), QUESTIONS)
-        questions = ((f"\nThe secret code that was given to agent {name} is", codes[name]) for name in asked)
-        context = f"Read the list of agents and codes.\n\n{facts}"
+        context, codes = lookup_list(draw, entries)
+        questions = ((lookup_question(name), codes[name]) for name in draw.sample(list(codes), QUESTIONS))
         texts.append(RecallText(_ids(tokenizer, context), _questions(tokenizer, questions)))
     return texts
 
@@ -61,7 +77,7 @@ def needle_texts(tokenizer, haystack: Tensor, count: int, tokens: int, seed: int
     texts = []
     for index in range(count):
         draw = random.Random(seed * 1_000_003 + index)
-        codes = {name: _code(draw) for name in draw.sample(_NAMES, QUESTIONS)}
+        codes = {name: _code(draw) for name in draw.sample(NAMES, QUESTIONS)}
         facts = [
             _ids(tokenizer, f"\nThe vault of the {name} opens with the number {code}.\n")
             for name, code in codes.items()
@@ -116,23 +132,13 @@ def score_recall(
         part = texts[start : start + batch]
         cache = make_cache()
         mask = _stream_contexts(model, part, cache, chunk, prompt)
-        asked = [_ask(model, questions, mask, _branch(cache)) for questions in _transposed(part)]
+        asked = [_ask(model, questions, mask, branch(cache)) for questions in _transposed(part)]
         for scores in zip(*asked, strict=True):  # by text
             losses.extend(loss for loss, _ in scores)
             exact.extend(right for _, right in scores)
         if progress is not None:
             progress(len(part))
     return RecallResult(torch.tensor(losses, dtype=torch.float64), torch.tensor(exact, dtype=torch.float64))
-
-
-def _branch(cache: Cache) -> Cache:
-    """A cache that goes on from the same tokens and leaves ``cache`` as it is."""
-    if isinstance(cache, LowRankCache):
-        return copy.deepcopy(cache)
-    # The layers of other caches replace their tensors and never write into them; quanto's refuse to be copied.
-    branch = copy.copy(cache)
-    branch.layers = [copy.copy(layer) for layer in cache.layers]
-    return branch
 
 
 def _transposed(texts: list[RecallText]) -> Iterable[tuple[tuple[Tensor, Tensor], ...]]:
@@ -142,40 +148,17 @@ def _transposed(texts: list[RecallText]) -> Iterable[tuple[tuple[Tensor, Tensor]
 
 def _stream_contexts(model, texts: list[RecallText], cache: Cache, chunk: int, prompt: int) -> Tensor:
     """Fill ``cache``; returns the mask ``[batch, tokens]`` of what it holds."""
-    length = max(len(text.context) for text in texts)
-    ids = torch.zeros(len(texts), length, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, text in enumerate(texts):
-        ids[row, length - len(text.context) :] = text.context
-        mask[row, length - len(text.context) :] = 1
-    ids, mask = ids.to(model.device), mask.to(model.device)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    starts = [0, *range(prompt or chunk, length, chunk)]
-    for start, stop in zip(starts, [*starts[1:], length], strict=True):
-        model(
-            input_ids=ids[:, start:stop],
-            attention_mask=mask[:, :stop],
-            position_ids=positions[:, start:stop],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+    ids, mask = (tensor.to(model.device) for tensor in padded([text.context for text in texts], "left"))
+    for _ in feed(model, ids, mask, cache, chunk=chunk, first=prompt, logits_to_keep=1):
+        pass
     return mask
 
 
 def _ask(model, questions: tuple[tuple[Tensor, Tensor], ...], mask: Tensor, cache: Cache) -> list[tuple[float, bool]]:
     """Loss of the answer and whether it is exact, for one question a row."""
-    length = max(len(question) + len(answer) for question, answer in questions)
-    ids = torch.zeros(len(questions), length, dtype=torch.long)
-    real = torch.zeros_like(ids)  # shorter questions are padded on the right, where no earlier token sees it
-    for row, (question, answer) in enumerate(questions):
-        ids[row, : len(question) + len(answer)] = torch.cat([question, answer])
-        real[row, : len(question) + len(answer)] = 1
-    mask = torch.cat([mask, real.to(mask.device)], dim=1)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -length:]
-    logits = model(
-        input_ids=ids.to(mask.device), attention_mask=mask, position_ids=positions, past_key_values=cache
-    ).logits
+    # Shorter questions are padded on the right, where no earlier token sees it.
+    ids, real = (tensor.to(mask.device) for tensor in padded([torch.cat(pair) for pair in questions], "right"))
+    ((_, logits),) = feed(model, ids, torch.cat([mask, real], dim=1), cache, chunk=ids.shape[1])
     scores = []
     for row, (question, answer) in enumerate(questions):
         steps = logits[row, len(question) - 1 : len(question) + len(answer) - 1].double().cpu()

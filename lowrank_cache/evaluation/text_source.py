@@ -8,8 +8,9 @@ from pathlib import Path
 from lowrank_cache.evaluation.hub import hub_reachable
 from lowrank_cache.evaluation.machine_text import machine_text
 
-__all__ = ["bundled_text", "load_text"]
+__all__ = ["bundled_text", "dataset_text", "load_text"]
 
+PREFIX = "dataset:"
 DATASET = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 
 # Modules with long docstrings; each adds prose that the language reference's topics do not have.
@@ -44,7 +45,8 @@ def load_text(path: str | Path | None = None, *, split: str = "train") -> tuple[
     """Text and the name of its source.
 
     Args:
-        path: A UTF-8 file to use instead of any other source, or one of ``machine_text``'s names.
+        path: A UTF-8 file to use instead of any other source, one of ``machine_text``'s names, or a data set as
+            ``dataset:NAME[,config=C][,split=S][,column=T]``, see ``dataset_text``.
         split: Of WikiText-2: ``"train"``, ``"validation"`` or ``"test"``. The other sources have none.
 
     Returns:
@@ -55,6 +57,8 @@ def load_text(path: str | Path | None = None, *, split: str = "train") -> tuple[
         ValueError: If the file holds no text, or the machine has none of that name.
         OSError: If it cannot be read.
     """
+    if path is not None and str(path).startswith(PREFIX):
+        return dataset_text(str(path), split), str(path)
     if path is not None:
         return machine_text(str(path)) or (_read(Path(path)), str(path))
     name, configuration = DATASET
@@ -67,6 +71,33 @@ def load_text(path: str | Path | None = None, *, split: str = "train") -> tuple[
             return bundled_text(), f"Python's own documentation ({name} could not be loaded: {error})"
         return "".join(rows), f"{name}, {configuration}, {split}"
     return bundled_text(), "Python's own documentation (the hub does not answer)"
+
+
+def dataset_text(specification: str, split: str = "train") -> str:
+    """The texts in a column of a data set of the ``datasets`` package, with an empty line between two rows.
+
+    Args:
+        specification: ``dataset:NAME`` and, after commas, ``config=``, ``split=`` and ``column=``, which is ``text``
+            unless given. ``NAME`` is one on the hub or a folder; rows that end a line are joined as they are.
+        split: Used if the specification has none.
+
+    Raises:
+        ValueError: If it cannot be read, or there is no such column.
+        ImportError: If ``datasets`` is not installed.
+    """
+    name, *parts = specification.removeprefix(PREFIX).split(",")
+    options = {key: value for key, _, value in (part.partition("=") for part in parts)}
+    if not name or set(options) - {"config", "split", "column"} or not all(options.values()):
+        raise ValueError(f"data set must be {PREFIX}NAME[,config=C][,split=S][,column=T], got {specification!r}")
+    if importlib.util.find_spec("datasets") is None:
+        raise ImportError(f'{specification!r} needs datasets: pip install "lowrank-cache[data]"')
+    from datasets import load_dataset
+
+    rows = load_dataset(name, options.get("config"), split=options.get("split", split))
+    column = options.get("column", "text")
+    if column not in rows.column_names:
+        raise ValueError(f"{specification!r} must name a column of {sorted(rows.column_names)}, got {column!r}")
+    return "".join(row if row.endswith("\n") else f"{row}\n\n" for row in rows[column])
 
 
 def bundled_text() -> str:

@@ -1,0 +1,108 @@
+"""Run the contract tests against released versions of transformers and print what docs/versions.md says.
+
+    python tests/versions.py 5.20.2 5.23.0 5.24.0 > docs/versions.md
+    python tests/versions.py --quick 5.20.2 5.24.0      # one family, to see whether anything works
+
+Each version is put into a folder of its own by pip, with those of its requirements that the installed packages do not
+meet; everything else is the environment's. The tests are those that exercise the cache through transformers.
+"""
+
+import argparse
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parent.parent
+CONTRACT = [
+    "test_generation",
+    "test_latent_attention",
+    "test_unrotation",
+    "test_storage",
+    "test_state_machine",
+    "test_bad_input",
+    "test_xkv",
+    "test_threads",
+]
+SUMMARY = re.compile(r"(\d+) (passed|failed|skipped|errors?)")
+
+
+def install(version: str, folder: Path) -> list[str]:
+    """Put transformers into ``folder``, and packages that it wants in other versions than are installed."""
+    _pip(folder, f"transformers=={version}")
+    (metadata,) = importlib.metadata.distributions(name="transformers", path=[str(folder)])
+    replaced = []
+    for text in metadata.requires or []:
+        requirement = Requirement(text)
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            fits = requirement.specifier.contains(importlib.metadata.version(requirement.name), prereleases=True)
+        except importlib.metadata.PackageNotFoundError:
+            fits = False
+        if not fits:
+            _pip(folder, str(requirement))
+            replaced.append(str(requirement))
+    return replaced
+
+
+def _pip(folder: Path, requirement: str) -> None:
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--target", folder]
+    subprocess.run([*command, requirement], check=True, stdout=sys.stderr)
+
+
+def run_tests(folder: Path, quick: bool) -> tuple[str, list[str]]:
+    """How many passed, failed and were skipped, and which failed."""
+    files = [f"tests/{name}.py" for name in CONTRACT]
+    chosen = ["tests/test_generation.py", "-k", "llama and (greedy or left_padded or chat)"] if quick else files
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=no", *chosen]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    failed = [line.split(" ")[1].removeprefix("tests/") for line in lines if line.startswith(("FAILED", "ERROR"))]
+    counts = ", ".join(f"{number} {word}" for number, word in SUMMARY.findall(lines[-1] if lines else ""))
+    return counts or f"did not run: {done.stderr.strip().splitlines()[-1:]}", failed
+
+
+def row(version: str, quick: bool) -> str:
+    """A line of the table."""
+    with tempfile.TemporaryDirectory() as name:
+        replaced = install(version, Path(name))
+        counts, failed = run_tests(Path(name), quick)
+    groups = sorted({test.split("::")[0] for test in failed})
+    print(f"{version}: {counts} {failed[:20]}", file=sys.stderr)
+    others = ", ".join(f"`{requirement}`" for requirement in replaced) or "–"
+    return f"| {version} | {others} | {counts} | {', '.join(groups) or '–'} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("versions", nargs="+")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--jobs", type=int, default=1)
+    arguments = parser.parse_args()
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        rows = list(pool.map(lambda version: row(version, arguments.quick), arguments.versions))
+    command = f"python tests/versions.py {'--quick ' if arguments.quick else ''}{' '.join(arguments.versions)}"
+    print(HEAD.format(command=command, tests=", ".join(f"`{name}`" for name in CONTRACT)))
+    print(
+        "| transformers | other packages replaced | contract tests | files with failures |\n| --- | --- | --- | --- |"
+    )
+    print("\n".join(rows))
+
+
+HEAD = """\
+# Versions of transformers
+
+Printed by `{command}`: the tests that exercise the cache through transformers ({tests}), run against
+released versions. `pyproject.toml` allows the range in which they pass.
+"""
+
+if __name__ == "__main__":
+    main()
