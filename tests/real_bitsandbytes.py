@@ -64,7 +64,8 @@ def compare(model: PreTrainedModel, projections: Projections, windows: torch.Ten
         print(f"  {label:28s} {losses[label]:.4f} nats a token, {time.perf_counter() - began:.1f} s")
     full = losses["DynamicCache"]
     for label, loss in losses.items():
-        allowed = 0.02 if "full rank" in label else 0.05  # bfloat16 products in another order; a lossy cache
+        # int8 products round activations to 8 bits, which enlarges a last digit; 8x is lossy.
+        allowed = 0.03 if "full rank" in label else 0.06
         assert abs(loss - full) < allowed, f"{label} is {loss - full:+.4f} nats from the full cache"
 
 
