@@ -32,7 +32,7 @@ def test_a_seed_decides_a_sample(task):
     assert len({sample(task).context, sample(task, index=1).context, sample(task, seed=1).context}) == 3
 
 
-@pytest.mark.parametrize("length", [1900, 5000])
+@pytest.mark.parametrize("length", [2100, 5000])
 @pytest.mark.parametrize("task", TASKS)
 def test_a_sample_fills_its_length_with_room_for_question_and_answer(task, length):
     made = sample(task, length)
