@@ -6,6 +6,7 @@ forward begins. It holds no cache and no model; other caches pass through it unt
 
 import inspect
 import threading
+import warnings
 import weakref
 from functools import partial
 
@@ -67,3 +68,8 @@ def _announce(signature: inspect.Signature, decoder: nn.Module, args: tuple, kwa
         if begin is not None:
             begin(decoder, arguments)
             return
+    if type(arguments.get("cache")).__name__ == "PagedAttentionCache":  # transformers drops what it was given instead
+        warnings.warn(
+            "continuous batching keeps pages of its own: the LowRankCache that was made for this model is not used",
+            stacklevel=2,
+        )

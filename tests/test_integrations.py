@@ -9,6 +9,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import DynamicCache, PreTrainedTokenizerFast, TextIteratorStreamer, TextStreamer
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 from lowrank_cache import LowRankCache, latent_attention
 from tests.models import SMALL_SIZES, VOCAB, exact_cache, full_rank_projections, random_tokens, tiny_model
@@ -211,6 +212,14 @@ def test_custom_generate_from_a_folder(model, modules_cache):
             model.generate(tokens, **arguments, **options)
     with pytest.raises(NotImplementedError, match="no rotary position embedding"):
         tiny_model("gpt2").generate(tokens, projections=projections, **options)
+
+
+def test_continuous_batching_says_that_it_takes_no_cache(model, cache):
+    """``generate_batch`` drops ``past_key_values``; its forwards carry pages instead."""
+    pages = PagedAttentionCache.__new__(PagedAttentionCache)  # without memory: attention fails, after the warning
+    with pytest.warns(UserWarning, match="continuous batching keeps pages of its own"), pytest.raises(AttributeError):
+        model.model(random_tokens(1, 4), cache=pages, use_cache=False)
+    assert cache.get_seq_length() == 0
 
 
 @pytest.mark.parametrize("implementation", ["static", "offloaded", "quantized"])
