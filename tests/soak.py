@@ -220,7 +220,7 @@ def forwards(call: Call, model: PreTrainedModel, cache: Cache, plain: bool) -> O
     for step in range(rng.randint(4, 8)):
         tokens = random_tokens(rows, rng.choice([1, 1, 2, 5, 9]), call.seed + step)
         logits.append(model(tokens, past_key_values=cache).logits.flatten(0, 1))
-        event, picked = rng.choice(events), [rng.randrange(rows) for _ in range(rows)]
+        event, picked, where = rng.choice(events), [rng.randrange(rows) for _ in range(rows)], rng.random()
         if event == "copy":
             cache = copy.deepcopy(cache)
         elif event == "crop":
@@ -234,7 +234,7 @@ def forwards(call: Call, model: PreTrainedModel, cache: Cache, plain: bool) -> O
             cache.batch_repeat_interleave(2)
             rows = 2
         elif event == "interrupt" and isinstance(cache, LowRankCache) and call.family not in CHANGES_FREQUENCIES:
-            interrupted_forward(model, cache, tokens, rng.random())
+            interrupted_forward(model, cache, tokens, where)
     return Outcome(None, logits, cache=cache)
 
 
