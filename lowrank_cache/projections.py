@@ -391,7 +391,8 @@ def _check_coverage(bases: tuple[Basis, ...], shape: ModelShape) -> None:
             raise ValueError(f"{basis.name}: layers {unknown} are not compressible layers of the model")
         if list(basis.layers) != sorted(set(basis.layers)):
             raise ValueError(f"{basis.name}: layers must be in ascending order, each once, got {basis.layers}")
-        if len({(layers[index].key, layers[index].value) for index in basis.layers}) != 1:
+        sides = SIDES if basis.side == BOTH else (basis.side,)
+        if len({tuple(layers[index].side(side) for side in sides) for index in basis.layers}) != 1:
             raise ValueError(f"{basis.name}: grouped layers must have equal heads, head_dim and rope")
         members = shape.members(basis.side, basis.layers)
         width = sum(len(basis.heads) * member.head_dim for _, _, member in members)

@@ -189,6 +189,8 @@ def generated(call: Call, model: PreTrainedModel, cache: Cache, plain: bool) -> 
         lengths = [call.prompt, *(1 + (call.seed + row) % call.prompt for row in range(call.batch - 1))]
         mask = torch.stack([(torch.arange(call.prompt) >= call.prompt - length).long() for length in lengths])
         tokens, options = tokens * mask, {"attention_mask": mask}
+    # Said here, for generate takes the token 0, which the model may well have given, for padding.
+    options = {"attention_mask": torch.ones_like(tokens), **options}
     options = {"do_sample": False, "max_new_tokens": call.new, **options}
     result = model.generate(tokens, past_key_values=cache, return_dict_in_generate=True, output_logits=True, **options)
     return Outcome(result.sequences, list(result.logits), cache=cache)
@@ -220,7 +222,7 @@ def forwards(call: Call, model: PreTrainedModel, cache: Cache, plain: bool) -> O
     for step in range(rng.randint(4, 8)):
         tokens = random_tokens(rows, rng.choice([1, 1, 2, 5, 9]), call.seed + step)
         logits.append(model(tokens, past_key_values=cache).logits.flatten(0, 1))
-        event, picked = rng.choice(events), [rng.randrange(rows) for _ in range(rows)]
+        event, picked, where = rng.choice(events), [rng.randrange(rows) for _ in range(rows)], rng.random()
         if event == "copy":
             cache = copy.deepcopy(cache)
         elif event == "crop":
@@ -234,18 +236,20 @@ def forwards(call: Call, model: PreTrainedModel, cache: Cache, plain: bool) -> O
             cache.batch_repeat_interleave(2)
             rows = 2
         elif event == "interrupt" and isinstance(cache, LowRankCache) and call.family not in CHANGES_FREQUENCIES:
-            interrupted_forward(model, cache, tokens, rng.random())
+            interrupted_forward(model, cache, tokens, where)
+    if plain:
+        cache.crop(0)  # an interrupted forward keeps states of its own until the next use
     return Outcome(None, logits, cache=cache)
 
 
 def interrupted_forward(model: PreTrainedModel, cache: LowRankCache, tokens: Tensor, where: float) -> None:
-    attentions = [module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "o_proj")]
+    layers = [module for module in model.modules() if hasattr(module, "layer_idx")]
 
     def interrupt(*args):
         raise KeyboardInterrupt
 
     before = cache.get_seq_length()
-    handle = attentions[int(where * len(attentions))].register_forward_pre_hook(interrupt)
+    handle = layers[int(where * len(layers))].register_forward_pre_hook(interrupt)
     with contextlib.suppress(KeyboardInterrupt):
         model(tokens, past_key_values=cache)
     handle.remove()

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -150,3 +151,9 @@ def test_timed_generation_gives_the_tokens_of_generate(model):
     assert torch.equal(timed.token_ids, expected)
     assert timed.prefill_seconds > 0 and timed.decode_seconds > 0
     assert timed.seconds_per_token == pytest.approx(timed.decode_seconds / 4)
+
+
+def test_env_names_every_version_a_report_needs():
+    out = run("env").output
+    assert f"torch {version('torch')}" in out and f"transformers {version('transformers')}" in out
+    assert "lowrank-cache " in out and "accelerators: " in out and "Python 3." in out

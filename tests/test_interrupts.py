@@ -6,8 +6,12 @@ package and in transformers' caches, which is where a signal may arrive.
 
 import contextlib
 import copy
+import os
 import random
+import signal
 import sys
+import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -224,3 +228,47 @@ def test_interrupted_construction_is_not_remembered():
         assert len(cache._stores) == len(projections.stores())
         model(text, past_key_values=cache)
         assert cache.stored_bytes() == held_bytes(cache) > 0
+
+
+def _signalled(model, before, ready: int, trials: int) -> None:
+    """Decode until SIGINT comes, ``trials`` times, and check after each that the cache went on as if it had not."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    steps = [random_tokens(1, 1, seed) for seed in range(4000)]
+    for _ in range(trials):
+        cache, start = copy.deepcopy(before), before.get_seq_length()
+        with contextlib.suppress(KeyboardInterrupt):
+            os.write(ready, b".")
+            for step in steps:
+                model(step, past_key_values=cache)
+        done = cache.get_seq_length() - start
+        assert done < len(steps), "no signal came"
+        expected = copy.deepcopy(before)
+        for step in steps[:done]:
+            model(step, past_key_values=expected)
+        ours, theirs = (model(random_tokens(1, 3), past_key_values=each).logits for each in (cache, expected))
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("case", ["joint", "attended"])
+def test_real_signals(case):
+    family, make, attend = CASES[case]
+    model, trials = tiny_model(family), 6
+    with torch.no_grad(), latent_attention(model) if attend else contextlib.nullcontext():
+        before = make(model)
+        model(random_tokens(1, 12), past_key_values=before)
+        reader, writer = os.pipe()
+        child = os.fork()  # not a new process, which would take seconds to import
+        if child == 0:
+            try:
+                _signalled(model, before, writer, trials)
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+        os.close(writer)
+        delays = random.Random(0)
+        while os.read(reader, 1):  # empty when the child has ended
+            time.sleep(delays.uniform(0, 0.03))
+            os.kill(child, signal.SIGINT)
+        os.close(reader)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -9,7 +9,9 @@ from lowrank_cache.calibration.api import MAX_GROUP_LAYERS, MAX_GROUP_WIDTH, aut
 from lowrank_cache.evaluation.prefill import prefill_peak
 from lowrank_cache.models import LayerShape, ModelShape, SideShape, layer_groups, model_shape
 from tests.memory import reachable_tensors
-from tests.models import full_rank_projections, random_tokens, tiny_model
+from tests.models import exact_cache, full_rank_projections, random_tokens, tiny_model
+from tests.test_generation import compare
+from tests.tolerance import rounding_band
 
 
 def _shape(layers: int, heads: int, head_dim: int) -> ModelShape:
@@ -97,3 +99,11 @@ def test_the_peak_of_a_prefill_is_counted_in_the_process(group, joint):
     assert peak.left >= cache.stored_bytes() and peak.allocated > peak.left
     full = prefill_peak(model, DynamicCache(config=model.config), random_tokens(1, tokens))
     assert full.dense >= 3 * dense_layer and full.left >= 3 * dense_layer
+
+
+def test_values_of_layers_whose_keys_differ_share_a_latent():
+    # Every fourth layer of SmolLM3 has no rotary embedding: its keys stand alone, its values need not.
+    options = ("smollm3", 1, (1, 4), False)
+    projections = full_rank_projections(*options)
+    assert [basis.layers for basis in projections.bases if basis.side == "value"] == [(0, 1, 2, 3)]
+    compare("smollm3", "left_padded", lambda model: exact_cache(model, projections), rounding_band(*options))
