@@ -104,6 +104,7 @@ def plot_quality(rows: list[QualityRow], path: Path) -> None:
         axis.set(xscale="log", xlabel="stored bytes at the end of a window, % of the full cache at 16 bits")
         axis.grid(alpha=0.3)
         axis.xaxis.set_major_formatter("{x:g} %")
+        axis.xaxis.set_minor_formatter("{x:g} %")
         if axis.lines:
             axis.legend(fontsize=8)
     figure.savefig(path, dpi=120)
@@ -161,6 +162,7 @@ def plot_evaluation(metrics: dict[str, dict[str, Any]], path: Path) -> None:
         axis.set(xscale="log", ylabel=label, xlabel=f"stored bytes at {int(length):,} tokens, % of the full cache")
         axis.grid(alpha=0.3)
         axis.xaxis.set_major_formatter("{x:g} %")
+        axis.xaxis.set_minor_formatter("{x:g} %")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
