@@ -103,8 +103,7 @@ def plot_quality(rows: list[QualityRow], path: Path) -> None:
     for axis in axes:
         axis.set(xscale="log", xlabel="stored bytes at the end of a window, % of the full cache at 16 bits")
         axis.grid(alpha=0.3)
-        axis.xaxis.set_major_formatter("{x:g} %")
-        axis.xaxis.set_minor_formatter("{x:g} %")
+        _percent_ticks(axis)
         if axis.lines:
             axis.legend(fontsize=8)
     figure.savefig(path, dpi=120)
@@ -161,8 +160,7 @@ def plot_evaluation(metrics: dict[str, dict[str, Any]], path: Path) -> None:
         axis.plot([size for size, _ in front], [value if higher else -value for _, value in front], color="grey", lw=1)
         axis.set(xscale="log", ylabel=label, xlabel=f"stored bytes at {int(length):,} tokens, % of the full cache")
         axis.grid(alpha=0.3)
-        axis.xaxis.set_major_formatter("{x:g} %")
-        axis.xaxis.set_minor_formatter("{x:g} %")
+        _percent_ticks(axis)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -183,6 +181,14 @@ def _front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
         if not front or value > front[-1][1]:
             front.append((size, value))
     return front
+
+
+def _percent_ticks(axis) -> None:
+    """Ticks on a logarithmic x axis that stay apart, within what is drawn."""
+    low, high = axis.get_xlim()
+    ticks = [tick for tick in (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150) if low <= tick <= high]
+    axis.set_xticks(ticks, [f"{tick} %" for tick in ticks])
+    axis.set_xticks([], minor=True)
 
 
 def _family(name: str) -> str:
