@@ -28,6 +28,7 @@ from lowrank_cache.models import (
     RopeShape,
     SideShape,
     decoder_of,
+    input_device,
     model_shape,
     rope_buffer,
 )
@@ -424,15 +425,12 @@ def _require_gradient(module: nn.Module, inputs, output: Tensor) -> Tensor:
 
 
 def _tensors(batches: Iterable, model: PreTrainedModel):
-    """Input ids and attention mask of every batch, on the device of the embeddings.
-
-    Offloaded embeddings are on no device between forwards; accelerate's hooks then move what a forward is given.
-    """
+    """Input ids and attention mask of every batch, on the device that the model takes them on."""
     if isinstance(batches, str | bytes):
         raise TypeError(
             "batches must be an iterable of token ids, got a string; tokenize it with the model's tokenizer"
         )
-    device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]  # nn.Module.__getattr__
+    device = input_device(model)
     for index, batch in enumerate(batches):
         if isinstance(batch, str | bytes) or (isinstance(batch, list | tuple) and batch and isinstance(batch[0], str)):
             raise TypeError(
@@ -445,8 +443,7 @@ def _tensors(batches: Iterable, model: PreTrainedModel):
             shape = list(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
             raise TypeError(f"batches[{index}] must be a LongTensor [batch, tokens], got {shape}")
         mask = torch.ones_like(batch) if mask is None else mask
-        target = batch.device if device.type == "meta" else device
-        yield batch.to(target), mask.to(target)
+        yield batch.to(device), mask.to(device)
 
 
 def _add(total: Tensor | None, part: Tensor) -> Tensor:

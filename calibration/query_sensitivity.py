@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lowrank_cache.kernels.rope import angle_tables, rotate
+from lowrank_cache.models import execution_device
 
 __all__ = ["QueryStatistics", "record_queries"]
 
@@ -81,9 +82,7 @@ def _output_gram(module: nn.Module, kv_heads: int, value_dim: int) -> Tensor:
         )
     projection = getattr(module, name)
     width = projection.in_features
-    device = next(iter(projection.parameters())).device
-    if device.type == "meta":  # offloaded: accelerate's hooks bring the weight, and move the input to it
-        device = torch.device("cpu")
+    device = execution_device(projection)
     dtype = getattr(projection, "compute_dtype", None) or next(
         (p.dtype for p in projection.parameters() if p.is_floating_point()), torch.float32
     )

@@ -28,6 +28,7 @@ __all__ = [
     "RopeShape",
     "SideShape",
     "decoder_of",
+    "execution_device",
     "input_device",
     "layer_devices",
     "layer_groups",
@@ -320,14 +321,16 @@ def layer_devices(model: PreTrainedModel) -> dict[int, torch.device]:
     devices: dict[int, torch.device] = {}
     for module in decoder_of(model).modules():
         layer_idx = getattr(module, "layer_idx", None)
+        if not isinstance(layer_idx, int) or layer_idx in devices:
+            continue
         # A layer that holds several caches (LongCat) counts itself otherwise than the modules inside, which call them.
-        outer = any(hasattr(part, "layer_idx") for part in module.modules() if part is not module)
-        if isinstance(layer_idx, int) and not outer and layer_idx not in devices:
-            devices[layer_idx] = _execution_device(module)
+        if not any(hasattr(part, "layer_idx") for part in module.modules() if part is not module):
+            devices[layer_idx] = execution_device(module)
     return devices
 
 
-def _execution_device(module: nn.Module) -> torch.device:
+def execution_device(module: nn.Module) -> torch.device:
+    """Where ``module`` computes: the device that accelerate's hooks bring weights to, or that its parameters are on."""
     for part in module.modules():
         hook = getattr(part, "_hf_hook", None)
         for single in getattr(hook, "hooks", (hook,)):

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lowrank_cache.allocation import plan_stores
 from lowrank_cache.atomic import write_files
+from lowrank_cache.digest import config_digest
 from lowrank_cache.models import BOTH, SIDES, ModelShape
 
 __all__ = ["Basis", "Projections"]
@@ -262,7 +263,7 @@ class Projections(
             ],
             "tensors_sha256": hashlib.sha256(payload).hexdigest(),
         }
-        config["config_sha256"] = _config_digest(config)
+        config["config_sha256"] = config_digest(config)
         write_files(
             {save_directory / TENSOR_FILE: payload, save_directory / CONFIG_FILE: json.dumps(config, indent=1).encode()}
         )
@@ -326,7 +327,7 @@ def _read_config(folder: Path) -> dict:
     path = folder / CONFIG_FILE
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        digest = _config_digest(config) if isinstance(config, dict) else None
+        digest = config_digest(config) if isinstance(config, dict) else None
     except (ValueError, RecursionError) as error:  # also for text that is not UTF-8, and numbers too long to read
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if digest is None:
@@ -374,12 +375,6 @@ def _finite(number) -> float:
     if not isinstance(number, int | float) or not math.isfinite(number):
         raise ValueError(f"a finite number was expected, got {number!r}")
     return float(number)
-
-
-def _config_digest(config: dict) -> str:
-    """SHA-256 of a config but for its own digest; layout and key order do not matter."""
-    others = {key: value for key, value in config.items() if key != "config_sha256"}
-    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
 
 
 def _check_coverage(bases: tuple[Basis, ...], shape: ModelShape) -> None:

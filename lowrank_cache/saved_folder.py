@@ -18,6 +18,7 @@ from huggingface_hub import HfApi, snapshot_download
 from safetensors.torch import load, save
 
 from lowrank_cache.atomic import write_files
+from lowrank_cache.digest import config_digest
 from lowrank_cache.saved_tensors import SavedTensors
 
 __all__ = ["CONFIG_FILE", "damage_named", "push_folder", "read_folder", "write_folder"]
@@ -64,7 +65,7 @@ def write_folder(folder: str | Path, facts: dict[str, Any], tensors: SavedTensor
         **facts,
         "tensors_sha256": digest,
     }
-    config["config_sha256"] = _config_digest(config)
+    config["config_sha256"] = config_digest(config)
     current = folder / _tensor_file(digest)
     write_files({current: payload, folder / CONFIG_FILE: json.dumps(config, indent=1).encode()})
     for path in folder.glob(_TENSOR_FILES):  # of the cache that was replaced, or of a save that was killed
@@ -148,15 +149,9 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"{path} has format version {config['format_version']}, and this release reads version {FORMAT_VERSION}; "
             "make the cache again or install the release that wrote it"
         )
-    if _config_digest(config) != config["config_sha256"]:
+    if config_digest(config) != config["config_sha256"]:
         raise ValueError(f"{path} is damaged or was edited: its contents do not match config_sha256")
     return config
-
-
-def _config_digest(config: dict[str, Any]) -> str:
-    """SHA-256 of a config but for its own digest; layout and key order do not matter."""
-    others = {key: value for key, value in config.items() if key != "config_sha256"}
-    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
 
 
 def _tensor_file(digest: str) -> str:

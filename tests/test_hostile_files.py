@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save
 from lowrank_cache import Projections
 from lowrank_cache.calibration import calibrate
 from lowrank_cache.calibration.moments import Moments
-from lowrank_cache.projections import CONFIG_FILE, TENSOR_FILE, _config_digest
+from lowrank_cache.digest import config_digest
+from lowrank_cache.projections import CONFIG_FILE, TENSOR_FILE
 from tests.models import full_rank_projections, random_tokens, tiny_model
 
 MOST_BYTES = 64 << 20  # Python's own; the artefact has a fraction of one MiB
@@ -53,7 +54,7 @@ def seal(folder, config=None, tensors=None) -> None:
     config = json.loads((folder / CONFIG_FILE).read_text()) if config is None else config
     if isinstance(config, dict):
         config["tensors_sha256"] = hashlib.sha256((folder / TENSOR_FILE).read_bytes()).hexdigest()
-        config["config_sha256"] = _config_digest(config)
+        config["config_sha256"] = config_digest(config)
     (folder / CONFIG_FILE).write_text(json.dumps(config))
 
 
@@ -236,7 +237,7 @@ def test_a_config_cannot_name_another_file(victim, tmp_path):
     config = json.loads((victim / CONFIG_FILE).read_text())
     for key in ("tensor_file", "weight_map", "tensors"):
         config[key] = "../elsewhere.safetensors"
-    config["config_sha256"] = _config_digest(config)
+    config["config_sha256"] = config_digest(config)
     (victim / CONFIG_FILE).write_text(json.dumps(config))
     with refused(victim):
         Projections.from_pretrained(victim)

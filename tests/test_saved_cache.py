@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicIndexedLayer
 
 from lowrank_cache import LowRankCache, Projections, latent_attention
-from lowrank_cache.saved_folder import CONFIG_FILE, _config_digest
+from lowrank_cache.digest import config_digest
+from lowrank_cache.saved_folder import CONFIG_FILE
 from tests.models import SMALL_SIZES, full_rank_projections, random_tokens, tiny_model
 from tests.test_projections import mutate, mutations
 
@@ -351,7 +352,7 @@ def resign(folder, facts: dict, payload: bytes | None = None) -> None:
         tensor_file(folder).unlink()
         facts["tensors_sha256"] = hashlib.sha256(payload).hexdigest()
         (folder / f"lowrank_cache-{facts['tensors_sha256'][:16]}.safetensors").write_bytes(payload)
-    facts["config_sha256"] = _config_digest(facts)
+    facts["config_sha256"] = config_digest(facts)
     (folder / CONFIG_FILE).write_text(json.dumps(facts))
 
 

@@ -17,7 +17,7 @@ from transformers import Cache, PreTrainedModel
 
 from lowrank_cache.attention import latent_attention
 from lowrank_cache.evaluation.baselines import tensor_bytes
-from lowrank_cache.evaluation.cache_rows import cache_row
+from lowrank_cache.evaluation.cache_rows import CacheSizes, cache_row
 from lowrank_cache.evaluation.memory import watch_allocated
 from lowrank_cache.evaluation.results_file import append_result, resume_results
 from lowrank_cache.projections import Projections
@@ -26,7 +26,7 @@ __all__ = ["BenchRow", "BenchSettings", "bench_markdown", "run_bench"]
 
 
 @dataclass(frozen=True)
-class BenchSettings:
+class BenchSettings(CacheSizes):
     """What is timed.
 
     Attributes:
@@ -34,7 +34,6 @@ class BenchSettings:
         batches: Rows.
         new_tokens: Timed decode steps a cache, after ``warm`` untimed ones.
         threads: Of torch.
-        residual_length, num_sink_tokens, block_size: Of every LowRankCache.
     """
 
     contexts: tuple[int, ...] = (1024, 4096, 8192)
@@ -42,9 +41,6 @@ class BenchSettings:
     new_tokens: int = 24
     warm: int = 2
     threads: int = 1
-    residual_length: int = 128
-    num_sink_tokens: int = 4
-    block_size: int = 64
 
 
 @dataclass(frozen=True)
@@ -98,11 +94,6 @@ def run_bench(
         raise ValueError(f"ids must hold at least {needed} tokens, got {len(ids)}")
     torch.set_num_threads(settings.threads)
     done = _resume(out, settings)
-    sizes = {
-        "residual_length": settings.residual_length,
-        "num_sink_tokens": settings.num_sink_tokens,
-        "block_size": settings.block_size,
-    }
     names = ["full", *(name for name in configurations if name != "full")]
     for context in settings.contexts:
         for batch in settings.batches:
@@ -112,7 +103,8 @@ def run_bench(
             chosen = ["full", *(name for name in missing if name != "full")]  # a ratio needs its baseline beside it
             # A row's bases are made once for all its caches, and before the prefill that is timed.
             makers = {
-                name: cache_row(name, *configurations.get(name, (None, {})), model, sizes).make for name in chosen
+                name: cache_row(name, *configurations.get(name, (None, {})), model, settings.sizes()).make
+                for name in chosen
             }
             for row in _measure_together(model, ids, makers, context, batch, settings, progress):
                 done[row.name, context, batch] = row

@@ -1,18 +1,32 @@
 """One row of a table: a named cache that can be made again and again, compressed or a baseline."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
 from typing import Any
 
 from transformers import Cache, PreTrainedModel
 
-from lowrank_cache import LowRankCache, Projections
+from lowrank_cache import LowRankCache, Projections, latent_attention
 from lowrank_cache.budget import tier_bytes
 from lowrank_cache.evaluation.baselines import BASELINES, make_baseline
 from lowrank_cache.evaluation.remembered import RememberingCache
 from lowrank_cache.prompt_svd import PromptStore
 
-__all__ = ["CacheRow", "cache_row"]
+__all__ = ["CacheRow", "CacheSizes", "cache_row"]
+
+
+@dataclass(frozen=True)
+class CacheSizes:
+    """Settings of every LowRankCache of a measurement; the first is also that of other caches with a window."""
+
+    residual_length: int = 128
+    num_sink_tokens: int = 4
+    block_size: int = 64
+
+    def sizes(self) -> dict[str, int]:
+        """Arguments of ``LowRankCache``."""
+        return {field.name: getattr(self, field.name) for field in fields(CacheSizes)}
 
 
 @dataclass(frozen=True)
@@ -33,6 +47,14 @@ class CacheRow:
     make_remembering: Callable[[], Cache]
     latent_ratio: float | None
     projection_bytes: int
+
+    def maker(self, attend: bool) -> Callable[[], Cache]:
+        """How measurements make the cache: one that attends to latents reads nothing that it could remember."""
+        return self.make if attend else self.make_remembering
+
+    def attention(self, model: PreTrainedModel, attend: bool) -> AbstractContextManager:
+        """What to measure in: ``latent_attention`` if asked of a cache that holds latents."""
+        return latent_attention(model) if attend and self.latent_ratio is not None else nullcontext()
 
 
 def cache_row(

@@ -7,7 +7,6 @@ cache stores: a single long prefill attends exactly to its own tokens and would 
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lowrank_cache.attention import latent_attention
 from lowrank_cache.evaluation.answers import Prompter, fill, greedy_answer
 from lowrank_cache.evaluation.baselines import tensor_bytes
-from lowrank_cache.evaluation.cache_rows import CacheRow
+from lowrank_cache.evaluation.cache_rows import CacheRow, CacheSizes
 from lowrank_cache.evaluation.perplexity import stream, windows_of
 from lowrank_cache.evaluation.results_file import append_result, resume_results
 from lowrank_cache.evaluation.ruler import TASKS, Haystack, RulerSample, answer_tokens, recall_of, ruler_sample
@@ -30,7 +28,7 @@ _GROWING = ("lengths", "tasks", "samples")  # a record says which of them it is,
 
 
 @dataclass(frozen=True)
-class EvaluationSettings:
+class EvaluationSettings(CacheSizes):
     """What is measured, and how.
 
     Attributes:
@@ -46,7 +44,6 @@ class EvaluationSettings:
         chat: Put context and question into a message of the model's chat template.
         attend: Attend to latents (``latent_attention``) instead of rebuilding keys and values.
         seed: Of the tasks.
-        residual_length, num_sink_tokens, block_size: Of every LowRankCache; the first also of other caches.
     """
 
     lengths: tuple[int, ...] = (1024, 2048, 4096)
@@ -61,9 +58,6 @@ class EvaluationSettings:
     chat: bool = False
     attend: bool = False
     seed: int = 0
-    residual_length: int = 128
-    num_sink_tokens: int = 4
-    block_size: int = 64
 
     def __post_init__(self):
         unknown = [task for task in self.tasks if task not in TASKS]
@@ -73,10 +67,6 @@ class EvaluationSettings:
         for name, lowest in least.items():
             if getattr(self, name) < lowest:
                 raise ValueError(f"{name} must be at least {lowest}, got {getattr(self, name)}")
-
-    def sizes(self) -> dict[str, int]:
-        """Arguments of ``cache_row``."""
-        return {name: getattr(self, name) for name in ("residual_length", "num_sink_tokens", "block_size")}
 
     def fixed(self) -> dict[str, Any]:
         """What all runs that write into one file must have in common."""
@@ -162,10 +152,6 @@ def _jobs(model, tokenizer, text: str, settings: EvaluationSettings) -> list[_Jo
     return jobs
 
 
-def _attention(model: PreTrainedModel, row: CacheRow, settings: EvaluationSettings) -> AbstractContextManager:
-    return latent_attention(model) if settings.attend and row.latent_ratio is not None else nullcontext()
-
-
 def _window_jobs(model, ids: Tensor, settings: EvaluationSettings) -> Iterator[_Job]:
     windows = windows_of(ids, settings.window, settings.windows)
     scored = max(settings.prompt - 1, 0)
@@ -173,8 +159,8 @@ def _window_jobs(model, ids: Tensor, settings: EvaluationSettings) -> Iterator[_
         part = windows[start : start + settings.batch]
 
         def run(row: CacheRow, part=part, start=start) -> list[dict[str, Any]]:
-            make = row.make if settings.attend else row.make_remembering
-            with _attention(model, row, settings):
+            make = row.maker(settings.attend)
+            with row.attention(model, settings.attend):
                 losses = stream(model, part, make, chunk=settings.chunk, batch=len(part), prompt=settings.prompt)
             means = losses[:, scored:].mean(1).tolist()
             return [{"kind": "window", "index": start + offset, "loss": loss} for offset, loss in enumerate(means)]
@@ -188,9 +174,9 @@ def _answers_job(model, prompter: Prompter, sample: RulerSample, settings: Evalu
 
     def run(row: CacheRow) -> list[dict[str, Any]]:
         stop = _end_tokens(model, prompter.tokenizer)
-        cache = (row.make if settings.attend else row.make_remembering)()
+        cache = row.maker(settings.attend)()
         answers = []
-        with _attention(model, row, settings):
+        with row.attention(model, settings.attend):
             fill(model, cache, context, chunk=settings.chunk, first=settings.prompt)
             for question in sample.questions:
                 ids = prompter.question(question.text, question.prefix)
@@ -227,7 +213,7 @@ def _cost_job(model, ids: Tensor, length: int, settings: EvaluationSettings) -> 
 
     def run(row: CacheRow) -> list[dict[str, Any]]:
         cache = row.make()
-        with torch.no_grad(), _attention(model, row, settings):
+        with torch.no_grad(), row.attention(model, settings.attend):
             start = _now(model.device)
             fill(model, cache, tokens[:length], chunk=settings.chunk, first=settings.prompt)
             filled = _now(model.device) - start

@@ -9,7 +9,7 @@ Needs the package lm-eval, which nothing else of this project imports.
 
 import logging
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import Cache
 
-from lowrank_cache import Projections, latent_attention
+from lowrank_cache import Projections
 from lowrank_cache.evaluation.baselines import BASELINES
 from lowrank_cache.evaluation.cache_rows import CacheRow, cache_row
 from lowrank_cache.evaluation.streaming import branch, feed, padded
@@ -140,10 +140,10 @@ class LowRankLM(HFLM):
             )
 
     def _attention(self) -> AbstractContextManager:
-        return latent_attention(self.model) if self.attend and self.row.latent_ratio is not None else nullcontext()
+        return self.row.attention(self.model, self.attend)
 
     def _new_cache(self) -> Cache:
-        return self.row.make() if self.attend else self.row.make_remembering()
+        return self.row.maker(self.attend)()
 
     @torch.no_grad()
     def _score(

@@ -15,7 +15,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from lowrank_cache import Projections
 from lowrank_cache.evaluation.baselines import tensor_bytes
-from lowrank_cache.evaluation.cache_rows import CacheRow, cache_row
+from lowrank_cache.evaluation.cache_rows import CacheRow, CacheSizes, cache_row
 from lowrank_cache.evaluation.perplexity import stream, windows_of
 from lowrank_cache.evaluation.recall import QUESTIONS, RecallText, lookup_texts, needle_texts, score_recall
 from lowrank_cache.evaluation.results_file import append_result, resume_results
@@ -32,7 +32,7 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class QualitySettings:
+class QualitySettings(CacheSizes):
     """What is measured, and how.
 
     Attributes:
@@ -44,7 +44,6 @@ class QualitySettings:
         lookups: Questions about key–value lists of ``entries``.
         needles: Pairs of tokens of prose, and questions about facts hidden in texts of that length.
         needle_chunk: Tokens per forward of the texts with needles.
-        residual_length, num_sink_tokens, block_size: Of every LowRankCache.
     """
 
     windows: int | None = None
@@ -56,8 +55,7 @@ class QualitySettings:
     entries: int = 22
     needles: tuple[tuple[int, int], ...] = ()
     needle_chunk: int = 128
-    residual_length: int = 32
-    num_sink_tokens: int = 4
+    residual_length: int = 32  # shorter than the default, so that most of a window of text is latents
     block_size: int = 32
 
     def __post_init__(self):
@@ -118,18 +116,13 @@ def measure(
     ids = torch.tensor(tokenizer(text)["input_ids"])
     windows = windows_of(ids, settings.window, settings.windows)
     done = {row["name"]: QualityRow(**row) for row in resume_results(results, asdict(settings))}
-    sizes = {
-        "residual_length": settings.residual_length,
-        "num_sink_tokens": settings.num_sink_tokens,
-        "block_size": settings.block_size,
-    }
     rows = []
     for name in ["full", *(name for name in configurations if name != "full")]:
         if name not in done:
             progress(f"measuring {name}")
             projections, options = configurations.get(name, (None, {}))
             try:
-                row = cache_row(name, projections, options, model, sizes)
+                row = cache_row(name, projections, options, model, settings.sizes())
                 done[name] = _measure_row(row, model, tokenizer, ids, windows, settings)
             except ImportError as error:
                 progress(f"skipped {name}: {error}")
