@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from lowrank_cache.atomic import write_files
+from lowrank_cache.cache_argument import cache_argument
 from lowrank_cache.calibration.query_sensitivity import QueryStatistics, record_queries
 from lowrank_cache.kernels.rope import angle_tables, rotate
 from lowrank_cache.models import (
@@ -341,7 +342,7 @@ def _forward(moments, model, recorder, input_ids: Tensor, attention_mask: Tensor
         input_ids=input_ids,
         attention_mask=attention_mask,
         position_ids=positions_of(attention_mask),
-        past_key_values=recorder,
+        **cache_argument(model, recorder),
         use_cache=True,
         output_hidden_states=hidden is not None,
     )

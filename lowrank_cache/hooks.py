@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["hook_count", "watch"]
+from lowrank_cache.cache_argument import CACHE_ARGUMENTS
 
-CACHE_ARGUMENTS = ("cache", "past_key_values")  # since transformers 5.24, and before
+__all__ = ["hook_count", "watch"]
 
 
 class _SharedHook:

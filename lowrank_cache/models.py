@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
+from lowrank_cache.cache_argument import cache_argument
 from lowrank_cache.kernels.rope import LAYOUTS, angle_tables, rotate
 
 __all__ = [
@@ -371,7 +372,7 @@ def one_token_forward(model: PreTrainedModel, cache: Cache, position: int = 0) -
                 input_ids=token,
                 position_ids=torch.full_like(token, position),
                 attention_mask=torch.ones_like(token),
-                past_key_values=cache,
+                **cache_argument(model, cache),
                 use_cache=True,
             )
     except (TypeError, AttributeError) as error:

@@ -7,13 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DummyLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+from transformers import cache_utils
+from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from lowrank_cache.saved_tensors import SavedTensors
 
 __all__ = ["check_savable", "load_layer", "save_layer"]
 
-_KINDS = (DynamicSlidingWindowLayer, LinearAttentionLayer, DummyLayer)
+_KINDS: tuple[type, ...] = (DynamicSlidingWindowLayer, LinearAttentionLayer)
+if hasattr(cache_utils, "DummyLayer"):  # since transformers 5.23: layers without attention
+    _KINDS += (cache_utils.DummyLayer,)
 
 
 def check_savable(layer: object, layer_idx: int, slots: int) -> None:

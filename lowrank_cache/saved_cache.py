@@ -56,6 +56,7 @@ def gather(
         "batch": track.batch,
         "tokens": track.slots,
         "frequencies": track.save(tensors),
+        "layer_groups": _layer_groups(stores),
         "stores": [store.save(tensors, f"store.{index}") for index, store in enumerate(stores)],
         "other_layers": {str(index): save_layer(layer, tensors, f"layer.{index}") for index, layer in others.items()},
     }
@@ -81,6 +82,12 @@ def fill(
         ValueError: If anything is missing, left over, or does not fit.
     """
     batch, slots = (whole_number(facts[name], name, 1) for name in ("batch", "tokens"))
+    groups = _layer_groups(stores)
+    if facts.get("layer_groups", groups) != groups:  # absent from caches of older versions
+        raise ValueError(
+            f"the layer groups of the saved cache, {facts['layer_groups']}, must be those of this model's, {groups}: "
+            "xkv's end where the model goes on on another device, so load it under the device_map it was made with"
+        )
     ropes = {shape.rope for store in stores for shape in store.coder.shapes if shape.rope is not None}
     track.load(saved, facts["frequencies"], batch, slots, ropes, device)
     if len(facts["stores"]) != len(stores) or set(facts["other_layers"]) != {str(index) for index in others}:
@@ -94,6 +101,11 @@ def fill(
         name = f"layer.{index}"
         load_layer(layer, saved, name, facts["other_layers"][str(index)], batch, slots, likes[index])
     saved.finish()
+
+
+def _layer_groups(stores: Sequence[LatentStore]) -> list[list[int]]:
+    """By store, the layers whose tokens it holds, as JSON holds them."""
+    return [sorted({layer for layer, _ in store.coder.members}) for store in stores]
 
 
 def settings_to_json(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Everything that must hold before a release: ``make release-check``, or ``python tests/release_check.py``.
 
 Builds sdist and wheel from the files that git knows, checks their metadata, installs both into a fresh virtual
-environment with the versions of constraints.txt, and uses them from another folder. Then it runs the contract tests
+environment with the versions of constraints.txt, and uses them from another folder. Then it runs the tests
 against the lowest and the newest transformers that ``pyproject.toml`` allows, which takes most of the time.
 """
 
@@ -122,7 +122,7 @@ def supported_range(project: dict) -> tuple[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--no-demo", dest="demo", action="store_false", help="Leave out the demo, which needs a model.")
-    parser.add_argument("--no-contract", dest="contract", action="store_false", help="Leave out the contract tests.")
+    parser.add_argument("--no-versions", dest="versions", action="store_false", help="Leave out other transformers.")
     arguments = parser.parse_args()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     version = project["project"]["version"]
@@ -133,11 +133,11 @@ def main() -> None:
         sdist, wheel = build(Path(name))
         check_metadata(sdist, wheel, version)
         use(Path(name), sdist, wheel, arguments.demo)
-    if arguments.contract:
+    if arguments.versions:
         table = run([sys.executable, ROOT / "tests" / "versions.py", *versions])
         print(table)
         if re.search(r"\b\d+ (failed|error)", table) or "did not run" in table:
-            sys.exit("release check failed: contract tests")
+            sys.exit("release check failed: tests against other transformers")
     print(f"lowrank-cache {version} can be released")
 
 

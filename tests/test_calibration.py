@@ -26,11 +26,11 @@ class Captured(DynamicCache):
         super().__init__(config=config)
         self.given = {}
 
-    def update(self, key_states, value_states, layer_idx, *args):
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         for states in (key_states, value_states):
             states.retain_grad()
         self.given[layer_idx] = (key_states, value_states)
-        return super().update(key_states, value_states, layer_idx, *args)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
 def direct_rows(model, batches):

@@ -129,6 +129,18 @@ def test_saved_on_one_device_and_loaded_on_two(devices, tmp_path, group):
     assert loaded.stored_bytes() > 0 and len(list((tmp_path / "again").iterdir())) == 2
 
 
+@pytest.mark.filterwarnings("ignore:layer groups were split")
+def test_xkv_saved_under_one_device_map_is_refused_under_another(devices, tmp_path):
+    model = spread("llama", 2)
+    cache = LowRankCache(model, method="xkv", layer_group_size=3, **OPTIONS)
+    tokens = generate(model, cache, FIRST)
+    cache.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"\[0, 1\], \[2\], \[2\]\], must be those .* \[0, 1, 2\]\].* device_map"):
+        LowRankCache.from_pretrained(tmp_path, tiny_model("llama"))
+    loaded = LowRankCache.from_pretrained(tmp_path, spread("llama", 2))
+    assert loaded.get_seq_length() == cache.get_seq_length() == tokens.shape[1] - 1
+
+
 @pytest.mark.parametrize("place", ["cpu", "disk"])
 @pytest.mark.parametrize("latent", [False, True])
 def test_offloaded_weights(tmp_path, place, latent):

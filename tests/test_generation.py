@@ -388,8 +388,8 @@ def test_sinks_and_window_of_padded_rows_come_back_exactly(monkeypatch):
     returned = {}
     update = LowRankCache.update
 
-    def noted(cache, key_states, value_states, layer_idx):
-        returned[layer_idx] = update(cache, key_states, value_states, layer_idx)
+    def noted(cache, key_states, value_states, layer_idx, *args, **kwargs):
+        returned[layer_idx] = update(cache, key_states, value_states, layer_idx, *args, **kwargs)
         return returned[layer_idx]
 
     monkeypatch.setattr(LowRankCache, "update", noted)

@@ -9,7 +9,6 @@ import yaml
 from packaging.requirements import Requirement
 
 from tests.release_check import ROOT, check_version, supported_range
-from tests.versions import CONTRACT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 VERSION = PROJECT["project"]["version"]
@@ -43,10 +42,6 @@ def test_the_range_of_transformers_holds_what_is_pinned():
     )
     pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line)
     assert all(requirement.specifier.contains(version) for version in (lowest, newest, pinned["transformers"]))
-
-
-def test_the_contract_tests_exist():
-    assert all((ROOT / "tests" / f"{name}.py").exists() for name in CONTRACT)
 
 
 class TestVersion:

@@ -35,9 +35,9 @@ class Spy:
         self.cache, self.layers = cache, {}
         self.update_cache, cache.update = cache.update, self
 
-    def __call__(self, key_states, value_states, layer_idx, *args):
+    def __call__(self, key_states, value_states, layer_idx, *args, **kwargs):
         self.layers.setdefault(layer_idx, []).append((key_states.clone(), value_states.clone()))
-        return self.update_cache(key_states, value_states, layer_idx, *args)
+        return self.update_cache(key_states, value_states, layer_idx, *args, **kwargs)
 
     def remove(self, inv_freq):
         """Take the spy out and return name → ``[batch, heads, tokens, head_dim]``."""
@@ -361,8 +361,8 @@ def test_nothing_stored_reads_as_the_calibration_mean(joint):
     returned = {}
     original = cache.update
 
-    def update(key_states, value_states, layer_idx, *args):
-        returned[layer_idx] = original(key_states, value_states, layer_idx, *args)
+    def update(key_states, value_states, layer_idx, *args, **kwargs):
+        returned[layer_idx] = original(key_states, value_states, layer_idx, *args, **kwargs)
         return returned[layer_idx]
 
     cache.update = update

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from lowrank_cache.cache_argument import cache_argument
 from lowrank_cache.evaluation.streaming import branch, feed
 
 __all__ = ["Prompter", "fill", "greedy_answer"]
@@ -74,7 +75,7 @@ def greedy_answer(model: PreTrainedModel, cache: Cache, question: Tensor, limit:
     cache = branch(cache)
     ids, answer = question.to(model.device)[None], []
     for _ in range(limit):
-        logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(input_ids=ids, **cache_argument(model, cache), use_cache=True, logits_to_keep=1).logits
         token = int(logits[0, -1].argmax())
         if token in stop:
             break

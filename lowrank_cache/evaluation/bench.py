@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from lowrank_cache.attention import latent_attention
+from lowrank_cache.cache_argument import cache_argument
 from lowrank_cache.evaluation.baselines import tensor_bytes
 from lowrank_cache.evaluation.cache_rows import CacheSizes, cache_row
 from lowrank_cache.evaluation.memory import watch_allocated
@@ -138,7 +139,7 @@ def _measure_together(
         with _attention(model, name), watch_allocated(model.device) as allocated:
             start = time.perf_counter()
             caches[name] = make()
-            model(tokens[:, :context], past_key_values=caches[name], logits_to_keep=1)
+            model(tokens[:, :context], **cache_argument(model, caches[name]), logits_to_keep=1)
             seconds = time.perf_counter() - start
         prefills[name] = (seconds, allocated.highest)
     progress(f"decode after {context} tokens, batch {batch}: {', '.join(makers)}")
@@ -150,11 +151,11 @@ def _measure_together(
             with _attention(model, name):
                 if step < settings.warm:  # watching memory takes time, so it is done apart
                     with watch_allocated(model.device) as allocated:
-                        model(token, past_key_values=cache)
+                        model(token, **cache_argument(model, cache))
                     peaks[name] = max(peaks[name], allocated.highest)
                     continue
                 start = time.perf_counter()
-                model(token, past_key_values=cache)
+                model(token, **cache_argument(model, cache))
                 steps[name].append(time.perf_counter() - start)
     for name, cache in caches.items():
         seconds, prefill_peak = prefills[name]

@@ -13,6 +13,7 @@ from transformers import BatchEncoding, Cache, DynamicCache, PreTrainedModel, Pr
 from transformers.generation.streamers import BaseStreamer
 
 from lowrank_cache import LowRankCache, Projections, latent_attention
+from lowrank_cache.cache_argument import cache_argument
 from lowrank_cache.calibration import PRESETS, calibrate
 from lowrank_cache.calibration.api import projections_from_moments
 from lowrank_cache.calibration.moments import Moments
@@ -86,7 +87,7 @@ def generate_timed(model: PreTrainedModel, inputs: BatchEncoding, cache: Cache, 
     start = time.perf_counter()
     output = model.generate(  # type: ignore[operator]  # nn.Module.__getattr__ stands before it
         **inputs,
-        past_key_values=cache,
+        **cache_argument(model, cache),
         max_new_tokens=new_tokens,
         do_sample=False,
         streamer=clock,

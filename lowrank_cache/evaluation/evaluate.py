@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lowrank_cache.cache_argument import cache_argument
 from lowrank_cache.evaluation.answers import Prompter, fill, greedy_answer
 from lowrank_cache.evaluation.baselines import tensor_bytes
 from lowrank_cache.evaluation.cache_rows import CacheRow, CacheSizes
@@ -221,7 +222,7 @@ def _cost_job(model, ids: Tensor, length: int, settings: EvaluationSettings) -> 
             steps = []
             for token in tokens[length:].to(model.device):
                 start = _now(model.device)
-                model(input_ids=token.view(1, 1), past_key_values=cache, use_cache=True)
+                model(input_ids=token.view(1, 1), **cache_argument(model, cache), use_cache=True)
                 steps.append(_now(model.device) - start)
         record = {
             "kind": "cost",

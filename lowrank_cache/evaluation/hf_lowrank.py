@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers import Cache
 
 from lowrank_cache import Projections
+from lowrank_cache.cache_argument import cache_argument
 from lowrank_cache.evaluation.baselines import BASELINES
 from lowrank_cache.evaluation.cache_rows import CacheRow, cache_row
 from lowrank_cache.evaluation.streaming import branch, feed, padded
@@ -217,7 +218,7 @@ class LowRankLM(HFLM):
                     for _ in feed(self.model, context[:, :-1], mask[:, :-1], cache, chunk=self.chunk, logits_to_keep=1):
                         pass
             return super()._model_generate(
-                context, max_length, stop, attention_mask=mask, past_key_values=cache, **generation_kwargs
+                context, max_length, stop, attention_mask=mask, **cache_argument(self.model, cache), **generation_kwargs
             )
 
 

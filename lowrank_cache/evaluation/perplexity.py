@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from lowrank_cache.cache_argument import cache_argument
 from lowrank_cache.evaluation.streaming import chunk_bounds
 
 __all__ = ["stream", "windows_of"]
@@ -53,7 +54,7 @@ def stream(
         rows = rows.to(model.device)
         batch_losses = []
         for start, stop in chunk_bounds(rows.shape[1], chunk, prompt):
-            logits = model(input_ids=rows[:, start:stop], past_key_values=cache, use_cache=True).logits
+            logits = model(input_ids=rows[:, start:stop], **cache_argument(model, cache), use_cache=True).logits
             targets = rows[:, start + 1 : stop + 1]  # the last token of a window has none
             predictions = logits[:, : targets.shape[1]].flatten(0, 1).float()
             loss = torch.nn.functional.cross_entropy(predictions, targets.flatten(), reduction="none")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from lowrank_cache.cache_argument import cache_argument
 from lowrank_cache.evaluation.memory import watch_allocated
 from lowrank_cache.models import SIDES, model_shape
 
@@ -49,7 +50,7 @@ def prefill_peak(model: PreTrainedModel, cache: Cache, input_ids: Tensor) -> Pre
     cache.update = watched  # type: ignore[method-assign]
     try:
         with watch_allocated(input_ids.device) as allocated:
-            model(input_ids=input_ids, past_key_values=cache, logits_to_keep=1)
+            model(input_ids=input_ids, **cache_argument(model, cache), logits_to_keep=1)
     finally:
         del cache.update  # the class' own is there again
     return PrefillPeak(max(seen), allocated.highest, allocated.left)

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from lowrank_cache import Projections
+from lowrank_cache.cache_argument import cache_argument
 from lowrank_cache.evaluation.baselines import tensor_bytes
 from lowrank_cache.evaluation.cache_rows import CacheRow, CacheSizes, cache_row
 from lowrank_cache.evaluation.perplexity import stream, windows_of
@@ -184,7 +185,7 @@ def _full_bytes(model: PreTrainedModel, rows: int, tokens: int) -> tuple[int, in
     """Bytes of the full cache at 16 bits, and of ``DynamicCache`` as it is, for ``rows`` windows."""
     cache = DynamicCache(config=model.config)
     ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
-    model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+    model(input_ids=ids, **cache_argument(model, cache), logits_to_keep=1)
     numbers = sum(keys.numel() + values.numel() for keys, values, *_ in cache)
     return 2 * numbers * rows, tensor_bytes(cache) * rows
 

@@ -9,6 +9,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from lowrank_cache import LowRankCache
+from lowrank_cache.cache_argument import cache_argument
 
 __all__ = ["branch", "chunk_bounds", "feed", "padded"]
 
@@ -56,7 +57,7 @@ def feed(
             input_ids=ids[:, start:stop],
             attention_mask=mask[:, : cached + stop],
             position_ids=positions[:, start:stop],
-            past_key_values=cache,
+            **cache_argument(model, cache),
             use_cache=True,
             **arguments,
         )

@@ -14,6 +14,7 @@ def generate(
     attend_to_latents=False,
     cache_options=None,
     past_key_values=None,
+    cache=None,
     **arguments,
 ):
     """``model.generate`` with a new ``LowRankCache``.
@@ -33,7 +34,7 @@ def generate(
         ValueError: If a cache is given, or an argument of ``LowRankCache`` is out of range.
         NotImplementedError: If the model's cache cannot be compressed.
     """
-    if past_key_values is not None:
+    if past_key_values is not None or cache is not None:  # transformers 5.24 renames past_key_values to cache
         raise ValueError(
             "past_key_values must not be given: this recipe makes a cache for every call. To go on with a cache, call "
             "model.generate(past_key_values=cache) without custom_generate"
