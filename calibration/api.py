@@ -81,7 +81,7 @@ def calibrate(
             non-finite numbers.
         TypeError: If a batch is not a tensor of token ids, or a second pass is needed and ``batches`` is an
             iterator.
-        RuntimeError: If gradients do not pass through the model.
+        NoGradientError: If gradients do not pass through the model.
         NotImplementedError: If the model's cache cannot be compressed.
     """
     _check_options(method, frame_length, head_group_size)

@@ -34,10 +34,14 @@ from lowrank_cache.models import (
     rope_buffer,
 )
 
-__all__ = ["Moments", "Recorder", "collect_moments", "positions_of", "usable_tokens"]
+__all__ = ["Moments", "NoGradientError", "Recorder", "collect_moments", "positions_of", "usable_tokens"]
 
 SKIPPED_TOKENS = 4  # a sequence's first real tokens are attention sinks with outlier keys; the cache keeps them exact
 _COUNTS = ("tokens", "sequences", "loss", "predicted", "sensitivity_kind")
+
+
+class NoGradientError(RuntimeError):
+    """Gradients do not reach what a model caches; ``sensitivity="query"`` needs none."""
 
 
 @dataclass
@@ -197,7 +201,7 @@ def collect_moments(
         progress: Called with the number of tokens of each finished batch.
 
     Raises:
-        RuntimeError: If gradients do not reach the cached states.
+        NoGradientError: If gradients do not reach the cached states.
         ValueError: If there is not one usable token, or states or gradients are not finite.
     """
     if sensitivity not in ("gradient", "query"):
@@ -280,13 +284,13 @@ def _add_batch(moments: Moments, model: PreTrainedModel, input_ids: Tensor, atte
         try:
             loss.backward()
         except (RuntimeError, NotImplementedError) as error:
-            raise RuntimeError(
+            raise NoGradientError(
                 f"gradients do not pass through {type(model).__name__} ({error}); calibrate with sensitivity='query'"
             ) from error
     for side in SIDES:
         missing = sorted(set(recorder.states[side]) - set(recorder.gradients[side]))
         if missing:
-            raise RuntimeError(
+            raise NoGradientError(
                 f"no gradient reached the {side} states of layers {missing}; calibrate with sensitivity='query'"
             )
     states = _usable_rows(moments, recorder.states, attention_mask)

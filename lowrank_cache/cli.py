@@ -17,7 +17,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from lowrank_cache import LowRankCache, Projections, calibration
-from lowrank_cache.calibration.moments import Moments
+from lowrank_cache.calibration.moments import Moments, NoGradientError
 from lowrank_cache.calibration.recall import mixed_batches
 from lowrank_cache.evaluation.bench import BenchSettings
 from lowrank_cache.evaluation.bench_run import bench as run_bench
@@ -54,7 +54,7 @@ def _errors_as_messages() -> Iterator[None]:
     """Print what is wrong with an input or the machine as one message; let a bug keep its traceback."""
     try:
         yield
-    except (ValueError, NotImplementedError, ImportError, OSError, DownloadError) as error:
+    except (ValueError, NotImplementedError, ImportError, OSError, DownloadError, NoGradientError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error
 

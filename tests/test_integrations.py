@@ -8,8 +8,14 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import DynamicCache, PreTrainedTokenizerFast, TextIteratorStreamer, TextStreamer
-from transformers.generation.continuous_batching.cache import PagedAttentionCache
+from transformers import (
+    ContinuousBatchingConfig,
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    TextIteratorStreamer,
+    TextStreamer,
+)
 
 from lowrank_cache import LowRankCache, latent_attention
 from tests.models import SMALL_SIZES, VOCAB, exact_cache, full_rank_projections, random_tokens, tiny_model
@@ -215,10 +221,14 @@ def test_custom_generate_from_a_folder(model, modules_cache):
 
 
 def test_continuous_batching_says_that_it_takes_no_cache(model, cache):
-    """``generate_batch`` drops ``past_key_values``; its forwards carry pages instead."""
-    pages = PagedAttentionCache.__new__(PagedAttentionCache)  # without memory: attention fails, after the warning
-    with pytest.warns(UserWarning, match="continuous batching keeps pages of its own"), pytest.raises(AttributeError):
-        model.model(random_tokens(1, 4), cache=pages, use_cache=False)
+    prompts = [random_tokens(1, length, seed=length)[0].tolist() for length in (12, 9)]
+    config = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    small = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64, use_cuda_graph=False)
+    with pytest.warns(UserWarning, match="continuous batching keeps pages of its own"):
+        outputs = model.generate_batch(prompts, generation_config=config, continuous_batching_config=small)
+    for prompt, output in zip(prompts, outputs.values(), strict=True):
+        alone = model.generate(torch.tensor([prompt]), generation_config=config)
+        assert output.generated_tokens == alone[0, len(prompt) :].tolist()
     assert cache.get_seq_length() == 0
 
 

@@ -10,10 +10,12 @@ meet; everything else is the environment's. Each takes as long as `make test`.
 import argparse
 import importlib.metadata
 import os
+import platform
 import re
 import subprocess
 import sys
 import tempfile
+from datetime import date
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -78,17 +80,17 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = [row(version, arguments.quick) for version in arguments.versions]
     command = f"python tests/versions.py {'--quick ' if arguments.quick else ''}{' '.join(arguments.versions)}"
-    print(HEAD.format(command=command))
+    print(HEAD.format(command=command, day=date.today(), python=platform.python_version()))
     print("\n".join(rows))
 
 
 HEAD = """\
 # Versions of transformers
 
-Printed by `{command}`: the tests, without the one of the page of supported models, which is of one version, run
-against released versions. `pyproject.toml` allows the range in which they pass. Since 5.24 transformers calls the
-argument for a cache `cache`; it takes `past_key_values` as before, with a warning, and both names work with this
-library.
+Printed by `{command}` on {day} with Python {python}:
+the tests, without the one of the page of supported models, which is of one version, run against released versions.
+`pyproject.toml` allows the range in which they pass. Since 5.24 transformers calls the argument for a cache `cache`; it
+takes `past_key_values` as before, with a warning, and both names work with this library.
 
 | transformers | other packages replaced | tests | files with failures |
 | --- | --- | --- | --- |"""
