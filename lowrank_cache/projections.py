@@ -6,7 +6,6 @@ safetensors and JSON, loaded from a folder or the hub.
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,8 +18,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from lowrank_cache.allocation import plan_stores
+from lowrank_cache.artefact_config import config_bytes, read_config
 from lowrank_cache.atomic import write_files
-from lowrank_cache.digest import config_digest
 from lowrank_cache.models import BOTH, SIDES, ModelShape
 
 __all__ = ["Basis", "Projections"]
@@ -263,10 +262,7 @@ class Projections(
             ],
             "tensors_sha256": hashlib.sha256(payload).hexdigest(),
         }
-        config["config_sha256"] = config_digest(config)
-        write_files(
-            {save_directory / TENSOR_FILE: payload, save_directory / CONFIG_FILE: json.dumps(config, indent=1).encode()}
-        )
+        write_files({save_directory / TENSOR_FILE: payload, save_directory / CONFIG_FILE: config_bytes(config)})
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # named arguments instead of model_kwargs
@@ -311,7 +307,12 @@ def _read(folder: Path) -> Projections:
     for name in (CONFIG_FILE, TENSOR_FILE):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} holds no projections: {name} is missing")
-    config = _read_config(folder)
+    config = read_config(folder / CONFIG_FILE, FORMAT_VERSION, remedy="calibrate again")
+    with open(folder / TENSOR_FILE, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    expected = config.get("tensors_sha256")
+    if found != expected:
+        raise ValueError(f"{folder / TENSOR_FILE} is damaged: its SHA-256 is {found}, {CONFIG_FILE} expects {expected}")
     try:
         return _assemble(config, load_file(folder / TENSOR_FILE))  # mapped: pages are read when used
     except (*_DAMAGE, safetensors.SafetensorError, RuntimeError) as error:
@@ -320,32 +321,6 @@ def _read(folder: Path) -> Projections:
 
 # What wrong types and sizes in a file may raise where they are used.
 _DAMAGE = (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError)
-
-
-def _read_config(folder: Path) -> dict:
-    """The config, of this format and with digests that match both files."""
-    path = folder / CONFIG_FILE
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        digest = config_digest(config) if isinstance(config, dict) else None
-    except (ValueError, RecursionError) as error:  # also for text that is not UTF-8, and numbers too long to read
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if digest is None:
-        raise ValueError(f"{path} must hold a JSON object, got {type(config).__name__}")
-    version = config.get("format_version")
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{folder} has format version {version}, and this release reads version {FORMAT_VERSION}; "
-            "calibrate again or install the release that wrote it"
-        )
-    if digest != config.get("config_sha256"):
-        raise ValueError(f"{path} is damaged or was edited: its contents do not match config_sha256")
-    with open(folder / TENSOR_FILE, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    expected = config.get("tensors_sha256")
-    if found != expected:
-        raise ValueError(f"{folder / TENSOR_FILE} is damaged: its SHA-256 is {found}, {CONFIG_FILE} expects {expected}")
-    return config
 
 
 def _assemble(config: dict, tensors: dict[str, Tensor]) -> Projections:

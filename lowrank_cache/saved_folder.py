@@ -5,7 +5,6 @@ as it was, and at most a file that nothing names. File names are never read from
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,8 +16,8 @@ import safetensors
 from huggingface_hub import HfApi, snapshot_download
 from safetensors.torch import load, save
 
+from lowrank_cache.artefact_config import config_bytes, read_config
 from lowrank_cache.atomic import write_files
-from lowrank_cache.digest import config_digest
 from lowrank_cache.saved_tensors import SavedTensors
 
 __all__ = ["CONFIG_FILE", "damage_named", "push_folder", "read_folder", "write_folder"]
@@ -65,9 +64,8 @@ def write_folder(folder: str | Path, facts: dict[str, Any], tensors: SavedTensor
         **facts,
         "tensors_sha256": digest,
     }
-    config["config_sha256"] = config_digest(config)
     current = folder / _tensor_file(digest)
-    write_files({current: payload, folder / CONFIG_FILE: json.dumps(config, indent=1).encode()})
+    write_files({current: payload, folder / CONFIG_FILE: config_bytes(config)})
     for path in folder.glob(_TENSOR_FILES):  # of the cache that was replaced, or of a save that was killed
         if path != current:
             path.unlink(missing_ok=True)
@@ -116,7 +114,7 @@ def read_folder(name_or_path: str | Path, **download: Any) -> tuple[str, dict[st
     if not config_path.is_file():
         raise FileNotFoundError(f"{folder} holds no saved cache: {CONFIG_FILE} is missing")
     with damage_named(folder):
-        config = _read_config(config_path)
+        config = read_config(config_path, FORMAT_VERSION, remedy="make the cache again")
         digest = config["tensors_sha256"]
         if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
             raise ValueError(f"tensors_sha256 of {config_path} must be 64 hexadecimal digits, got {digest!r}")
@@ -137,21 +135,6 @@ def damage_named(folder: str | Path) -> Iterator[None]:
         yield
     except (KeyError, TypeError, IndexError, AttributeError, OverflowError, safetensors.SafetensorError) as error:
         raise ValueError(f"{folder} holds a damaged cache: {type(error).__name__}: {error}") from error
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if config["format_version"] != FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format version {config['format_version']}, and this release reads version {FORMAT_VERSION}; "
-            "make the cache again or install the release that wrote it"
-        )
-    if config_digest(config) != config["config_sha256"]:
-        raise ValueError(f"{path} is damaged or was edited: its contents do not match config_sha256")
-    return config
 
 
 def _tensor_file(digest: str) -> str:
