@@ -25,7 +25,7 @@ from lowrank_cache.evaluation.demo import DemoSettings, run_demo
 from lowrank_cache.evaluation.evaluate import EvaluationSettings
 from lowrank_cache.evaluation.evaluate_run import run_evaluation
 from lowrank_cache.evaluation.inspection import inspect_projections
-from lowrank_cache.evaluation.loading import in_dtype, load_model
+from lowrank_cache.evaluation.loading import check_dtype, in_dtype, load_model
 from lowrank_cache.evaluation.model_source import DownloadError
 from lowrank_cache.evaluation.papers import check_papers
 from lowrank_cache.evaluation.plots import plot_projections
@@ -44,9 +44,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-DataOption = Annotated[
-    Path | None, typer.Option(help="UTF-8 text file to use instead of WikiText-2 or Python's own documentation.")
-]
+TEXTS = (
+    "a UTF-8 file, dataset:NAME[,config=C][,split=S][,column=T], python-sources or messages:LANGUAGE; by default "
+    "WikiText-2, or Python's own documentation where the hub does not answer or datasets is not installed."
+)
+CACHES = (
+    "a baseline or METHOD:RATIO[,groups=G][,frame=L][,joint=0|1][,bits=B][,ranks=R], with xkv also [,new=encode|exact]."
+)
+DataOption = Annotated[str | None, typer.Option(help=f"Text to calibrate on: {TEXTS}")]
+CalibrateOn = Annotated[str | None, typer.Option(help=f"Text to calibrate on: {TEXTS}")]
+EvaluateOn = Annotated[str | None, typer.Option(help=f"Text to evaluate on: {TEXTS}")]
 
 
 @contextmanager
@@ -91,7 +98,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the projections.")] = Path("artefacts/demo"),
     ratio: Annotated[float, typer.Option(help="Target compression ratio per token in latents.")] = 8.0,
 ) -> None:
-    """Calibrate a small real model, then generate with its full cache and with the compressed one."""
+    """Calibrate a small real model, then generate with its full cache and with both presets."""
     with _errors_as_messages():
         run_demo(out, data, DemoSettings(compression_ratio=ratio))
 
@@ -105,13 +112,22 @@ def calibrate(
     window: Annotated[int, typer.Option(help="Tokens per calibration sequence.")] = 512,
     recall_share: Annotated[float, typer.Option(help="Fraction of sequences that are generated look-ups.")] = 0.5,
     seed: Annotated[int, typer.Option(help="Of the generated look-ups.")] = 0,
-    method: Annotated[str | None, typer.Option(help="How bases are found; see docs/method.md.")] = None,
+    method: Annotated[str | None, typer.Option(help="How bases are found: fisher (default), palu or recalkv.")] = None,
     preset: Annotated[
-        str, typer.Option(help="'smallest' or 'fastest': the defaults of the two options that follow.")
+        str, typer.Option(help="'smallest' or 'fastest': the defaults of the three options that follow.")
     ] = "smallest",
     frame_length: Annotated[int | None, typer.Option(help="Tokens per rotary frame; 1 stores pre-RoPE keys.")] = None,
     layer_group_size: Annotated[
         str | None, typer.Option(help="Adjacent layers that share a latent: a number, KEYS,VALUES, or auto.")
+    ] = None,
+    joint: Annotated[
+        bool | None, typer.Option(help="Whether keys and values share a latent; fisher's do unless the preset says no.")
+    ] = None,
+    refit_ratio: Annotated[
+        float | None, typer.Option(help="Ratio at 16 bits for which recalkv calibrates values; 3 by default.")
+    ] = None,
+    save_moments: Annotated[
+        Path | None, typer.Option(help="File for the statistics, which quality, bench, eval and roofline can read.")
     ] = None,
     sensitivity: Annotated[
         str, typer.Option(help="gradient, or query where gradients do not pass through the model.")
@@ -125,7 +141,11 @@ def calibrate(
             "method": method,
             "frame_length": frame_length,
             "layer_group_size": _group_size(layer_group_size),
+            "joint": joint,
+            "refit_ratio": refit_ratio,
+            "save_moments": save_moments,
         }
+        check_dtype(dtype, auto=True)
         if preset not in calibration.PRESETS:
             raise ValueError(f"preset must be one of {sorted(calibration.PRESETS)}, got {preset!r}")
         chosen = {name: value for name, value in given.items() if value is not None}
@@ -135,7 +155,8 @@ def calibrate(
         tokenizer = AutoTokenizer.from_pretrained(model)
         loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
         loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
-        batches = mixed_batches(tokenizer, text, tokens=tokens, window=window, recall_share=recall_share, seed=seed)
+        mixed = mixed_batches(tokenizer, text, tokens=tokens, window=window, recall_share=recall_share, seed=seed)
+        batches = list(mixed)  # recalkv reads them twice
         facts = {"text": source, "recall_share": recall_share, "seed": seed}
         start = time.perf_counter()
         projections = calibration.calibrate(loaded, batches, sensitivity=sensitivity, provenance=facts, **options)
@@ -191,10 +212,11 @@ def prefill(
     model: Annotated[str | None, typer.Option(help="Name or folder of a model; SmolLM2-135M by default.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 4096,
     ratio: Annotated[float, typer.Option(help="Target compression ratio per token in latents.")] = 8.0,
-    dtype: Annotated[str, typer.Option(help="Dtype of the model.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="Dtype of the model: float32, bfloat16, float16.")] = "bfloat16",
 ) -> None:
     """Show what a prefill keeps alive in memory with the full cache and with a compressed one, on a CPU."""
     with _errors_as_messages():
+        check_dtype(dtype)
         loaded, _, name = load_model(model, typer.echo)
         loaded = in_dtype(loaded.eval(), dtype)
         bases = Projections.from_pretrained(projections, compression_ratio=ratio)
@@ -217,16 +239,11 @@ def quality(
     out: Annotated[Path, typer.Option(help="Folder for moments, results, table and plot; rerunning resumes.")],
     cache: Annotated[
         list[str],
-        typer.Option(
-            help="A row, repeatable: a baseline or METHOD:RATIO[,groups=G][,frame=L][,joint=0|1][,bits=B][,ranks=R]."
-        ),
+        typer.Option(help=f"A row, repeatable: {CACHES}"),
     ],
     model: Annotated[str | None, typer.Option(help="Name or folder of a model; SmolLM2-135M by default.")] = None,
-    calibrate_on: Annotated[Path | None, typer.Option(help="Text to calibrate on; WikiText-2 by default.")] = None,
-    evaluate_on: Annotated[
-        Path | None,
-        typer.Option(help="Text to evaluate on: a file, python-sources or messages:LANGUAGE; WikiText-2 by default."),
-    ] = None,
+    calibrate_on: CalibrateOn = None,
+    evaluate_on: EvaluateOn = None,
     tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = 40_960,
     recall_share: Annotated[float, typer.Option(help="Fraction of calibration sequences that are look-ups.")] = 0.5,
     sensitivity: Annotated[str, typer.Option(help="gradient or query.")] = "gradient",
@@ -241,7 +258,9 @@ def quality(
     needles: Annotated[
         list[str] | None, typer.Option(help="TOKENS:QUESTIONS about facts hidden in prose, 4 a text; repeatable.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Dtype in which the caches are measured.")] = "bfloat16",
+    dtype: Annotated[
+        str, typer.Option(help="Dtype in which the caches are measured: float32, bfloat16, float16.")
+    ] = "bfloat16",
     key_bias: Annotated[float, typer.Option(help="Rebuild the model with this constant bias on its keys.")] = 0.0,
 ) -> None:
     """Measure perplexity and recall of many caches on one model, in one run, as a table and a plot."""
@@ -254,6 +273,7 @@ def quality(
             lookups=lookups,
             needles=_needles(needles or []),
         )
+        check_dtype(dtype)
         run = QualityRun(model, calibrate_on, evaluate_on, moments, tokens, recall_share, sensitivity, dtype, key_bias)
         run_quality(out, cache, run, settings, typer.echo)
 
@@ -265,24 +285,15 @@ def evaluate(
     ] = None,
     cache: Annotated[
         list[str] | None,
-        typer.Option(
-            help="A cache to measure, repeatable: a baseline or "
-            "METHOD:RATIO[,groups=G][,frame=L][,joint=0|1][,bits=B][,ranks=R]."
-        ),
+        typer.Option(help=f"A cache to measure, repeatable: {CACHES}"),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the report; rerunning resumes.")] = Path("artefacts/eval"),
     projections: Annotated[
         list[str] | None,
         typer.Option(help="Ready projections, a folder or hub repository; one of a method, repeatable."),
     ] = None,
-    text: Annotated[
-        str | None,
-        typer.Option(
-            help="Text to evaluate on: a file, dataset:NAME[,config=C][,split=S][,column=T], python-sources or "
-            "messages:LANGUAGE; WikiText-2 by default."
-        ),
-    ] = None,
-    calibrate_on: Annotated[str | None, typer.Option(help="Text to calibrate on, likewise.")] = None,
+    text: EvaluateOn = None,
+    calibrate_on: CalibrateOn = None,
     moments: Annotated[Path | None, typer.Option(help="Statistics of an earlier run, not to calibrate again.")] = None,
     tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = 20_480,
     sensitivity: Annotated[str, typer.Option(help="gradient or query, of calibration.")] = "gradient",
@@ -298,7 +309,9 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Of the tasks.")] = 0,
     chat: Annotated[bool, typer.Option(help="Ask in the model's chat template.")] = False,
     attend: Annotated[bool, typer.Option(help="Attend to latents instead of rebuilding keys and values.")] = False,
-    dtype: Annotated[str, typer.Option(help="Dtype in which the caches are measured; auto: the model's.")] = "bfloat16",
+    dtype: Annotated[
+        str, typer.Option(help="Dtype of the measurement: float32, bfloat16, float16; auto: the model's.")
+    ] = "bfloat16",
     device: Annotated[str | None, typer.Option(help="Torch device; the GPU if there is one.")] = None,
 ) -> None:
     """Evaluate caches on MODEL: perplexity, long-context tasks, bytes and times, in a report with intervals."""
@@ -317,6 +330,7 @@ def evaluate(
             seed=seed,
             residual_length=residual_length,
         )
+        check_dtype(dtype, auto=True)
         run = QualityRun(model, calibrate_on, text, moments, tokens, 0.5, sensitivity, dtype)
         caches = cache or ["full", "quantized-fp8", "fisher:8"]
         run_evaluation(out, caches, run, settings, typer.echo, projections=tuple(projections or ()), device=device)
@@ -330,15 +344,15 @@ def bench(
         typer.Option(help="A row as for 'quality', repeatable; ',attend=0' at its end rebuilds keys and values."),
     ] = None,
     model: Annotated[str | None, typer.Option(help="Name or folder of a model; SmolLM2-135M by default.")] = None,
-    calibrate_on: Annotated[Path | None, typer.Option(help="Text to calibrate on; WikiText-2 by default.")] = None,
-    evaluate_on: Annotated[Path | None, typer.Option(help="Text to decode; WikiText-2 by default.")] = None,
+    calibrate_on: CalibrateOn = None,
+    evaluate_on: EvaluateOn = None,
     moments: Annotated[Path | None, typer.Option(help="Statistics of an earlier run, not to calibrate again.")] = None,
     tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = 20_480,
     contexts: Annotated[str, typer.Option(help="Tokens in the cache, separated by commas.")] = "1024,4096,8192",
     batches: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,4",
     new_tokens: Annotated[int, typer.Option(help="Timed decode steps of each cache.")] = 24,
     threads: Annotated[int, typer.Option(help="Threads of PyTorch.")] = 1,
-    dtype: Annotated[str, typer.Option(help="Dtype of the model.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="Dtype of the model: float32, bfloat16, float16.")] = "bfloat16",
     quick: Annotated[bool, typer.Option(help="1,024 tokens, batch 1, 8 steps.")] = False,
 ) -> None:
     """Time prefill and decoding of compressed caches against the full cache, and count their bytes."""
@@ -349,6 +363,7 @@ def bench(
             new_tokens=8 if quick else new_tokens,
             threads=threads,
         )
+        check_dtype(dtype)
         run = QualityRun(model, calibrate_on, evaluate_on, moments, tokens, 0.5, "gradient", dtype)
         run_bench(out, cache or BENCH_CACHES, run, settings, typer.echo)
 
@@ -379,7 +394,9 @@ def papers(
 
 @app.command()
 def roofline(
-    moments: Annotated[Path, typer.Argument(help="Statistics that calibrate or quality saved: moments.safetensors.")],
+    moments: Annotated[
+        Path, typer.Argument(help="Statistics that quality, bench, eval or calibrate --save-moments saved.")
+    ],
     ratio: Annotated[float, typer.Option(help="Target compression ratio per token in latents.")] = 8.0,
     query_heads: Annotated[int, typer.Option(help="Query heads of the model of MOMENTS; SmolLM2-135M has 9.")] = 9,
 ) -> None:

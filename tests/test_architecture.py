@@ -78,6 +78,7 @@ ALLOWED = {
     "lowrank_cache/evaluation/": {
         "",
         "allocation",
+        "atomic",
         "attention",
         "budget",
         "cache",

@@ -10,9 +10,10 @@ import torch
 from transformers import BatchEncoding, DynamicCache
 from typer.testing import CliRunner
 
-from lowrank_cache import LowRankCache, cli
+from lowrank_cache import LowRankCache, Projections, cli
 from lowrank_cache.allocation import full_bytes_per_token
 from lowrank_cache.calibration import calibrate
+from lowrank_cache.calibration.moments import Moments
 from lowrank_cache.evaluation.demo import generate_timed
 from lowrank_cache.evaluation.inspection import inspect_projections
 from lowrank_cache.evaluation.model_source import DownloadError
@@ -110,7 +111,10 @@ def test_group_size_option(given, expected):
     assert cli._group_size(given) == expected
 
 
-def test_calibrate_saves_projections_with_their_text(monkeypatch, model, tmp_path):
+@pytest.fixture
+def text(monkeypatch, model, tmp_path):
+    """A text to calibrate on; models and tokenizers are tiny ones, whatever their names."""
+
     class Tokenizer:
         def __call__(self, text):
             return {"input_ids": [ord(letter) % 100 for letter in text]}
@@ -119,6 +123,44 @@ def test_calibrate_saves_projections_with_their_text(monkeypatch, model, tmp_pat
     text.write_text("Some words to calibrate on, again and again. " * 40)
     monkeypatch.setattr(cli.AutoTokenizer, "from_pretrained", lambda name: Tokenizer())
     monkeypatch.setattr(cli.AutoModelForCausalLM, "from_pretrained", lambda name, dtype: model)
+    return text
+
+
+@pytest.mark.parametrize("method", ["palu", "recalkv"])
+def test_calibrate_with_other_methods(text, tmp_path, method):
+    out, moments = tmp_path / "out", tmp_path / "moments.safetensors"
+    options = ["--refit-ratio", 2] if method == "recalkv" else ["--no-joint"]
+    result = run(
+        "calibrate", "tiny", "--out", out, "--data", text, "--tokens", 256, "--window", 64, "--device", "cpu",
+        "--method", method, "--save-moments", moments, *options,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    made = Projections.from_pretrained(out)
+    assert made.method == method and made.provenance.get("refit_ratio") == (2 if method == "recalkv" else None)
+    assert Moments.load(moments).tokens == made.provenance["calibration_tokens"]
+
+
+def test_keys_and_values_apart_on_demand(text, tmp_path):
+    sides = {}
+    for joint in ("--joint", "--no-joint"):
+        options = ["--tokens", 256, "--window", 64, "--device", "cpu", joint]
+        assert run("calibrate", "tiny", "--out", tmp_path / joint, "--data", text, *options).exit_code == 0
+        sides[joint] = {basis.side for basis in Projections.from_pretrained(tmp_path / joint).bases}
+    assert sides == {"--joint": {"both"}, "--no-joint": {"key", "value"}}
+
+
+@pytest.mark.parametrize("command", [
+    ["calibrate", "tiny", "--out", "x"], ["quality", "--out", "x", "--cache", "full"], ["bench", "--out", "x"],
+    ["eval", "tiny", "--out", "x"], ["prefill", "x"],
+])  # fmt: skip
+def test_a_wrong_dtype_is_named_before_any_work(tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    result = run(*command, "--dtype", "fp16")
+    assert result.exit_code == 1 and "dtype must be one of float32, bfloat16, float16" in result.output
+    assert "got 'fp16'" in result.output and not list(tmp_path.iterdir())
+
+
+def test_calibrate_saves_projections_with_their_text(text, tmp_path):
     out = tmp_path / "out"
     result = run(
         "calibrate", "tiny", "--out", out, "--data", text, "--tokens", 256, "--window", 64,

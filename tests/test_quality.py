@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from lowrank_cache.evaluation.quality import (
     measure,
     needle_markdown,
 )
+from lowrank_cache.evaluation.quality_run import QualityRun, moments_of
 from lowrank_cache.models import layer_groups, model_shape
 from tests.models import full_rank_projections, random_tokens, tiny_model, wide_llama
 
@@ -78,6 +80,34 @@ def test_other_settings_are_not_mixed_into_old_results(tmp_path):
     results.write_text(json.dumps({"settings": {"windows": 3}}) + "\n")
     with pytest.raises(ValueError, match="was made with other settings"):
         measure(model, _tokenizer, TEXT, configurations, SETTINGS, results)
+    results.unlink()
+    measure(model, _tokenizer, TEXT, configurations, SETTINGS, results, lambda line: None, {"text_sha256": "1"})
+    with pytest.raises(ValueError, match="was made with other settings"):
+        measure(model, _tokenizer, TEXT, configurations, SETTINGS, results, identity={"text_sha256": "2"})
+
+
+def test_statistics_of_other_runs_are_not_taken_for_these(tmp_path):
+    model, path = tiny_model("llama"), tmp_path / "moments.safetensors"
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT * 4)
+    run = QualityRun("tiny", text, None, None, 1024, 0.0, "gradient", "float32")
+    said = []
+    made = moments_of(run, path, model, _tokenizer, said.append)
+    again = moments_of(run, path, model, _tokenizer, said.append)
+    assert said[0].startswith("calibrating on 1024 tokens") and said[1] == f"statistics read from {path}"
+    assert again.tokens == made.tokens
+    for change, message in (
+        ({"tokens": 512}, "tokens 1024 instead of 512"),
+        ({"sensitivity": "query"}, "sensitivity 'gradient' instead of 'query'"),
+        ({"model": "other"}, "model 'tiny' instead of 'other'"),
+    ):
+        with pytest.raises(ValueError, match=f"was calibrated with other settings: {message}; name it with --moments"):
+            moments_of(replace(run, **change), path, model, _tokenizer, said.append)
+    text.write_text(TEXT * 4 + "More.")
+    with pytest.raises(ValueError, match="text_sha256"):
+        moments_of(run, path, model, _tokenizer, said.append)
+    named = moments_of(replace(run, moments=path, tokens=1), tmp_path / "unused", model, _tokenizer, said.append)
+    assert named.tokens == made.tokens
 
 
 def test_exact_answers_are_counted_in_all_and_where_the_full_cache_is_right():

@@ -12,6 +12,7 @@ from lowrank_cache.evaluation import hub, text_source
 
 @pytest.fixture
 def unreachable(monkeypatch):
+    monkeypatch.setattr(text_source.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(text_source, "hub_reachable", lambda path: False)
 
 
@@ -59,14 +60,25 @@ def test_failing_dataset_falls_back_and_says_why(monkeypatch, reachable):
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     text, name = text_source.load_text()
-    assert text == text_source.bundled_text() and "cut off" in name
+    assert text_source.bundled_text().startswith(text) and "cut off" in name
 
 
 def test_bundled_text_is_long_and_stable(unreachable):
-    text, name = text_source.load_text()
-    assert "Python" in name
-    assert len(text) > 400_000  # the demo takes 4,096 tokens of it, calibration 20,000
-    assert text == text_source.bundled_text()
+    whole = text_source.bundled_text()
+    parts = {split: text_source.load_text(split=split) for split in ("train", "validation", "test")}
+    assert all("Python" in name and "the hub does not answer" in name for _, name in parts.values())
+    train, test = parts["train"][0], parts["test"][0]
+    assert parts["validation"] == parts["train"]
+    assert whole.startswith(train) and whole.endswith(test), "evaluated on what was not calibrated on"
+    assert len(whole) - 10 < len(train) + len(test) < len(whole)
+    assert len(train) > 400_000  # the demo takes 4,096 tokens of it, calibration 20,000
+    assert len(test) > 100_000
+
+
+def test_without_datasets_it_says_so(monkeypatch, reachable):
+    monkeypatch.setattr(text_source.importlib.util, "find_spec", lambda name: None)
+    text, name = text_source.load_text(split="test")
+    assert text_source.bundled_text().endswith(text) and "the package datasets is not installed" in name
 
 
 def test_hub_check_is_quick_and_never_raises(monkeypatch):

@@ -31,7 +31,7 @@ def make_baseline(name: str, model: PreTrainedModel, residual_length: int) -> Ca
         return QuantizedCache("fp8", model.config)
     if kind == "quantized" and bits in ("2", "4"):
         if find_spec("optimum") is None or find_spec("optimum.quanto") is None:
-            raise ImportError(f"{name} needs the package optimum-quanto")
+            raise ImportError(f'{name} needs optimum-quanto: pip install "lowrank-cache[quanto]"')
         return QuantizedCache("quanto", model.config, nbits=int(bits), residual_length=residual_length)
     if kind == "kivi" and bits in ("2", "4"):
         return SimulatedKiviCache(model, int(bits), residual_length)

@@ -6,10 +6,11 @@ and its ratio to the full cache's in the same minutes. ``DynamicCache`` runs on 
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,6 +77,7 @@ def run_bench(
     settings: BenchSettings,
     out: Path,
     progress: Callable[[str], object] = print,
+    identity: Mapping[str, Any] | None = None,
 ) -> list[BenchRow]:
     """Time every configuration at every context and batch that ``out`` does not hold yet, and return all it holds.
 
@@ -86,15 +88,16 @@ def run_bench(
             that ends in ``,attend=0`` rebuilds keys and values instead of attending to latents.
         out: JSON Lines file, one row a line; its first line holds the settings.
         progress: Called with a line of text as rows start.
+        identity: What else the rows of one file have in common: model, text, bases.
 
     Raises:
-        ValueError: If the text is too short, or ``out`` was made with other settings.
+        ValueError: If the text is too short, or ``out`` was made with other settings or another identity.
     """
     needed = max(settings.contexts) + settings.warm + settings.new_tokens
     if len(ids) < needed:
         raise ValueError(f"ids must hold at least {needed} tokens, got {len(ids)}")
     torch.set_num_threads(settings.threads)
-    done = _resume(out, settings)
+    done = _resume(out, settings, identity or {})
     names = ["full", *(name for name in configurations if name != "full")]
     for context in settings.contexts:
         for batch in settings.batches:
@@ -114,10 +117,10 @@ def run_bench(
     return sorted(done.values(), key=lambda row: (row.context, row.batch, row.name != "full"))
 
 
-def _resume(out: Path, settings: BenchSettings) -> dict[tuple[str, int, int], BenchRow]:
+def _resume(out: Path, settings: BenchSettings, identity: Mapping[str, Any]) -> dict[tuple[str, int, int], BenchRow]:
     # Contexts and batches may grow from run to run: a row holds its own.
     fixed = {name: value for name, value in asdict(settings).items() if name not in ("contexts", "batches")}
-    rows = [BenchRow(**fields) for fields in resume_results(out, fixed)]
+    rows = [BenchRow(**fields) for fields in resume_results(out, {**fixed, **identity})]
     return {(row.name, row.context, row.batch): row for row in rows}
 
 

@@ -12,7 +12,7 @@ from lowrank_cache.evaluation.bench_op import op_markdown, time_ops
 from lowrank_cache.evaluation.configurations import build, parse
 from lowrank_cache.evaluation.loading import in_dtype, load_model
 from lowrank_cache.evaluation.plots import plot_bench
-from lowrank_cache.evaluation.quality_run import QualityRun, moments_of
+from lowrank_cache.evaluation.quality_run import MOMENTS_FILE, QualityRun, identity_of, moments_digest, moments_of
 from lowrank_cache.evaluation.text_source import load_text
 
 __all__ = ["bench"]
@@ -27,7 +27,7 @@ def bench(
     """
     model, tokenizer, name = load_model(run.model, report)
     out.mkdir(parents=True, exist_ok=True)
-    moments = moments_of(run, out / "moments.safetensors", model, tokenizer, report)
+    moments = moments_of(run, out / MOMENTS_FILE, model, tokenizer, report)
     plain = {specification: specification.removesuffix(",attend=0") for specification in specifications}
     built = build(list(plain.values()), moments)
     configurations = {specification: built[plain[specification]] for specification in specifications}
@@ -36,7 +36,8 @@ def bench(
     longest = max(settings.contexts) + settings.warm + settings.new_tokens
     ids = torch.tensor(tokenizer(text[: 12 * longest])["input_ids"])
     report(f"{name} in {run.dtype}, {settings.threads} thread(s), text from {source}")
-    rows = run_bench(model, ids, configurations, settings, out / "bench.jsonl", report)
+    identity = {**identity_of(run, name, model, text), "moments": moments_digest(run, out)}
+    rows = run_bench(model, ids, configurations, settings, out / "bench.jsonl", report, identity)
     table = bench_markdown(rows)
     (out / "table.md").write_text(table + "\n", encoding="utf-8")
     (out / "bench.json").write_text(json.dumps([_summary(row) for row in rows], indent=1), encoding="utf-8")

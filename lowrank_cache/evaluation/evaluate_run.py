@@ -1,6 +1,5 @@
 """One evaluation from names to report: check, load, calibrate what is not ready, measure, write."""
 
-import hashlib
 import json
 import platform
 from collections.abc import Callable, Iterator
@@ -20,10 +19,18 @@ from lowrank_cache.evaluation.configurations import Configuration, build, parse
 from lowrank_cache.evaluation.evaluate import EvaluationSettings, evaluate
 from lowrank_cache.evaluation.loading import in_dtype, load_model
 from lowrank_cache.evaluation.plots import plot_evaluation
-from lowrank_cache.evaluation.quality_run import QualityRun, moments_of, refitted_of
+from lowrank_cache.evaluation.quality_run import (
+    MOMENTS_FILE,
+    QualityRun,
+    file_digest,
+    identity_of,
+    moments_of,
+    refitted_of,
+)
 from lowrank_cache.evaluation.report import metrics_of, report_markdown
 from lowrank_cache.evaluation.results_file import resume_results
 from lowrank_cache.evaluation.text_source import load_text
+from lowrank_cache.projections import CONFIG_FILE as PROJECTIONS_FILE
 from lowrank_cache.projections import Projections
 
 __all__ = ["run_evaluation"]
@@ -70,7 +77,7 @@ def run_evaluation(
     for specification in (one for one in specifications if one not in missing):
         _row(specification, build([specification], None, ready=kept)[specification], model, settings)
     if missing:
-        moments = moments_of(run, out / "moments.safetensors", model, tokenizer, report)
+        moments = moments_of(run, out / MOMENTS_FILE, model, tokenizer, report)
         refit = partial(refitted_of, run, out, model, tokenizer, moments, report)
         for specification, (made, _) in build(missing, moments, refit).items():
             _keep(out / "projections", configurations[specification], made)
@@ -160,12 +167,9 @@ def _row(specification: str, built: tuple[Projections | None, dict], model, sett
 def _identity(name: str, model, text: str, run: QualityRun, projections: tuple[str, ...]) -> dict[str, Any]:
     """What measurements of one report folder have in common, beside the settings."""
     return {
-        "model": name,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": model.device.type,
-        "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
-        "projections": sorted(_digest(Path(found) / "projections.json", found) for found in projections),
-        "moments": None if run.moments is None else _digest(run.moments, str(run.moments)),
+        **identity_of(run, name, model, text),
+        "projections": sorted(_projections_digest(found) for found in projections),
+        "moments": None if run.moments is None else file_digest(run.moments),
         "calibration": {
             "text": None if run.calibrate_on is None else str(run.calibrate_on),
             "tokens": run.tokens,
@@ -175,11 +179,10 @@ def _identity(name: str, model, text: str, run: QualityRun, projections: tuple[s
     }
 
 
-def _digest(path: Path, otherwise: str) -> str:
-    if not path.is_file():
-        return otherwise
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _projections_digest(name: str) -> str:
+    """Of the file that names all tensors by digest; of projections on the hub, their name."""
+    path = Path(name) / PROJECTIONS_FILE
+    return file_digest(path) if path.is_file() else name
 
 
 def _config(identity: dict, source: str, specifications: list[str], settings: EvaluationSettings) -> dict[str, Any]:

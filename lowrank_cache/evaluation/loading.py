@@ -8,7 +8,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowrank_cache.evaluation.model_source import demo_model
 
-__all__ = ["in_dtype", "load_model"]
+__all__ = ["check_dtype", "in_dtype", "load_model"]
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def check_dtype(name: str, *, auto: bool = False) -> None:
+    """Raise ValueError unless ``name`` is one of ``DTYPES``, or ``"auto"`` where that is allowed."""
+    allowed = (*DTYPES, *(["auto"] if auto else []))
+    if name not in allowed:
+        raise ValueError(f"dtype must be one of {', '.join(allowed)}, got {name!r}")
 
 
 def load_model(
@@ -34,6 +43,7 @@ def load_model(
 
 def in_dtype(model: Any, dtype: str) -> Any:
     """``model`` moved to a dtype by name; inverse frequencies stay float32, as in a model loaded in this dtype."""
+    check_dtype(dtype)
     tables = {path: buffer.clone() for path, buffer in model.named_buffers() if path.endswith("inv_freq")}
     model = model.to(getattr(torch, dtype))
     for path, table in tables.items():

@@ -5,9 +5,10 @@ per row in a JSON Lines file, so that a run that was cut goes on where it stoppe
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,6 +102,7 @@ def measure(
     settings: QualitySettings,
     results: Path,
     progress: Callable[[str], object] = print,
+    identity: Mapping[str, Any] | None = None,
 ) -> list[QualityRow]:
     """Measure every configuration that ``results`` does not hold yet.
 
@@ -110,13 +112,14 @@ def measure(
             name in ``BASELINES``. ``"full"`` is always measured, first.
         results: JSON Lines file, one row a line; its first line holds the settings.
         progress: Called with a line of text before each row.
+        identity: What else the rows of one file have in common: model, text, bases.
 
     Raises:
-        ValueError: If ``results`` was made with other settings.
+        ValueError: If ``results`` was made with other settings or another identity.
     """
     ids = torch.tensor(tokenizer(text)["input_ids"])
     windows = windows_of(ids, settings.window, settings.windows)
-    done = {row["name"]: QualityRow(**row) for row in resume_results(results, asdict(settings))}
+    done = {row["name"]: QualityRow(**row) for row in resume_results(results, {**asdict(settings), **(identity or {})})}
     rows = []
     for name in ["full", *(name for name in configurations if name != "full")]:
         if name not in done:
