@@ -176,7 +176,8 @@ class LowRankCache(Cache):
     ):
         options = _check_options(residual_length, num_sink_tokens, block_size, latent_dtype)
         if (projections is None) == (method is None):
-            raise ValueError("exactly one of projections and method must be given")
+            given = "neither" if method is None else "both"
+            raise ValueError(f"exactly one of projections and method must be given, got {given}")
         shape, decoder = model_shape(model), decoder_of(model)
         budget: dict[str, Any] = {"compression_ratio": compression_ratio, "ranks": ranks, "bits": bits}
         if projections is not None:

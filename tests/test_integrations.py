@@ -192,7 +192,7 @@ def test_custom_generate_from_a_folder(model, modules_cache):
     tokens = random_tokens(2, 18)
     cache = LowRankCache(model, projections, compression_ratio=4, **SMALL_SIZES)
     expected = model.generate(tokens, past_key_values=cache, **GREEDY)
-    for given in (projections, str(modules_cache / "projections")):
+    for given in (projections, modules_cache / "projections", str(modules_cache / "projections")):
         made = model.generate(
             tokens,
             custom_generate=str(RECIPE),

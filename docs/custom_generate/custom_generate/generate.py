@@ -1,5 +1,6 @@
 """``model.generate(custom_generate=...)`` with a compressed cache; the work is done by the package lowrank-cache."""
 
+import os
 from contextlib import nullcontext
 
 from lowrank_cache import LowRankCache, Projections, latent_attention
@@ -34,12 +35,12 @@ def generate(
         ValueError: If a cache is given, or an argument of ``LowRankCache`` is out of range.
         NotImplementedError: If the model's cache cannot be compressed.
     """
-    if past_key_values is not None or cache is not None:  # transformers 5.24 renames past_key_values to cache
+    if past_key_values is not None or cache is not None:
         raise ValueError(
-            "past_key_values must not be given: this recipe makes a cache for every call. To go on with a cache, call "
-            "model.generate(past_key_values=cache) without custom_generate"
+            "past_key_values must not be given, nor cache, as transformers 5.24 calls it: this recipe makes a cache "
+            "for every call. To go on with a cache, call model.generate without custom_generate"
         )
-    if isinstance(projections, str):
+    if isinstance(projections, (str, os.PathLike)):
         projections = Projections.from_pretrained(projections, compression_ratio=compression_ratio)
     cache = LowRankCache(
         model, projections, method=method, compression_ratio=compression_ratio, **(cache_options or {})
