@@ -138,18 +138,20 @@ def _quantize(
             for chunk in tl.range(0, chunks):
                 channel = chunk * CHUNK + tl.arange(0, CHUNK)
                 z = tl.load(at + channel[None, :], mask=valid[:, None] & (channel < padded)[None, :], other=0.0)
+                z = tl.where((channel < channels)[None, :], z, 0.0)  # padding is not set, and may be NaN
                 cost = tl.load(weight + channel, mask=channel < channels, other=0.0)
                 level = _nearest_level(z, trial, HALF_LEVELS)
-                along += tl.sum(tl.where((channel < channels)[None, :], level * cost[None, :] * z, 0.0), 1)
+                along += tl.sum(level * cost[None, :] * z, 1)
                 squares += tl.sum(level * level * cost[None, :], 1)
             fitted = tl.maximum(along / tl.maximum(squares, 1e-12), 6.103515625e-05)
             error = tl.zeros((TILE,), tl.float32)
             for chunk in tl.range(0, chunks):
                 channel = chunk * CHUNK + tl.arange(0, CHUNK)
                 z = tl.load(at + channel[None, :], mask=valid[:, None] & (channel < padded)[None, :], other=0.0)
+                z = tl.where((channel < channels)[None, :], z, 0.0)
                 cost = tl.load(weight + channel, mask=channel < channels, other=0.0)
                 off = _nearest_level(z, trial, HALF_LEVELS) * fitted[:, None] - z
-                error += tl.sum(tl.where((channel < channels)[None, :], off * off * cost[None, :], 0.0), 1)
+                error += tl.sum(off * off * cost[None, :], 1)
             better = error < best_error
             best, best_error = tl.where(better, fitted, best), tl.where(better, error, best_error)
     kept = tl.minimum(best, 65504.0).to(tl.float16)
