@@ -2,7 +2,7 @@
 
 Builds sdist and wheel from the files that git knows, checks their metadata, installs both into a fresh virtual
 environment with the versions of constraints.txt, and uses them from another folder. Then it runs the tests
-against the lowest and the newest transformers that ``pyproject.toml`` allows, which takes most of the time.
+against the lowest and the newest transformers and Triton of ``[tool.lowrank-cache]``, which takes most of the time.
 """
 
 import argparse
@@ -122,22 +122,23 @@ def supported_range(project: dict) -> tuple[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--no-demo", dest="demo", action="store_false", help="Leave out the demo, which needs a model.")
-    parser.add_argument("--no-versions", dest="versions", action="store_false", help="Leave out other transformers.")
+    parser.add_argument("--no-versions", dest="versions", action="store_false", help="Leave out other releases.")
     arguments = parser.parse_args()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     version = project["project"]["version"]
     tags = [run(["git", "-C", ROOT, "tag", *where]).split() for where in (["--points-at", "HEAD"], [])]
     check_version(version, (ROOT / "CHANGELOG.md").read_text(), *tags)
-    versions = supported_range(project)
+    versions, triton = supported_range(project), project["tool"]["lowrank-cache"]["triton"]
     with tempfile.TemporaryDirectory() as name:
         sdist, wheel = build(Path(name))
         check_metadata(sdist, wheel, version)
         use(Path(name), sdist, wheel, arguments.demo)
     if arguments.versions:
-        table = run([sys.executable, ROOT / "tests" / "versions.py", *versions])
-        print(table)
-        if re.search(r"\b\d+ (failed|error)", table) or "did not run" in table:
-            sys.exit("release check failed: tests against other transformers")
+        for package, released in {"transformers": versions, "triton": triton}.items():
+            table = run([sys.executable, ROOT / "tests" / "versions.py", "--package", package, *released])
+            print(table)
+            if re.search(r"\b\d+ (failed|error)", table) or "did not run" in table:
+                sys.exit(f"release check failed: tests against other releases of {package}")
     print(f"lowrank-cache {version} can be released")
 
 
