@@ -31,9 +31,10 @@ from lowrank_cache.evaluation.papers import check_papers
 from lowrank_cache.evaluation.plots import plot_projections
 from lowrank_cache.evaluation.prefill import prefill_peak
 from lowrank_cache.evaluation.quality import QualitySettings
-from lowrank_cache.evaluation.quality_run import QualityRun, run_quality
+from lowrank_cache.evaluation.quality_run import run_quality
 from lowrank_cache.evaluation.roofline_run import run_roofline
 from lowrank_cache.evaluation.ruler import TASKS
+from lowrank_cache.evaluation.run_inputs import QualityRun
 from lowrank_cache.evaluation.text_source import load_text
 
 __all__ = ["app"]
@@ -51,7 +52,6 @@ TEXTS = (
 CACHES = (
     "a baseline or METHOD:RATIO[,groups=G][,frame=L][,joint=0|1][,bits=B][,ranks=R], with xkv also [,new=encode|exact]."
 )
-DataOption = Annotated[str | None, typer.Option(help=f"Text to calibrate on: {TEXTS}")]
 CalibrateOn = Annotated[str | None, typer.Option(help=f"Text to calibrate on: {TEXTS}")]
 EvaluateOn = Annotated[str | None, typer.Option(help=f"Text to evaluate on: {TEXTS}")]
 
@@ -94,7 +94,7 @@ ENVIRONMENT = [
 
 @app.command()
 def demo(
-    data: DataOption = None,
+    data: CalibrateOn = None,
     out: Annotated[Path, typer.Option(help="Folder for the projections.")] = Path("artefacts/demo"),
     ratio: Annotated[float, typer.Option(help="Target compression ratio per token in latents.")] = 8.0,
 ) -> None:
@@ -107,7 +107,7 @@ def demo(
 def calibrate(
     model: Annotated[str, typer.Argument(help="Name on the hub, or folder, of a decoder-only model.")],
     out: Annotated[Path, typer.Option(help="Folder for the projections.")],
-    data: DataOption = None,
+    data: CalibrateOn = None,
     tokens: Annotated[int, typer.Option(help="Calibration tokens, rounded down to whole windows.")] = 20_000,
     window: Annotated[int, typer.Option(help="Tokens per calibration sequence.")] = 512,
     recall_share: Annotated[float, typer.Option(help="Fraction of sequences that are generated look-ups.")] = 0.5,

@@ -23,7 +23,7 @@ from lowrank_cache.evaluation.quality import (
     measure,
     needle_markdown,
 )
-from lowrank_cache.evaluation.quality_run import QualityRun, moments_of
+from lowrank_cache.evaluation.run_inputs import QualityRun, moments_of
 from lowrank_cache.models import layer_groups, model_shape
 from tests.models import full_rank_projections, random_tokens, tiny_model, wide_llama
 

@@ -5,8 +5,8 @@
     python tests/versions.py --quick 5.20.2 5.24.0      # one family, to see whether anything works
 
 Each version is put into a folder of its own by pip, with those of its requirements that the installed packages do not
-meet; everything else is the environment's. One of transformers takes as
-long as `make test`; against Triton the tests of the kernels are run.
+meet; everything else is the environment's. One of transformers takes as long as `make test`; against Triton the tests
+of the kernels are run.
 """
 
 import argparse

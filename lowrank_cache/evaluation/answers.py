@@ -73,9 +73,9 @@ def greedy_answer(model: PreTrainedModel, cache: Cache, question: Tensor, limit:
     The question is one forward; from then on every token is read from what a copy of the cache stores.
     """
     cache = branch(cache)
-    ids, answer = question.to(model.device)[None], []
+    ids, answer, argument = question.to(model.device)[None], [], cache_argument(model, cache)
     for _ in range(limit):
-        logits = model(input_ids=ids, **cache_argument(model, cache), use_cache=True, logits_to_keep=1).logits
+        logits = model(input_ids=ids, **argument, use_cache=True, logits_to_keep=1).logits
         token = int(logits[0, -1].argmax())
         if token in stop:
             break

@@ -146,19 +146,20 @@ def _measure_together(
             seconds = time.perf_counter() - start
         prefills[name] = (seconds, allocated.highest)
     progress(f"decode after {context} tokens, batch {batch}: {', '.join(makers)}")
+    arguments = {name: cache_argument(model, cache) for name, cache in caches.items()}  # found before steps are timed
     steps: dict[str, list[float]] = {name: [] for name in makers}
     peaks = dict.fromkeys(makers, 0)
     for step in range(settings.warm + settings.new_tokens):
         token = tokens[:, context + step : context + step + 1]
-        for name, cache in caches.items():
+        for name, argument in arguments.items():
             with _attention(model, name):
                 if step < settings.warm:  # watching memory takes time, so it is done apart
                     with watch_allocated(model.device) as allocated:
-                        model(token, **cache_argument(model, cache))
+                        model(token, **argument)
                     peaks[name] = max(peaks[name], allocated.highest)
                     continue
                 start = time.perf_counter()
-                model(token, **cache_argument(model, cache))
+                model(token, **argument)
                 steps[name].append(time.perf_counter() - start)
     for name, cache in caches.items():
         seconds, prefill_peak = prefills[name]

@@ -12,7 +12,7 @@ from lowrank_cache.evaluation.bench_op import op_markdown, time_ops
 from lowrank_cache.evaluation.configurations import build, parse
 from lowrank_cache.evaluation.loading import in_dtype, load_model
 from lowrank_cache.evaluation.plots import plot_bench
-from lowrank_cache.evaluation.quality_run import MOMENTS_FILE, QualityRun, identity_of, moments_digest, moments_of
+from lowrank_cache.evaluation.run_inputs import MOMENTS_FILE, QualityRun, identity_of, moments_digest, moments_of
 from lowrank_cache.evaluation.text_source import load_text
 
 __all__ = ["bench"]

@@ -219,10 +219,10 @@ def _cost_job(model, ids: Tensor, length: int, settings: EvaluationSettings) -> 
             fill(model, cache, tokens[:length], chunk=settings.chunk, first=settings.prompt)
             filled = _now(model.device) - start
             stored = tensor_bytes(cache)
-            steps = []
+            steps, argument = [], cache_argument(model, cache)
             for token in tokens[length:].to(model.device):
                 start = _now(model.device)
-                model(input_ids=token.view(1, 1), **cache_argument(model, cache), use_cache=True)
+                model(input_ids=token.view(1, 1), **argument, use_cache=True)
                 steps.append(_now(model.device) - start)
         record = {
             "kind": "cost",

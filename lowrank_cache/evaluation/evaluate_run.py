@@ -19,7 +19,9 @@ from lowrank_cache.evaluation.configurations import Configuration, build, parse
 from lowrank_cache.evaluation.evaluate import EvaluationSettings, evaluate
 from lowrank_cache.evaluation.loading import in_dtype, load_model
 from lowrank_cache.evaluation.plots import plot_evaluation
-from lowrank_cache.evaluation.quality_run import (
+from lowrank_cache.evaluation.report import metrics_of, report_markdown
+from lowrank_cache.evaluation.results_file import resume_results
+from lowrank_cache.evaluation.run_inputs import (
     MOMENTS_FILE,
     QualityRun,
     file_digest,
@@ -27,8 +29,6 @@ from lowrank_cache.evaluation.quality_run import (
     moments_of,
     refitted_of,
 )
-from lowrank_cache.evaluation.report import metrics_of, report_markdown
-from lowrank_cache.evaluation.results_file import resume_results
 from lowrank_cache.evaluation.text_source import load_text
 from lowrank_cache.projections import CONFIG_FILE as PROJECTIONS_FILE
 from lowrank_cache.projections import Projections
