@@ -22,7 +22,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.docs-installed
-# What the docs' code blocks and notebooks need to run, and the executed notebooks (tests/docs_*.py).
+# What the docs' code blocks and notebooks need to run, and the executed notebooks (tests/tools/docs_*.py).
 PREPARED := build/docs/prepared
 NOTEBOOKS := $(patsubst docs/notebooks/%.py,build/docs/notebooks/%.md,$(filter-out %/pages.py,$(wildcard docs/notebooks/*.py)))
 SOURCES := $(wildcard lowrank_cache/*.py lowrank_cache/*/*.py)
@@ -71,12 +71,12 @@ $(DOCS_STAMP): $(STAMP)
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[data,dev,docs]'
 	@touch $@
 
-$(PREPARED): $(DOCS_STAMP) $(SOURCES) tests/docs_workplace.py
-	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.docs_workplace
+$(PREPARED): $(DOCS_STAMP) $(SOURCES) tests/tools/docs_workplace.py
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.tools.docs_workplace
 
 # Two notebooks at a time would fight over the cores whose speed one of them shows.
-build/docs/notebooks/%.md: docs/notebooks/%.py tests/docs_notebooks.py $(PREPARED)
-	@$(BIN)/python -m tests.docs_notebooks $*
+build/docs/notebooks/%.md: docs/notebooks/%.py tests/tools/docs_notebooks.py $(PREPARED)
+	@$(BIN)/python -m tests.tools.docs_notebooks $*
 
 docs: $(NOTEBOOKS)
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
@@ -84,19 +84,19 @@ docs: $(NOTEBOOKS)
 
 # Execute every code block of README.md and docs/*.md.
 pages: $(PREPARED)
-	$(BIN)/python -m tests.docs_pages
+	$(BIN)/python -m tests.tools.docs_pages
 
 # What `make check` does beside the tests; .ci/run calls it after `make test`.
 gates: lint
-	$(BIN)/python -P tests/aot_gates.py --jobs 2
+	$(BIN)/python -P tests/tools/aot_gates.py --jobs 2
 	$(MAKE) pages
 	$(MAKE) docs
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --calls 2000 --seed 0
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.tools.soak --calls 2000 --seed 0
 
 check: test gates
 
 release-check: $(STAMP)
-	$(BIN)/python -P tests/release_check.py $(RELEASE_CHECK_ARGS)
+	$(BIN)/python -P tests/tools/release_check.py $(RELEASE_CHECK_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info

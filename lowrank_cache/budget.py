@@ -15,7 +15,7 @@ from lowrank_cache.kernels.packed import ROW_BYTES, padded_channels
 __all__ = ["DISTORTION", "ChannelCosts", "TierCounts", "spend", "tier_bytes"]
 
 # Mean squared error of a unit-variance channel, by bits: kernels.reference.quantize on normal latents in
-# tiers of 64 to 128 channels (tests/test_reference.py measures it). 16 bits are float16.
+# tiers of 64 to 128 channels (tests/kernels/test_reference.py measures it). 16 bits are float16.
 DISTORTION = {16: 1e-7, 8: 4e-5, 4: 0.0095, 2: 0.115, 0: 1.0}
 STEP_BYTES = 2  # one float16 step per token and quantized tier
 _MAX_CHOICES = 300_000

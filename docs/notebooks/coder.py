@@ -2,7 +2,7 @@
 # # What the coder stores
 #
 # The channels of a latent, the bits they get, and what a layer reads back of a real prompt. SmolLM2-135M, with
-# projections calibrated on 4,096 tokens by `python -m tests.docs_workplace`.
+# projections calibrated on 4,096 tokens by `python -m tests.tools.docs_workplace`.
 
 # %%
 import matplotlib.pyplot as plt

@@ -1,0 +1,201 @@
+"""The command line and what stands behind it: inspection, timed generation, errors as messages."""
+
+import json
+import math
+import re
+from importlib.metadata import version
+
+import pytest
+import torch
+from transformers import BatchEncoding, DynamicCache
+from typer.testing import CliRunner
+
+from lowrank_cache import LowRankCache, Projections, cli
+from lowrank_cache.allocation import full_bytes_per_token
+from lowrank_cache.calibration import calibrate
+from lowrank_cache.calibration.moments import Moments
+from lowrank_cache.evaluation.demo import generate_timed
+from lowrank_cache.evaluation.inspection import inspect_projections
+from lowrank_cache.evaluation.model_source import DownloadError
+from tests.oracle.models import random_tokens, tiny_model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="module")
+def projections(model):
+    return calibrate(model, [random_tokens(2, 48, seed=1)], progress=False)
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def test_inspection_agrees_with_the_cache(model, projections):
+    inspection = inspect_projections(projections, 3.0)
+    cache = LowRankCache(model, projections, compression_ratio=3.0)
+    assert inspection.basis_bytes == cache.projection_bytes()
+    assert inspection.full_bytes == full_bytes_per_token(projections)
+    assert inspection.latent_bytes <= inspection.full_bytes / 3
+    assert sum(row.full_bytes for row in inspection.rows) == inspection.full_bytes
+    assert len(inspection.rows) == len(projections.stores())
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_break_even_is_the_first_length_at_which_bases_are_earned_back(projections, batch):
+    inspection, exact = inspect_projections(projections, 3.0), 40
+    tokens = inspection.break_even(exact_tokens=exact, batch=batch)
+
+    def saved(tokens):
+        cached = exact * inspection.full_bytes + (tokens - exact) * inspection.latent_bytes
+        return batch * (tokens * inspection.full_bytes - cached) - inspection.basis_bytes
+
+    assert saved(tokens) >= 0 > saved(tokens - 1)
+
+
+def test_break_even_is_infinite_where_nothing_is_saved(projections):
+    assert inspect_projections(projections, 1.0).break_even() == math.inf
+
+
+@pytest.mark.parametrize(("joint", "sides"), [(True, ["both"]), (False, ["key", "value"])])
+def test_inspect_prints_a_line_for_each_store(model, tmp_path, monkeypatch, joint, sides):
+    monkeypatch.setenv("COLUMNS", "120")  # so wide that no line is folded
+    projections = calibrate(model, [random_tokens(2, 48, seed=1)], layer_group_size=2, joint=joint, progress=False)
+    projections.save_pretrained(tmp_path)
+    result = run("inspect", tmp_path, "--ratio", 3)
+    assert result.exit_code == 0, result.output
+    lines = [line for line in result.output.splitlines() if line.startswith("│")]
+    assert [line.split("│")[2].strip() for line in lines] == [side for side in sides for _ in range(2)] + [""]
+    assert [line.split("│")[1].strip() for line in lines] == ["0-1", "2"] * len(sides) + ["all"]
+    assert "smaller than the full cache" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nowhere",), "PROJECTIONS must be a folder or a repository"),
+        (("{saved}", "--ratio", "0.5"), "compression_ratio must be at least 1"),
+        (("{saved}", "--ratio", "1e9"), "largest reachable ratio"),
+        (("{empty}",), "projections.json is missing"),
+    ],
+)
+def test_errors_are_one_message(projections, tmp_path, arguments, message):
+    saved, empty = tmp_path / "saved", tmp_path / "empty"
+    projections.save_pretrained(saved)
+    empty.mkdir()
+    result = run("inspect", *(argument.format(saved=saved, empty=empty) for argument in arguments))
+    assert result.exit_code == 1
+    assert message in result.output
+    assert "Traceback" not in result.output
+
+
+def test_download_error_is_a_message_and_a_bug_is_not(monkeypatch):
+    def fail(error):
+        def run_demo(*args, **kwargs):
+            raise error
+
+        monkeypatch.setattr(cli, "run_demo", run_demo)
+        return run("demo")
+
+    assert "no network" in fail(DownloadError("no network")).output
+    assert isinstance(fail(AttributeError("a bug")).exception, AttributeError)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [(None, None), ("5", 5), ("2,5", (2, 5)), ("auto", "auto"), ("1,x", "1,x")]
+)
+def test_group_size_option(given, expected):
+    assert cli._group_size(given) == expected
+
+
+@pytest.fixture
+def text(monkeypatch, model, tmp_path):
+    """A text to calibrate on; models and tokenizers are tiny ones, whatever their names."""
+
+    class Tokenizer:
+        def __call__(self, text):
+            return {"input_ids": [ord(letter) % 100 for letter in text]}
+
+    text = tmp_path / "text.txt"
+    text.write_text("Some words to calibrate on, again and again. " * 40)
+    monkeypatch.setattr(cli.AutoTokenizer, "from_pretrained", lambda name: Tokenizer())
+    monkeypatch.setattr(cli.AutoModelForCausalLM, "from_pretrained", lambda name, dtype: model)
+    return text
+
+
+@pytest.mark.parametrize("method", ["palu", "recalkv"])
+def test_calibrate_with_other_methods(text, tmp_path, method):
+    out, moments = tmp_path / "out", tmp_path / "moments.safetensors"
+    options = ["--refit-ratio", 2] if method == "recalkv" else ["--no-joint"]
+    result = run(
+        "calibrate", "tiny", "--out", out, "--data", text, "--tokens", 256, "--window", 64, "--device", "cpu",
+        "--method", method, "--save-moments", moments, *options,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    made = Projections.from_pretrained(out)
+    assert made.method == method and made.provenance.get("refit_ratio") == (2 if method == "recalkv" else None)
+    assert Moments.load(moments).tokens == made.provenance["calibration_tokens"]
+
+
+def test_keys_and_values_apart_on_demand(text, tmp_path):
+    sides = {}
+    for joint in ("--joint", "--no-joint"):
+        options = ["--tokens", 256, "--window", 64, "--device", "cpu", joint]
+        assert run("calibrate", "tiny", "--out", tmp_path / joint, "--data", text, *options).exit_code == 0
+        sides[joint] = {basis.side for basis in Projections.from_pretrained(tmp_path / joint).bases}
+    assert sides == {"--joint": {"both"}, "--no-joint": {"key", "value"}}
+
+
+@pytest.mark.parametrize("command", [
+    ["calibrate", "tiny", "--out", "x"], ["quality", "--out", "x", "--cache", "full"], ["bench", "--out", "x"],
+    ["eval", "tiny", "--out", "x"], ["prefill", "x"],
+])  # fmt: skip
+def test_a_wrong_dtype_is_named_before_any_work(tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    result = run(*command, "--dtype", "fp16")
+    assert result.exit_code == 1 and "dtype must be one of float32, bfloat16, float16" in result.output
+    assert "got 'fp16'" in result.output and not list(tmp_path.iterdir())
+
+
+def test_calibrate_saves_projections_with_their_text(text, tmp_path):
+    out = tmp_path / "out"
+    result = run(
+        "calibrate", "tiny", "--out", out, "--data", text, "--tokens", 256, "--window", 64,
+        "--layer-group-size", "1,2", "--device", "cpu", "--seed", 3, "--recall-share", 0.25, "--sensitivity", "query",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    config = json.loads((out / "projections.json").read_text())
+    facts = {"text": str(text), "seed": 3, "recall_share": 0.25, "sensitivity": "query"}
+    assert facts.items() <= config["provenance"].items()
+    assert re.search(r"Calibrated in \d+ s on \d+ threads", result.output)
+    assert max(len(basis["layers"]) for basis in config["bases"] if basis["side"] == "value") == 2
+    assert max(len(basis["layers"]) for basis in config["bases"] if basis["side"] == "key") == 1
+
+
+@pytest.mark.parametrize(("given", "expected"), [([], ()), (["1024:16", "4096:8"], ((1024, 16), (4096, 8)))])
+def test_needles_option(given, expected):
+    assert cli._needles(given) == expected
+
+
+@pytest.mark.parametrize("wrong", ["1024", "1024:", "a:4", "1024:4:4"])
+def test_wrong_needles_are_refused_by_name(wrong):
+    with pytest.raises(ValueError, match="needles must be TOKENS:QUESTIONS"):
+        cli._needles(["512:8", wrong])
+
+
+def test_timed_generation_gives_the_tokens_of_generate(model):
+    inputs = BatchEncoding({"input_ids": random_tokens(1, 12, seed=3), "attention_mask": torch.ones(1, 12).long()})
+    expected = model.generate(**inputs, max_new_tokens=5, do_sample=False)[0, 12:]
+    timed = generate_timed(model, inputs, DynamicCache(config=model.config), 5)
+    assert torch.equal(timed.token_ids, expected)
+    assert timed.prefill_seconds > 0 and timed.decode_seconds > 0
+    assert timed.seconds_per_token == pytest.approx(timed.decode_seconds / 4)
+
+
+def test_env_names_every_version_a_report_needs():
+    out = run("env").output
+    assert f"torch {version('torch')}" in out and f"transformers {version('transformers')}" in out
+    assert "lowrank-cache " in out and "accelerators: " in out and "Python 3." in out

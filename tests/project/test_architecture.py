@@ -1,0 +1,381 @@
+"""Who may import whom, what an import may do, and how the package is installed beside Hugging Face's ``kernels``."""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = "lowrank_cache"
+TASKS = ROOT / PACKAGE / "evaluation" / "lm_eval_tasks"
+
+# What each file may import of this project. A folder's line holds for all its files, which may also
+# import each other; a line of its own wins over the folder's.
+ALLOWED = {
+    "lowrank_cache/__init__.py": {"attention", "cache", "projections"},
+    "lowrank_cache/artefact_config.py": set(),
+    "lowrank_cache/atomic.py": set(),
+    "lowrank_cache/attended.py": set(),
+    "lowrank_cache/turn.py": set(),
+    "lowrank_cache/attention.py": {"attended", "kernels.api", "models", "view"},
+    "lowrank_cache/view.py": {"kernels.api", "kernels.packed"},
+    "lowrank_cache/growing.py": set(),
+    "lowrank_cache/budget.py": {"kernels.packed"},
+    "lowrank_cache/cache_argument.py": set(),
+    "lowrank_cache/hooks.py": {"cache_argument"},
+    "lowrank_cache/hadamard.py": set(),
+    "lowrank_cache/models.py": {"cache_argument", "kernels.rope"},
+    "lowrank_cache/projections.py": {"allocation", "artefact_config", "atomic", "models"},
+    "lowrank_cache/allocation.py": {"budget", "models"},
+    "lowrank_cache/latents.py": {
+        "allocation",
+        "growing",
+        "hadamard",
+        "kernels.packed",
+        "kernels.reference",
+        "models",
+        "projections",
+        "saved_tensors",
+    },
+    "lowrank_cache/positions.py": {"growing", "kernels.packed", "kernels.rope", "models", "saved_tensors"},
+    "lowrank_cache/store.py": {"growing", "kernels", "latents", "models", "positions", "saved_tensors", "view"},
+    "lowrank_cache/saved_tensors.py": set(),
+    "lowrank_cache/saved_folder.py": {"artefact_config", "atomic", "saved_tensors"},
+    "lowrank_cache/saved_cache.py": {"models", "other_layers", "positions", "saved_tensors", "store"},
+    "lowrank_cache/other_layers.py": {"saved_tensors"},
+    "lowrank_cache/cache.py": {
+        "allocation",
+        "attended",
+        "hooks",
+        "kernels.reference",
+        "latents",
+        "models",
+        "positions",
+        "projections",
+        "prompt_svd",
+        "saved_cache",
+        "saved_folder",
+        "saved_tensors",
+        "store",
+        "turn",
+        "view",
+    },
+    "lowrank_cache/prompt_svd.py": {
+        "allocation",
+        "budget",
+        "hadamard",
+        "models",
+        "positions",
+        "saved_tensors",
+        "store",
+    },
+    "lowrank_cache/cli.py": {"", "calibration", "evaluation", "projections", "cache"},
+    "lowrank_cache/evaluation/": {
+        "",
+        "allocation",
+        "atomic",
+        "attention",
+        "budget",
+        "cache",
+        "cache_argument",
+        "calibration",
+        "growing",
+        "kernels.api",
+        "kernels.packed",
+        "kernels.rope",
+        "latents",
+        "models",
+        "projections",
+        "prompt_svd",
+        "store",
+    },
+    "kernels/": set(),
+    "calibration/": {"allocation", "atomic", "cache_argument", "kernels.rope", "models", "projections"},
+}
+# transformers changes often; a change of it must not reach further than these.
+TOUCH_TRANSFORMERS = {
+    "lowrank_cache/cache.py",
+    "lowrank_cache/models.py",
+    "lowrank_cache/other_layers.py",
+    "lowrank_cache/attention.py",
+    "lowrank_cache/cli.py",
+    "lowrank_cache/evaluation/",
+    "calibration/",
+}
+
+
+def sources() -> list[Path]:
+    files = [path for folder in (PACKAGE, "kernels", "calibration") for path in (ROOT / folder).rglob("*.py")]
+    # The package's kernels and calibration are links to the top-level folders.
+    return [path for path in files if not {"kernels", "calibration"} & set(path.relative_to(ROOT).parts[1:-1])]
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def module_of(path: Path) -> str:
+    inside = path.relative_to(ROOT).with_suffix("")
+    parts = inside.parts if inside.parts[0] == PACKAGE else (PACKAGE, *inside.parts)
+    return ".".join(parts).removesuffix(".__init__")
+
+
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """Absolute module names that a file imports when it runs, and whether at module level."""
+    tree = ast.parse(path.read_text())
+    inside = {id(node) for outer in ast.walk(tree) if isinstance(outer, ast.FunctionDef) for node in ast.walk(outer)}
+    for_types = {id(node) for outer in ast.walk(tree) if is_for_types(outer) for node in ast.walk(outer)}
+    found = []
+    for node in ast.walk(tree):
+        if id(node) in for_types:
+            continue
+        if isinstance(node, ast.Import):
+            found += [(alias.name, id(node) not in inside) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name_of(path)}: relative imports hide the direction"
+            modules = {module_of(source) for source in sources()}
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                found.append((whole if whole in modules else node.module, id(node) not in inside))
+    return found
+
+
+def is_for_types(node: ast.AST) -> bool:
+    """Whether a node is an ``if TYPE_CHECKING:`` without an ``else``."""
+    return (
+        isinstance(node, ast.If)
+        and isinstance(node.test, ast.Name)
+        and node.test.id == "TYPE_CHECKING"
+        and not node.orelse
+    )
+
+
+def rule(table, path: Path):
+    """The table's entry for a file, or for the nearest folder that has one."""
+    name = name_of(path)
+    folders = [f"{parent.as_posix()}/" for parent in Path(name).parents]
+    return next((entry for entry in (name, *folders) if entry in table), None)
+
+
+def own(module: str) -> str | None:
+    """``"cache"`` for ``lowrank_cache.cache``, ``""`` for the package, None for others."""
+    return module[len(PACKAGE) + 1 :] if module == PACKAGE or module.startswith(f"{PACKAGE}.") else None
+
+
+def within(inner: str, allowed: str) -> bool:
+    return inner == allowed or (allowed != "" and inner.startswith(f"{allowed}."))
+
+
+@pytest.mark.parametrize("path", sources(), ids=name_of)
+def test_imports_follow_the_arrows(path):
+    entry = rule(ALLOWED, path)
+    assert entry is not None, f"{name_of(path)} has no line in ALLOWED: say what it may import"
+    folder = (
+        module_of(path.parent / "__init__.py")[len(PACKAGE) + 1 :]
+        if entry.endswith("/") or path.parent != ROOT / PACKAGE
+        else None
+    )
+    for module, _ in imports(path):
+        assert module.split(".")[0] not in ("kernels", "calibration"), f"{name_of(path)} imports top-level {module}"
+        name = own(module)
+        if name is None or (folder and within(name, folder)):
+            continue
+        assert any(within(name, allowed) for allowed in ALLOWED[entry]), f"{name_of(path)} may not import {module}"
+
+
+def test_no_circles():
+    modules = {module_of(path): path for path in sources()}
+    graph = {}
+    for module, path in modules.items():
+        # Triton is imported where it is used, and so are the modules that need it.
+        lazy = f"{PACKAGE}.kernels.triton_"
+        hidden = [
+            name for name, at_top in imports(path) if name in modules and not at_top and not name.startswith(lazy)
+        ]
+        assert not hidden, f"{module} imports {hidden} inside a function"
+        graph[module] = {imported for imported, at_top in imports(path) if imported in modules and at_top} - {PACKAGE}
+    done = set()
+    while len(done) < len(graph):
+        ready = {module for module, needs in graph.items() if module not in done and needs <= done | {module}}
+        assert ready, f"circle among {sorted(set(graph) - done)}"
+        done |= ready
+
+
+@pytest.mark.parametrize("path", sources(), ids=name_of)
+def test_transformers_is_touched_in_few_places(path):
+    touches = any(module.split(".")[0] == "transformers" for module, _ in imports(path))
+    assert not touches or rule(TOUCH_TRANSFORMERS, path), f"{name_of(path)} may not import transformers"
+
+
+def test_kernels_need_torch_alone_and_triton_lazily():
+    for path in (ROOT / "kernels").glob("*.py"):
+        others = {module.split(".")[0] for module, _ in imports(path)} - {"torch", *sys.stdlib_module_names}
+        allowed = {PACKAGE, "triton"} if path.name.startswith("triton_") else {PACKAGE}
+        assert others <= allowed, f"{name_of(path)} imports {others}"
+
+
+def test_lm_eval_is_needed_by_its_own_model_alone():
+    ours = {"lowrank_cache/evaluation/hf_lowrank.py", "lowrank_cache/evaluation/lm_eval.py"}
+    for path in sources():
+        names = {module for module, _ in imports(path)}
+        needs = any(name.split(".")[0] == "lm_eval" for name in names)
+        leads = names & {f"{PACKAGE}.evaluation.hf_lowrank", f"{PACKAGE}.evaluation.lm_eval"}
+        assert name_of(path) in ours or not (needs or leads), f"{name_of(path)} may not need lm-eval"
+
+
+def run(code: str, *, python_path=(), cwd=None) -> str:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, python_path)), "HF_HUB_OFFLINE": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_import_needs_no_triton_and_registers_nothing(tmp_path):
+    out = run(
+        """
+import sys
+sys.modules["triton"] = None  # any import of it fails
+import torch
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
+registries = (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS, DYNAMIC_LAYER_TYPE_MAPPING)
+before = [sorted(registry) for registry in registries]
+assert all(before)
+import lowrank_cache
+assert [sorted(registry) for registry in registries] == before
+assert not torch.cuda.is_initialized()
+heavy = {"lowrank_cache.calibration", "lowrank_cache.cli", "lowrank_cache.evaluation", "datasets", "matplotlib"}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+from lowrank_cache.calibration import calibrate
+print(lowrank_cache.__all__)
+""",
+        cwd=tmp_path,
+    )
+    assert "LowRankCache" in out and "Projections" in out
+
+
+FAKE_KERNELS = """
+class Anything:
+    def __init__(self, *args, **kwargs): pass
+    def __getattr__(self, name): return Anything()
+    def __call__(self, *args, **kwargs): return Anything()
+    INFERENCE = TRAINING = TORCH_COMPILE = 0
+
+def use_kernel_forward_from_hub(*args, **kwargs): return lambda decorated: decorated
+def use_kernelized_func(*args, **kwargs): return lambda decorated: decorated
+def __getattr__(name):
+    if name.startswith("__"): raise AttributeError(name)
+    return Anything
+"""
+
+
+@pytest.fixture
+def site_with_kernels(tmp_path):
+    """A folder in which a distribution named ``kernels`` is installed, of the version transformers wants."""
+    (tmp_path / "site" / "kernels").mkdir(parents=True)
+    (tmp_path / "site" / "kernels" / "__init__.py").write_text(FAKE_KERNELS)
+    information = tmp_path / "site" / "kernels-0.18.2.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.2\n")
+    (information / "RECORD").write_text("")
+    return tmp_path / "site"
+
+
+IMPORT_BOTH = """
+import kernels, sys
+assert kernels.__file__ and kernels.__file__.startswith({site!r}), kernels.__file__
+from transformers.utils.import_utils import is_kernels_available
+assert is_kernels_available(), "transformers must take the fake for the real kernels"
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.integrations import hub_kernels
+assert hub_kernels.Device is kernels.Device
+import lowrank_cache.kernels.reference, lowrank_cache.kernels.rope, lowrank_cache.calibration
+assert lowrank_cache.kernels.reference.__file__.startswith({root!r})
+import kernels as again
+assert again is kernels
+"""
+
+
+def test_hugging_faces_kernels_wins_in_the_repository_root(site_with_kernels):
+    code = IMPORT_BOTH.format(site=str(site_with_kernels), root=str(ROOT))
+    run(code, python_path=[ROOT, site_with_kernels], cwd=ROOT)
+
+
+def test_a_kernels_package_with_an_init_would_break_transformers(site_with_kernels, tmp_path):
+    # What the two tests around this one guard against; if it stops failing, they prove nothing.
+    (tmp_path / "root" / "kernels").mkdir(parents=True)
+    (tmp_path / "root" / "kernels" / "__init__.py").write_text("")
+    with pytest.raises(AssertionError, match="CUDAProperties"):
+        run(
+            "from transformers import LlamaForCausalLM",
+            python_path=[tmp_path / "root", site_with_kernels],
+            cwd=tmp_path,
+        )
+
+
+def test_without_hugging_faces_kernels_the_root_is_harmless():
+    run("from transformers import LlamaForCausalLM; import lowrank_cache.kernels.rope", python_path=[ROOT], cwd=ROOT)
+
+
+def test_top_level_folders_are_no_packages_of_ours():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    for name in ("kernels", "calibration"):
+        link = ROOT / PACKAGE / name
+        assert link.is_symlink() and os.readlink(link) == f"../{name}", "the link must work in any clone"
+
+
+def test_this_installation_imports_its_subpackages(tmp_path):
+    run(
+        "import lowrank_cache.kernels.reference, lowrank_cache.kernels.rope, lowrank_cache.calibration.api",
+        cwd=tmp_path,
+    )
+    code = (
+        "import importlib.util as u; print(u.find_spec('calibration'), getattr(u.find_spec('kernels'), 'origin', None))"
+    )
+    assert run(code, cwd=tmp_path).strip() == "None None", "nothing of ours may be importable at the top level"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The built wheel; the sources are copied first, for a build leaves folders behind."""
+    folder = tmp_path_factory.mktemp("wheel")
+    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for name in (PACKAGE, "kernels", "calibration"):
+        shutil.copytree(ROOT / name, folder / "source" / name, symlinks=True, ignore=ignored)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, folder / "source" / name)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-q"]
+    command += ["--disable-pip-version-check", "-w", folder, folder / "source"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def test_the_wheel_holds_every_module_and_nothing_at_the_top_level(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert tops == {PACKAGE, next(top for top in tops if top.endswith(".dist-info"))}
+    tasks = {f"{PACKAGE}/evaluation/lm_eval_tasks/{path.name}" for path in TASKS.glob("*.yaml")}
+    assert tasks and {name for name in names if name.endswith(".yaml")} == tasks
+    assert {name for name in names if name.endswith(".py")} == {
+        f"{module_of(path).replace('.', '/')}{'/__init__' if path.name == '__init__.py' else ''}.py"
+        for path in sources()
+    }
+
+
+def test_the_wheel_imports(wheel, tmp_path, site_with_kernels):
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    installed = tmp_path / "installed"
+    code = IMPORT_BOTH.format(site=str(site_with_kernels), root=str(installed))
+    run(code, python_path=[installed, site_with_kernels], cwd=tmp_path)
