@@ -1,4 +1,4 @@
-"""Finite latents stay finite however large they are; what is not finite never gets so far (tests/cache/test_bad_input.py)."""
+"""Finite latents stay finite however large they are; others never get so far (tests/cache/test_bad_input.py)."""
 
 import pytest
 import torch

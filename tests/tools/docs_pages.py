@@ -1,4 +1,4 @@
-"""Execute the code blocks of README.md and docs/*.md: ``python -m tests.tools.docs_pages [PAGE ...] [PYTEST OPTION ...]``.
+"""Execute code blocks of README.md and docs/*.md: ``python -m tests.tools.docs_pages [PAGE ...] [PYTEST OPTION ...]``.
 
 - Blocks of ``python`` run in one namespace for each page, in a copy of the workplace of ``docs_workplace``.
 - Blocks of ``sh`` are checked by ``docs_commands``; behind the comment ``<!-- executed -->`` they also run.
