@@ -1,26 +1,72 @@
-"""Attention over latents in plain torch: the path of CPUs, and of any device without Triton.
+"""The three operations over packed latents in plain torch: what runs on CPUs, and on any device without Triton.
 
-Agrees with ``reference.latent_decode``, which rebuilds every key and value; this one does so only where it is
-cheaper. With few queries, keys are never rebuilt: the query is rotated into each frame and absorbed into the
-up-projection, so a token costs one dot product in latent space, and values are summed as latents. Tokens are
-read tile by tile, so nothing grows with the context but the scores. Mathematics: docs/method.md, "Attending
-to latents".
+Agrees with ``reference``, function by function. Mathematics: docs/method.md, "Attending to latents".
 """
 
 import torch
 from torch import Tensor
 
-from lowrank_cache.kernels.packed import LatentSide, PackedTier
-from lowrank_cache.kernels.reference import merge, read_latents, softmax
-from lowrank_cache.kernels.rope import rotate, swap_pairs
+from lowrank_cache.kernels.packed import LatentSide, PackedTier, RotaryFrames, pack_latents
+from lowrank_cache.kernels.rope import swap_pairs
+from lowrank_cache.kernels.segments import merge, softmax
 
-__all__ = ["latent_decode"]
+__all__ = ["encode", "latent_attention", "reconstruct"]
 
-# Numbers (latents, rebuilt states or scores) in one tile: a few MB, which stays in a core's caches.
+_ENCODE_TOKENS = 1024  # encoded at a time: their float32 copies stay smaller than the states of a long prompt
+# Numbers (latents, reconstructed states or scores) in one tile: a few MB, which stays in a core's caches.
 _TILE_NUMBERS = 2**22
 
 
-def latent_decode(
+def encode(
+    states: list[Tensor],
+    constants: list[Tensor],
+    frames: list[RotaryFrames | None],
+    down_proj: Tensor,
+    tiers: tuple[tuple[int, int], ...],
+    weight: Tensor,
+    latent_dtype: torch.dtype,
+) -> tuple[PackedTier, ...]:
+    """See ``reference.encode``: same arguments, same results, a piece of the tokens at a time."""
+    down_proj, tokens = down_proj.float(), states[0].shape[2]
+    pieces = []
+    for start in range(0, tokens, _ENCODE_TOKENS):
+        stop = min(start + _ENCODE_TOKENS, tokens)
+        parts = []
+        for member, constant, rope in zip(states, constants, frames, strict=True):
+            part = member[:, :, start:stop].to(down_proj.device, torch.float32)
+            if rope is not None:
+                part = rope.rotated_into(part, start)
+            parts.append((part - constant[..., :, None, :]).transpose(1, 2).flatten(2))
+        latents = torch.matmul(torch.cat(parts, dim=2), down_proj)
+        pieces.append(pack_latents(latents, tiers, weight, latent_dtype))
+    return pieces[0] if len(pieces) == 1 else tuple(_joined(tier) for tier in zip(*pieces, strict=True))
+
+
+def _joined(pieces: tuple[PackedTier, ...]) -> PackedTier:
+    steps = [piece.steps for piece in pieces if piece.steps is not None]
+    codes = torch.cat([piece.codes for piece in pieces], dim=1)
+    return PackedTier(pieces[0].bits, pieces[0].channels, codes, torch.cat(steps, dim=1) if steps else None)
+
+
+def reconstruct(side: LatentSide, dtype: torch.dtype = torch.float32) -> Tensor:
+    """States of one layer and side, post-RoPE: ``[batch, heads, tokens, head_dim]`` in ``dtype``.
+
+    Computed in float32, but for the product: where processors multiply ``dtype`` fast and ``up_proj`` is held in half
+    precision, it is taken in ``dtype``, which loses a model of that dtype nothing.
+    """
+    latents, up_proj = side.read_once(), side.up_proj
+    fast = dtype == torch.bfloat16 or (dtype == torch.float16 and latents.is_cuda)
+    # bfloat16 holds every float16 number's range; the other way round large entries would overflow.
+    narrow = fast and up_proj.dtype.itemsize == 2 and dtype in (torch.bfloat16, up_proj.dtype)
+    product = dtype if narrow else torch.float32
+    states = torch.matmul(latents.to(product), up_proj.flatten(-2).to(product)).float()
+    states = states.unflatten(2, up_proj.shape[-2:]).transpose(1, 2).add_(side.constant[..., :, None, :])
+    if side.rope is not None:
+        states = side.rope.rotated_out(states)
+    return states.to(dtype)
+
+
+def latent_attention(
     query: Tensor,
     key: LatentSide,
     value: LatentSide,
@@ -29,16 +75,21 @@ def latent_decode(
     mask: Tensor | None = None,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See ``reference.latent_decode``: same arguments, same results, computed in float32."""
+    """See ``reference.latent_attention``: same arguments, same results, computed in float32.
+
+    The reference reconstructs every key and value; here that is done only where it is cheaper. With few queries, the
+    query is rotated into each frame and absorbed into the up-projection, so a token costs one dot product in latent
+    space, and values are summed as latents. Tokens are read tile by tile, so only the scores grow with the context.
+    """
     tile = _tile_tokens(query, key, value)
     if key.tokens <= tile:
-        return _decode_tile(query, key, value, scaling, mask, softcap)
+        return _attend_tile(query, key, value, scaling, mask, softcap)
     parts = []
     for start in range(0, key.tokens, tile):
         stop = min(start + tile, key.tokens)
         visible = None if mask is None else mask[..., start:stop] if mask.shape[-1] > 1 else mask
         parts.append(
-            _decode_tile(query, key.between(start, stop), value.between(start, stop), scaling, visible, softcap)
+            _attend_tile(query, key.between(start, stop), value.between(start, stop), scaling, visible, softcap)
         )
     return merge(parts)
 
@@ -46,31 +97,31 @@ def latent_decode(
 def _tile_tokens(query: Tensor, key: LatentSide, value: LatentSide) -> int:
     """Tokens per tile, a whole number of frames."""
     batch, q_heads, q_tokens, _ = query.shape
-    widest = max(side.up_proj.shape[0] + side.constant.numel() * _rebuilds(query, side) for side in (key, value))
+    widest = max(side.up_proj.shape[0] + side.constant.numel() * _reconstructs(query, side) for side in (key, value))
     tokens = _TILE_NUMBERS // (batch * max(widest, q_heads * q_tokens))
     frame = 1 if key.rope is None else key.rope.frame_length
     return max(frame, 64 // frame * frame, tokens // frame * frame)
 
 
-def _rebuilds(query: Tensor, side: LatentSide) -> bool:
-    """Whether rebuilding states takes fewer multiply-adds a token than staying in latent space."""
+def _reconstructs(query: Tensor, side: LatentSide) -> bool:
+    """Whether reconstructing states takes fewer multiply-adds a token than staying in latent space."""
     _, q_heads, q_tokens, head_dim = query.shape
     rank, heads, _ = side.up_proj.shape
-    rows = q_heads * q_tokens
+    queries = q_heads * q_tokens
     frame = 1 if side.rope is None else side.rope.frame_length
-    absorbing = 0.0 if side.rope is None else rows * head_dim * rank / frame
-    rebuilding = rank * heads * head_dim + rows * head_dim
-    return rebuilding < absorbing + rows * rank
+    absorbing = 0.0 if side.rope is None else queries * head_dim * rank / frame
+    reconstructing = rank * heads * head_dim + queries * head_dim
+    return reconstructing < absorbing + queries * rank
 
 
-def _decode_tile(
+def _attend_tile(
     query: Tensor, key: LatentSide, value: LatentSide, scaling: float, mask: Tensor | None, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    scores = (_rebuilt_scores if _rebuilds(query, key) else _absorbed_scores)(query.float() * scaling, key)
+    scores = (_reconstructed_scores if _reconstructs(query, key) else _absorbed_scores)(query.float() * scaling, key)
     if softcap is not None:
         scores = scores.div_(softcap).tanh_().mul_(softcap)
     weights, lse = softmax(scores, mask)
-    output = (_rebuilt_output if _rebuilds(query, value) else _latent_output)(weights, value)
+    output = (_reconstructed_output if _reconstructs(query, value) else _latent_output)(weights, value)
     if mask is not None:  # a query that sees nothing has no mean either
         output = output.masked_fill_(lse.isneginf()[..., None], 0.0)
     return output, lse
@@ -144,24 +195,12 @@ def _framed(rows: Tensor, frames: int, missing: int) -> Tensor:
     return rows.reshape(rows.shape[0] * frames, -1, rows.shape[2])
 
 
-def _rebuilt_scores(query: Tensor, side: LatentSide) -> Tensor:
-    """``[batch, q_heads, q_tokens, tokens]`` from scaled queries and rebuilt keys."""
+def _reconstructed_scores(query: Tensor, side: LatentSide) -> Tensor:
+    """``[batch, q_heads, q_tokens, tokens]`` from scaled queries and reconstructed keys."""
     batch, q_heads, q_tokens, head_dim = query.shape
-    keys = _rebuilt(side)
-    if side.rope is not None:
-        cos, sin = side.rope.cos, side.rope.sin
-        if side.rope.frame_length > 1:
-            cos, sin = (table.repeat_interleave(side.rope.frame_length, 1)[:, : keys.shape[2]] for table in (cos, sin))
-        keys = rotate(keys, cos[:, None], sin[:, None], side.rope.layout)
-    rows = query.reshape(batch, keys.shape[1], -1, head_dim)
-    return torch.matmul(rows, keys.transpose(2, 3)).view(batch, q_heads, q_tokens, -1)
-
-
-def _rebuilt(side: LatentSide) -> Tensor:
-    """``[batch, heads, tokens, head_dim]``, keys still in their frames."""
-    rank, heads, head_dim = side.up_proj.shape
-    states = torch.matmul(read_latents(side.tiers), side.up_proj.float().reshape(rank, -1)) + side.constant.flatten()
-    return states.unflatten(2, (heads, head_dim)).transpose(1, 2)
+    keys = reconstruct(side)
+    queries = query.reshape(batch, keys.shape[1], -1, head_dim)
+    return torch.matmul(queries, keys.transpose(2, 3)).view(batch, q_heads, q_tokens, -1)
 
 
 def _latent_output(weights: Tensor, side: LatentSide) -> Tensor:
@@ -183,8 +222,8 @@ def _latent_output(weights: Tensor, side: LatentSide) -> Tensor:
     return output.add_(side.constant[:, None]).view(batch, q_heads, q_tokens, head_dim)
 
 
-def _rebuilt_output(weights: Tensor, side: LatentSide) -> Tensor:
+def _reconstructed_output(weights: Tensor, side: LatentSide) -> Tensor:
     batch, q_heads, q_tokens, tokens = weights.shape
-    values = _rebuilt(side)
+    values = reconstruct(side)
     output = torch.matmul(weights.view(batch, values.shape[1], -1, tokens), values)
     return output.view(batch, q_heads, q_tokens, -1)

@@ -1,4 +1,4 @@
-"""What a model caches: attention layers, shapes, and how each side is rotated, found by probing.
+"""Find out what a model caches and where it computes, by probing it with one token.
 
 Nothing here knows a model family. Two one-token forwards, at positions 0 and ``PROBE_POSITION``,
 show what every layer hands to ``Cache.update``; since each layer is given the same hidden states in
@@ -6,158 +6,45 @@ both, the two differ by the rotary embedding alone. Whatever the probe cannot ex
 here, when a cache is made, and never later. See docs/cache_contract.md, "The probe".
 """
 
-import hashlib
-import json
+import inspect
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
-from lowrank_cache.cache_argument import cache_argument
 from lowrank_cache.kernels.rope import LAYOUTS, angle_tables, rotate
+from lowrank_cache.shapes import SIDES, LayerShape, ModelShape, RopeShape, SideShape
 
 __all__ = [
-    "Group",
-    "LayerShape",
-    "ModelShape",
-    "RopeShape",
-    "SideShape",
+    "CACHE_ARGUMENTS",
+    "SpyCache",
+    "cache_argument",
     "decoder_of",
     "execution_device",
     "input_device",
     "layer_devices",
-    "layer_groups",
     "model_shape",
     "one_token_cache",
     "one_token_forward",
+    "rope_buffer",
 ]
 
 # Small, so that a dynamic or long-context rotary embedding does not leave its short-context state.
 PROBE_POSITION = 3
-SIDES = ("key", "value")
-BOTH = "both"  # keys and values of the same layers in one latent
-Group = tuple[int, ...]  # adjacent compressible layers
+# What a model calls the argument that takes a cache: ``cache`` since transformers 5.24, ``past_key_values`` before.
+CACHE_ARGUMENTS = ("cache", "past_key_values")
 
 
-@dataclass(frozen=True)
-class RopeShape:
-    """How one side of a layer is rotated.
-
-    Attributes:
-        layout: ``"half"`` or ``"interleaved"``, see ``kernels.rope.rotate``.
-        rotary_dim: How many leading numbers of each head are rotated.
-        source: Dotted path, inside the decoder, of the buffer that holds the inverse frequencies.
-        dynamic: Whether the model changes that buffer with the length of the context.
-    """
-
-    layout: str
-    rotary_dim: int
-    source: str
-    dynamic: bool
-
-
-@dataclass(frozen=True)
-class SideShape:
-    """Shape of what ``Cache.update`` receives as keys or as values: heads, numbers a head, rotation."""
-
-    heads: int
-    head_dim: int
-    rope: RopeShape | None
-
-    @property
-    def width(self) -> int:
-        """Numbers per token."""
-        return self.heads * self.head_dim
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """One compressible attention layer."""
-
-    layer_idx: int
-    key: SideShape
-    value: SideShape
-
-    def side(self, name: str) -> SideShape:
-        return self.key if name == "key" else self.value
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """The cached layers of a model.
-
-    Attributes:
-        model_type: ``config.model_type``.
-        layer_types: transformers' type of every cache layer, in order.
-        layers: The compressible (``full_attention``) layers.
-    """
-
-    model_type: str
-    layer_types: tuple[str, ...]
-    layers: tuple[LayerShape, ...]
-
-    def members(self, side: str, layers: tuple[int, ...]) -> list[tuple[int, str, SideShape]]:
-        """What a latent over ``layers`` holds, in row order: ``(layer, "key" or "value", shape)``.
-
-        ``side`` is ``"key"``, ``"value"`` or ``"both"``, which puts each layer's keys before its values.
-        """
-        sides = SIDES if side == BOTH else (side,)
-        return [(index, name, self.layer(index).side(name)) for index in layers for name in sides]
-
-    def layer(self, layer_idx: int) -> LayerShape:
-        return next(layer for layer in self.layers if layer.layer_idx == layer_idx)
-
-    def to_dict(self) -> dict:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, fields: dict) -> "ModelShape":
-        def side(fields: dict) -> SideShape:
-            rope = RopeShape(**fields["rope"]) if fields["rope"] else None
-            sizes = int(fields["heads"]), int(fields["head_dim"])
-            if min(sizes) < 1:
-                raise ValueError(f"heads and head_dim must be at least 1, got {sizes}")
-            return SideShape(*sizes, rope)
-
-        layers = tuple(
-            LayerShape(int(layer["layer_idx"]), side(layer["key"]), side(layer["value"])) for layer in fields["layers"]
-        )
-        return cls(str(fields["model_type"]), tuple(fields["layer_types"]), layers)
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of the structure: equal for any two models that can share projections."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
-
-
-def layer_groups(
-    shape: ModelShape, side: str, size: int, devices: Mapping[int, torch.device] | None = None
-) -> list[Group]:
-    """Cut the compressible layers into groups of ``size`` adjacent ones; the last may be shorter.
-
-    A group never mixes layers whose states differ in heads, head_dim or rope, nor, with ``devices`` from
-    ``layer_devices``, layers of different devices.
-    """
-    groups: list[list[int]] = []
-    for layer in shape.layers:
-        alike = groups and _shapes(shape.layer(groups[-1][0]), side) == _shapes(layer, side)
-        if alike and devices is not None:
-            alike = devices.get(groups[-1][-1]) == devices.get(layer.layer_idx)
-        if alike and len(groups[-1]) < size:
-            groups[-1].append(layer.layer_idx)
-        else:
-            groups.append([layer.layer_idx])
-    return [tuple(group) for group in groups]
-
-
-def _shapes(layer: LayerShape, side: str) -> list[SideShape]:
-    return [layer.side(name) for name in (SIDES if side == BOTH else (side,))]
+def cache_argument(model: Any, cache: object) -> dict[str, Any]:
+    """``cache`` as a keyword argument of a model's ``forward`` and ``generate``, by its name there."""
+    name, old_name = CACHE_ARGUMENTS
+    return {name if name in inspect.signature(model.forward).parameters else old_name: cache}
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
@@ -203,16 +90,17 @@ def rope_buffer(decoder: nn.Module, source: str) -> Tensor:
     return getattr(decoder.get_submodule(path), name)
 
 
-class _ProbeCache(DynamicCache):
-    """A stock cache that also notes what each layer was given."""
+class SpyCache(DynamicCache):
+    """A stock cache that shows each layer's update to ``note(layer_idx, given, returned)``, pairs of key and value."""
 
-    def __init__(self, config):
-        super().__init__(config=config)
-        self.seen: dict[int, tuple[Tensor, Tensor]] = {}
+    def __init__(self, model: PreTrainedModel, note: Callable[[int, tuple, tuple], object]):
+        super().__init__(config=model.config.get_text_config(decoder=True))
+        self._note = note
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        self.seen[layer_idx] = (key_states.detach(), value_states.detach())
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        returned = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        self._note(layer_idx, (key_states, value_states), returned)
+        return returned
 
 
 def _check_one_process(model: PreTrainedModel) -> None:
@@ -249,8 +137,8 @@ def _probe(model: PreTrainedModel, decoder: nn.Module) -> ModelShape:
             "precomputed tables?); only rotary decoders are supported"
         )
     with _same_inputs(decoder):
-        before = _observe(model, config, 0)
-        after = _observe(model, config, PROBE_POSITION)
+        before = _observe(model, 0)
+        after = _observe(model, PROBE_POSITION)
     # Read at once after the second forward: a dynamic embedding may change its buffer in a forward.
     frequencies = {source: rope_buffer(decoder, source).detach().float().cpu() for source in sources}
     dynamic = _is_dynamic(config)
@@ -303,11 +191,14 @@ def _same_inputs(decoder: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def _observe(model: PreTrainedModel, config, position: int) -> dict[int, tuple[Tensor, Tensor]]:
-    """One token at ``position`` through the model: what each layer handed to the cache, on CPU."""
-    cache = _ProbeCache(config)
-    one_token_forward(model, cache, position)
-    seen = {index: (key.float().cpu(), value.float().cpu()) for index, (key, value) in cache.seen.items()}
+def _observe(model: PreTrainedModel, position: int) -> dict[int, tuple[Tensor, ...]]:
+    """One token at ``position`` through the model: what each layer handed to the cache, float32 on CPU."""
+    seen: dict[int, tuple[Tensor, ...]] = {}
+
+    def note(layer_idx: int, given: tuple, returned: tuple) -> None:
+        seen[layer_idx] = tuple(state.detach().float().cpu() for state in given)
+
+    one_token_forward(model, SpyCache(model, note), position)
     for index, states in seen.items():
         if not all(bool(torch.isfinite(state).all()) for state in states):
             raise ValueError(

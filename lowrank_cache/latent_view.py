@@ -1,19 +1,23 @@
-"""What one layer holds during a forward, by segment, for attention that never rebuilds the whole of it.
+"""What one layer holds during a forward, by segment, and how it travels from the cache to the attention function.
 
 ``Cache.update`` returns dense keys and values, or, to a model under ``latent_attention``, the forward's own
-states with a ``LatentView`` of everything else. See docs/cache_contract.md, "Attending to latents".
+states with a ``LatentView`` of everything else. Between ``Cache.update`` and the attention function stands the model's
+own code, which hands on two tensors, so the view rides on the key tensor. See docs/cache_contract.md, "Attending to
+latents".
 """
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lowrank_cache.kernels.api import attend, latent_decode, merge
+from lowrank_cache.kernels.api import latent_attention
 from lowrank_cache.kernels.packed import LatentSide
+from lowrank_cache.kernels.segments import attend, merge
 
-__all__ = ["LatentView", "StoredSide"]
+__all__ = ["Attended", "LatentView", "StoredSide", "attach_view", "attended_by", "set_attended", "view_of"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class LatentView:
         encoded_end: First slot of the tail; latents stand before it.
         sink_slots: ``[batch, sinks]``, the slot of each row's sinks, ``slots`` or more where a row has not come to
             one yet; None if they are the first slots of every row.
-        impl: Kernels that read the latents, see ``kernels.api.latent_decode``.
+        impl: Kernels that read the latents, see ``kernels.api``.
     """
 
     key: StoredSide
@@ -64,9 +68,9 @@ class LatentView:
 
         Args:
             query: ``[batch, q_heads, q_tokens, head_dim]``, post-RoPE, of the last ``q_tokens`` slots.
-            scaling, softcap: See ``kernels.reference.attend``.
+            scaling, softcap: see ``kernels.segments.attend``.
             mask: bool ``[1 or batch, 1, q_tokens, slots]``, True where a query sees a slot; None for causal.
-            sink_logits: ``[q_heads]``, see ``kernels.reference.merge``.
+            sink_logits: ``[q_heads]``, see ``kernels.segments.merge``.
 
         Returns:
             ``[batch, q_heads, q_tokens, value_dim]``, at least float32.
@@ -84,7 +88,7 @@ class LatentView:
         if self.key.latents is not None and self.value.latents is not None:
             seen = None if mask is None else mask[..., self.encoded_end - self.key.latents.tokens : self.encoded_end]
             segments.append(
-                latent_decode(query, self.key.latents, self.value.latents, mask=seen, impl=self.impl, **options)
+                latent_attention(query, self.key.latents, self.value.latents, mask=seen, impl=self.impl, **options)
             )
         return merge(segments, sink_logits)[0]
 
@@ -107,3 +111,33 @@ class LatentView:
 def _causal(q_tokens: int, slots: int, device: torch.device) -> Tensor:
     """``[1, 1, q_tokens, slots]``: the last ``q_tokens`` slots see themselves and what is before them."""
     return torch.ones(q_tokens, slots, dtype=torch.bool, device=device).tril_(slots - q_tokens)[None, None]
+
+
+@dataclass(frozen=True)
+class Attended:
+    """The cache layers of a model that attend to latents, and who computes for its caches (``kernels.api``)."""
+
+    layers: frozenset[int] = frozenset()
+    impl: str = "auto"
+
+
+_ATTENDED: "weakref.WeakKeyDictionary[nn.Module, Attended]" = weakref.WeakKeyDictionary()
+_NOWHERE = Attended()
+
+
+def set_attended(decoder: nn.Module, attended: Attended) -> None:
+    """Tell the caches of ``decoder``, from its next forward on, which of its layers attend to latents."""
+    _ATTENDED[decoder] = attended
+
+
+def attended_by(decoder: nn.Module) -> Attended:
+    return _ATTENDED.get(decoder, _NOWHERE)
+
+
+def attach_view(keys: Tensor, view: object) -> None:
+    keys.latent_view = view  # type: ignore[attr-defined]  # tensors take attributes; the stubs do not know
+
+
+def view_of(keys: Tensor) -> object | None:
+    """What ``attach_view`` attached to this very tensor; nothing survives an operation on it."""
+    return getattr(keys, "latent_view", None)
