@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausa
 
 from lowrank_cache import LowRankCache, Projections
 from lowrank_cache.calibration import calibrate
-from lowrank_cache.calibration.moments import NoGradientError, collect_moments
+from lowrank_cache.calibration.collect import NoGradientError, collect_moments
 from lowrank_cache.models import layer_groups, model_shape
 from tests.oracle.models import SMALL_SIZES, random_tokens, tiny_model
 

@@ -1,4 +1,4 @@
-"""Synthetic recall text for calibration: lists of key–value pairs, some of them asked again.
+"""Text to calibrate on: prose mixed with generated look-ups, lists of key–value pairs some of which are asked again.
 
 Prose rarely asks a model to copy something exact from far back, so bases calibrated on prose alone
 spend too few bits on the channels that look-ups need. The effect is measured in docs/quality.md.
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["mixed_batches", "recall_text"]
+__all__ = ["lookup_text", "mixed_batches"]
 
 _FIRST = (
     "amber birch cobalt dusty eager faint golden hollow ivory jolly keen lunar misty noble olive pale "
@@ -35,7 +35,7 @@ _FORMS = (
 )
 
 
-def recall_text(seed: int, pairs: int = 24, questions: int = 12) -> str:
+def lookup_text(seed: int, pairs: int = 24, questions: int = 12) -> str:
     """A list of distinct pairs in one of several forms, then some of them asked and answered."""
     draw = random.Random(seed)
     statement, question = draw.choice(_FORMS)
@@ -66,15 +66,15 @@ def mixed_batches(
     recall_share: float = 0.5,
     seed: int = 0,
 ) -> Iterator[Tensor]:
-    """Calibration sequences: windows of ``text`` and recall sequences, interleaved.
+    """Calibration sequences: windows of ``text`` and generated look-ups, interleaved.
 
     Args:
         tokenizer: Called as ``tokenizer(text)["input_ids"]``.
         text: Prose; evenly spaced windows of it are used.
         tokens: Total number of tokens; rounded down to whole windows.
         window: Tokens per sequence.
-        recall_share: Fraction of sequences that are recall text, in [0, 1].
-        seed: Of the recall text.
+        recall_share: Fraction of sequences that are look-ups, in [0, 1].
+        seed: Of the look-ups.
 
     Yields:
         LongTensors ``[1, window]``.
@@ -87,27 +87,27 @@ def mixed_batches(
     sequences = tokens // window
     if sequences == 0:
         raise ValueError(f"tokens must be at least one window of {window}, got {tokens}")
-    recall = round(sequences * recall_share)
-    prose_ids = torch.tensor(tokenizer(text)["input_ids"]) if recall < sequences else torch.empty(0, dtype=torch.long)
+    lookups = round(sequences * recall_share)
+    prose_ids = torch.tensor(tokenizer(text)["input_ids"]) if lookups < sequences else torch.empty(0, dtype=torch.long)
     available = len(prose_ids) // window
-    if available < sequences - recall:
-        raise ValueError(f"text must hold at least {(sequences - recall) * window} tokens, got {len(prose_ids)}")
-    starts = torch.linspace(0, len(prose_ids) - window, sequences - recall).long().tolist()
-    done = 0  # recall sequences so far
+    if available < sequences - lookups:
+        raise ValueError(f"text must hold at least {(sequences - lookups) * window} tokens, got {len(prose_ids)}")
+    starts = torch.linspace(0, len(prose_ids) - window, sequences - lookups).long().tolist()
+    done = 0  # look-ups so far
     for index in range(sequences):
-        if done < round((index + 1) * recall / sequences):
-            yield _recall_window(tokenizer, window, seed * 1_000_003 + done)
+        if done < round((index + 1) * lookups / sequences):
+            yield _lookup_window(tokenizer, window, seed * 1_000_003 + done)
             done += 1
         else:
             start = starts.pop(0)
             yield prose_ids[None, start : start + window]
 
 
-def _recall_window(tokenizer, window: int, seed: int) -> Tensor:
+def _lookup_window(tokenizer, window: int, seed: int) -> Tensor:
     """A list short enough that its questions fit into the window, more lists if there is room."""
     draw = random.Random(seed)
     ids: list[int] = []
     while len(ids) < window:
         pairs = max(4, (window - len(ids)) // 32)
-        ids += tokenizer(recall_text(draw.randrange(2**31), pairs, max(2, pairs)))["input_ids"]
+        ids += tokenizer(lookup_text(draw.randrange(2**31), pairs, max(2, pairs)))["input_ids"]
     return torch.tensor(ids[:window])[None]
