@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from transformers.cache_utils import (
 
 from lowrank_cache.allocation import plan_stores
 from lowrank_cache.attended import Attended, attach_view, attended_by
+from lowrank_cache.budget import tier_bytes
 from lowrank_cache.hooks import watch
 from lowrank_cache.kernels.reference import QUANTIZED_BITS
 from lowrank_cache.latents import Coder
@@ -50,7 +51,21 @@ from lowrank_cache.store import LatentStore, StoreOptions
 from lowrank_cache.turn import Turn
 from lowrank_cache.view import LatentView
 
-__all__ = ["LowRankCache", "LowRankLayer"]
+__all__ = ["CachedGroup", "LowRankCache", "LowRankLayer"]
+
+
+class CachedGroup(NamedTuple):
+    """What one layer group's keys, values or both are stored as.
+
+    Attributes:
+        members: ``(layer, "key" or "value")`` of what the latents hold, in order.
+        tiers: ``(bits, channels)`` of the latents; their rank is the sum of the channels.
+        tokens: Slots held as latents now, 0 while none.
+    """
+
+    members: tuple[tuple[int, str], ...]
+    tiers: tuple[tuple[int, int], ...]
+    tokens: int
 
 
 class LowRankLayer(CacheLayerMixin):
@@ -541,6 +556,17 @@ class LowRankCache(Cache):
         0 for xkv, whose bases belong to prompts and count in ``stored_bytes``.
         """
         return sum(coder.nbytes for coder in self._coders)
+
+    def latent_bytes_per_token(self) -> int:
+        """Bytes of one token of one sequence in all latents, padding of channels and quantization steps included."""
+        return sum(tier_bytes(bits, channels) for store in self._stores for bits, channels in store.coder.tiers)
+
+    def groups(self) -> list[CachedGroup]:
+        """What every layer group stores, in the order of the stores."""
+        return [
+            CachedGroup(store.coder.members, store.coder.tiers, 0 if store.latents is None else store.latents.tokens)
+            for store in self._stores
+        ]
 
     def _other_states(self) -> list[Tensor]:
         """Keys and values of the attention layers that are not compressed."""
