@@ -48,7 +48,7 @@ def latent_decode(
     elif query.shape[2] <= MAX_KERNEL_QUERIES:
         from lowrank_cache.kernels import triton_decode  # needs triton, which CPU installations lack
 
-        function = triton_decode.latent_decode
+        function = triton_decode.latent_attention
     else:
         function = _rebuilt_decode
     return function(query, key, value, scaling=scaling, mask=mask, softcap=softcap)
