@@ -2,7 +2,7 @@
 
 Five steps: absorb the queries, once per rotary frame; scores; softmax-weighted sums of value latents by chunk of
 channels and split of the tokens; combine the splits; up-project. Where a frame holds too few tokens to pay for the
-absorption, keys are rebuilt tile by tile instead. Codes are unpacked in registers; keys and values never exist in
+absorption, keys are reconstructed tile by tile instead. Codes are unpacked in registers; keys and values never exist in
 memory.
 
 Numbers: float32 queries are computed in float32 throughout. Otherwise products take float16 operands (those with an
@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lowrank_cache.kernels.packed import LatentSide
-from lowrank_cache.kernels.triton_scores import absorb, absorbed_scores, rebuilt_scores
+from lowrank_cache.kernels.triton_scores import absorb, absorbed_scores, reconstructed_scores
 from lowrank_cache.kernels.triton_tiers import (
     TierArguments,
     block,
@@ -33,7 +33,7 @@ from lowrank_cache.kernels.triton_tiers import (
 )
 from lowrank_cache.kernels.triton_values import combine, project, weigh
 
-__all__ = ["latent_decode"]
+__all__ = ["latent_attention"]
 
 _CHUNK = 128  # positions of a latent that are unpacked at once
 _SMALL_CHUNK = 64  # where a tile of the up-projection has to lie beside it
@@ -105,7 +105,7 @@ class _Wave:
         }
 
 
-def latent_decode(
+def latent_attention(
     query: Tensor,
     key: LatentSide,
     value: LatentSide,
@@ -153,7 +153,7 @@ def latent_decode(
         softcap=softcap is not None,
     )
     with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
-        _decode(step, output, lse)
+        _attend(step, output, lse)
     return output, lse
 
 
@@ -191,14 +191,14 @@ def _mask_arguments(mask: Tensor | None, query: Tensor, tokens: int) -> dict[str
     }
 
 
-def _decode(step: _Step, output: Tensor, lse: Tensor) -> None:
+def _attend(step: _Step, output: Tensor, lse: Tensor) -> None:
     rope, tokens = step.key.rope, step.key.tokens
     heads = step.key.up_proj.shape[1]
-    # Absorbing costs as much per frame as rebuilding costs per token, times a head's queries.
-    rebuild = rope is not None and rope.frame_length <= step.rows // heads
+    # Absorbing costs as much per frame as reconstructing costs per token, times a head's queries.
+    reconstructed = rope is not None and rope.frame_length <= step.rows // heads
     if rope is None:
         waves = [_Wave(0, 1, tokens, block(tokens, 16, 64))]
-    elif rebuild:
+    elif reconstructed:
         # The wider the tile, the less often the up-projection is read.
         waves = [_Wave(0, 1, tokens, block(tokens, 16, 128 if step.query.shape[3] <= 128 else 64))]
     else:
@@ -215,8 +215,8 @@ def _decode(step: _Step, output: Tensor, lse: Tensor) -> None:
     done = 0
     for wave, count in zip(waves, splits, strict=True):
         scores = step.query.new_empty(step.batch, step.rows, wave.slots, dtype=torch.float32)
-        if rebuild:
-            _rebuilt_scores(step, wave, scores)
+        if reconstructed:
+            _reconstructed_scores(step, wave, scores)
         else:
             _absorbed_scores(step, wave, scores)
         row_blocks = triton.cdiv(step.rows, rows)
@@ -314,11 +314,11 @@ def _absorbed_scores(step: _Step, wave: _Wave, scores: Tensor) -> None:
     )
 
 
-def _rebuilt_scores(step: _Step, wave: _Wave, scores: Tensor) -> None:
+def _reconstructed_scores(step: _Step, wave: _Wave, scores: Tensor) -> None:
     up = up_proj_arguments(step.key)
     head_rows = step.rows // up["heads"]
     assert step.key.rope is not None
-    rebuilt_scores[(wave.slots // wave.tile, up["heads"], step.batch)](
+    reconstructed_scores[(wave.slots // wave.tile, up["heads"], step.batch)](
         out=scores,
         query=step.query,
         head_rows=head_rows,

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lowrank_cache.kernels.packed import PackedTier, RotaryFrames, padded_channels
-from lowrank_cache.kernels.triton_rebuild import pair_columns
+from lowrank_cache.kernels.triton_reconstruct import pair_columns
 from lowrank_cache.kernels.triton_tiers import block, rotary_arguments, three_part_precision, warps
 
 __all__ = ["encode"]

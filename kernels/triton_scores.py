@@ -1,4 +1,4 @@
-"""Triton kernels for the scores of queries against packed keys: absorbed by frame, or with the keys rebuilt.
+"""Triton kernels for the scores of queries against packed keys: absorbed by frame, or with keys reconstructed.
 
 Scores leave these kernels in units of log 2, masked, one row per query head and query token. Tokens are cut into tiles
 that never cross a frame; a tile's unused slots hold -inf. ``slot_tokens`` finds the token of a slot.
@@ -7,10 +7,10 @@ that never cross a frame; a tile's unused slots hold -inf. ``slot_tokens`` finds
 import triton
 import triton.language as tl
 
-from lowrank_cache.kernels.triton_rebuild import REBUILD_INTEGERS, pair_columns, rebuild_pair
+from lowrank_cache.kernels.triton_reconstruct import RECONSTRUCT_INTEGERS, pair_columns, reconstruct_pair
 from lowrank_cache.kernels.triton_tiers import channel_of, half_steps, layout_names, load_levels, make_tiers, tier_names
 
-__all__ = ["absorb", "absorbed_scores", "rebuilt_scores", "slot_tokens"]
+__all__ = ["absorb", "absorbed_scores", "reconstructed_scores", "slot_tokens"]
 
 _ABSORB_INTEGERS = ["head_rows", "heads", "frames", "first_frame", "cos_batch", "up_rank", "up_head", "chunks", "steps"]
 _SCORE_INTEGERS = ["rows", "tokens", "frames", "first_frame", "frame_length", "frame_tiles", "tiles", "q_tokens"]
@@ -192,9 +192,9 @@ def absorbed_scores(
 
 
 @triton.jit(
-    do_not_specialize=["head_rows", "q_tokens", *REBUILD_INTEGERS, *_MASK_INTEGERS, *tier_names(), *layout_names()]
+    do_not_specialize=["head_rows", "q_tokens", *RECONSTRUCT_INTEGERS, *_MASK_INTEGERS, *tier_names(), *layout_names()]
 )
-def rebuilt_scores(
+def reconstructed_scores(
     out,  # [batch, heads * head_rows, tiles * TILE] float32
     query,  # [batch, heads * head_rows, HEAD_DIM]
     up_proj,  # [rank, heads, HEAD_DIM]
@@ -217,7 +217,7 @@ def rebuilt_scores(
     ROWS: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
     UP_DOT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Rebuild one head's keys of one tile of tokens, rotate them, and score all of the head's queries."""
+    """Reconstruct one head's keys of one tile of tokens, rotate them, and score all of the head's queries."""
     tile, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     slot = tile * TILE + tl.arange(0, TILE)
     valid = slot < tokens
@@ -229,7 +229,7 @@ def rebuilt_scores(
         row2, codes_batch2, codes_token2, steps_batch2, steps_token2,
         channels16, channels8, channels4, channels2, CHUNK,
     )  # fmt: skip
-    one, two = rebuild_pair(
+    one, two = reconstruct_pair(
         tiers, (start16, start8, start4, start2), slot, valid,
         up_proj + head.to(tl.int64) * (up_head * 8), up_rank, constant + head * HEAD_DIM,
         cos + batch * cos_batch, sin + batch * cos_batch, frame_length,

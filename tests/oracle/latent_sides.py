@@ -1,5 +1,7 @@
 """Packed keys and values with random contents, and how far rounding may move attention over them."""
 
+import dataclasses
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -8,8 +10,17 @@ from lowrank_cache.kernels.packed import LatentSide, PackedTier, RotaryFrames, p
 from lowrank_cache.kernels.reference import latent_decode, pack, quantize, read_latents
 from lowrank_cache.kernels.rope import angle_tables
 
-__all__ = ["assert_decodes_like_the_reference", "attention_band", "make_rope", "make_side", "make_tiers", "with_noise"]
+__all__ = [
+    "assert_decodes_like_the_reference",
+    "attention_band",
+    "make_rope",
+    "make_side",
+    "make_tiers",
+    "on_device",
+    "with_noise",
+]
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Two maxima over a few hundred errors of equal size differ by less; the band itself is a maximum over few draws.
 BAND_FACTOR = 3.0
 FLOAT32_ROUNDING, FLOAT16_ROUNDING, BFLOAT16_ROUNDING = 2.0**-24, 2.0**-11, 2.0**-8
@@ -68,6 +79,21 @@ def make_side(
     rank = sum(tier.channels for tier in tiers)
     up_proj = torch.randn(rank, heads, head_dim, generator=generator) / rank**0.5
     return LatentSide(tiers, up_proj.to(dtype), torch.randn(heads, head_dim, generator=generator), rope)
+
+
+def on_device(thing):
+    """Tensors, sides, tiers and frames on the GPU if there is one, with their strides."""
+    if isinstance(thing, torch.Tensor):
+        if DEVICE == "cpu":
+            return thing
+        moved = torch.empty_strided(thing.shape, thing.stride(), dtype=thing.dtype, device=DEVICE)
+        return moved.copy_(thing)
+    if isinstance(thing, tuple):
+        return tuple(on_device(part) for part in thing)
+    if dataclasses.is_dataclass(thing) and not isinstance(thing, type):
+        changes = {field.name: on_device(getattr(thing, field.name)) for field in dataclasses.fields(thing)}
+        return dataclasses.replace(thing, **changes)
+    return thing
 
 
 def with_noise(side: LatentSide, latents: float, tokens: float = 0.0) -> LatentSide:
