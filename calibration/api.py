@@ -10,10 +10,12 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from lowrank_cache.basis import Basis
 from lowrank_cache.calibration.collect import collect_moments, refit_values
 from lowrank_cache.calibration.moments import Moments
-from lowrank_cache.models import BOTH, SIDES, Group, ModelShape, layer_groups, model_shape
-from lowrank_cache.projections import Basis, Projections
+from lowrank_cache.probe import model_shape
+from lowrank_cache.projections import Projections
+from lowrank_cache.shapes import BOTH, SIDES, Group, ModelShape, layer_groups
 
 __all__ = ["METHODS", "Method", "auto_group_size", "calibrate", "projections_from_moments"]
 

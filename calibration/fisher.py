@@ -8,10 +8,10 @@ model. Mathematics: docs/method.md, "The fisher basis".
 import torch
 from torch import Tensor
 
+from lowrank_cache.basis import Basis
 from lowrank_cache.calibration.api import Method, auto_group_size
 from lowrank_cache.calibration.moments import Moments
-from lowrank_cache.models import Group
-from lowrank_cache.projections import Basis
+from lowrank_cache.shapes import Group
 
 __all__ = ["FISHER", "fisher_bases", "unit_variance", "weighted_basis"]
 

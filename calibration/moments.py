@@ -17,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lowrank_cache.atomic import write_files
+from lowrank_cache.artefact import write_files
 from lowrank_cache.kernels.rope import angle_tables, rotate
-from lowrank_cache.models import SIDES, Group, ModelShape, RopeShape, SideShape
+from lowrank_cache.shapes import SIDES, Group, ModelShape, RopeShape, SideShape
 
 __all__ = ["SKIPPED_TOKENS", "Moments", "UsableTokens"]
 

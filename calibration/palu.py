@@ -8,11 +8,11 @@ cache sees, so no weight is needed. Source: Palu (arXiv:2407.21118), G-LRD.
 import torch
 from torch import Tensor
 
+from lowrank_cache.basis import Basis
 from lowrank_cache.calibration.api import Method
 from lowrank_cache.calibration.fisher import unit_variance
 from lowrank_cache.calibration.moments import Moments
-from lowrank_cache.models import Group, SideShape
-from lowrank_cache.projections import Basis
+from lowrank_cache.shapes import Group, SideShape
 
 __all__ = ["PALU", "check_head_group_size", "head_groups", "head_rows", "palu_bases", "principal_basis", "rank_weight"]
 

@@ -18,7 +18,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lowrank_cache.calibration.moments import Moments, UsableTokens
 from lowrank_cache.kernels.rope import angle_tables, rotate
-from lowrank_cache.models import RopeShape, execution_device
+from lowrank_cache.probe import execution_device
+from lowrank_cache.shapes import RopeShape
 
 __all__ = ["QuerySensitivity", "output_gram", "record_queries"]
 

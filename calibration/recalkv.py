@@ -11,11 +11,11 @@ from its released code: docs/method.md, "ReCalKV".
 import torch
 from torch import Tensor
 
+from lowrank_cache.basis import Basis
 from lowrank_cache.calibration.api import Method
 from lowrank_cache.calibration.moments import Moments
 from lowrank_cache.calibration.palu import check_head_group_size, head_groups, head_rows, principal_basis, rank_weight
-from lowrank_cache.models import Group
-from lowrank_cache.projections import Basis
+from lowrank_cache.shapes import Group
 
 __all__ = ["RECALKV", "group_similar_heads", "head_similarity", "recalkv_bases"]
 

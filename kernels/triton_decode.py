@@ -1,4 +1,4 @@
-"""Attention over packed latents on GPUs: the same function as ``reference.latent_decode``, in Triton kernels.
+"""Attention over packed latents on GPUs: the same function as ``reference.latent_attention``, in Triton kernels.
 
 Five steps: absorb the queries, once per rotary frame; scores; softmax-weighted sums of value latents by chunk of
 channels and split of the tokens; combine the splits; up-project. Where a frame holds too few tokens to pay for the

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from lowrank_cache import calibration
+from lowrank_cache.basis import Basis
 from lowrank_cache.calibration import METHODS, Method, calibrate
 from lowrank_cache.calibration.api import projections_from_moments
 from lowrank_cache.calibration.fisher import unit_variance
-from lowrank_cache.projections import Basis
 from tests.calibration.test_collect import moments_of, padded_batches
 from tests.oracle.models import tiny_model
 

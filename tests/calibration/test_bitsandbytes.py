@@ -7,7 +7,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausa
 from lowrank_cache import LowRankCache, Projections
 from lowrank_cache.calibration import calibrate
 from lowrank_cache.calibration.collect import NoGradientError, collect_moments
-from lowrank_cache.models import layer_groups, model_shape
+from lowrank_cache.probe import model_shape
+from lowrank_cache.shapes import layer_groups
 from tests.oracle.models import SMALL_SIZES, random_tokens, tiny_model
 
 bitsandbytes = pytest.importorskip("bitsandbytes")

@@ -14,7 +14,8 @@ from lowrank_cache.calibration import calibrate, collect
 from lowrank_cache.calibration.api import projections_from_moments
 from lowrank_cache.calibration.collect import collect_moments, refit_values
 from lowrank_cache.kernels.rope import angle_tables, rotate
-from lowrank_cache.models import SIDES, layer_groups, model_shape
+from lowrank_cache.probe import model_shape
+from lowrank_cache.shapes import SIDES, layer_groups
 from tests.oracle.models import random_tokens, tiny_model
 
 SKIPPED = 4

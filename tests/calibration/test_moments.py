@@ -10,7 +10,7 @@ from lowrank_cache.calibration import calibrate
 from lowrank_cache.calibration.api import projections_from_moments
 from lowrank_cache.calibration.moments import Moments
 from lowrank_cache.kernels.rope import angle_tables, rotate
-from lowrank_cache.models import SIDES
+from lowrank_cache.shapes import SIDES
 from tests.calibration.test_collect import moments_of, padded_batches
 from tests.oracle.models import tiny_model
 

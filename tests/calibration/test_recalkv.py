@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from lowrank_cache import LowRankCache
-from lowrank_cache.allocation import plan_stores
+from lowrank_cache.budget import plan_groups
 from lowrank_cache.calibration import calibrate
 from lowrank_cache.calibration.api import projections_from_moments
 from lowrank_cache.calibration.recalkv import group_similar_heads, head_similarity
 from lowrank_cache.kernels.rope import angle_tables, rotate
-from lowrank_cache.models import SIDES
+from lowrank_cache.shapes import SIDES
 from tests.cache.test_generation import MODES, compare
 from tests.calibration.test_collect import moments_of
 from tests.oracle.models import SMALL_SIZES, full_rank_projections, random_tokens, tiny_model
@@ -167,7 +167,7 @@ def test_keys_and_values_share_one_budget_by_fisher_information():
     for basis in made.bases:
         share = basis.rank_weight / basis.width
         assert share == pytest.approx(weights[basis.side][basis.layers[0]] / 96)
-    stored = sum(plan.bytes_per_token for plan in plan_stores(made, 2))
+    stored = sum(plan.bytes_per_token for plan in plan_groups(made, 2))
     assert 0.8 * 3 * 192 < stored <= 3 * 192
 
 

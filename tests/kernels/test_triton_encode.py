@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton", reason="the kernels under test need triton")
 
 from lowrank_cache.kernels import reference, triton_encode
-from lowrank_cache.kernels.reference import read_latents
+from lowrank_cache.kernels.packed import read_latents
 from lowrank_cache.kernels.rope import rotate
 from lowrank_cache.kernels.triton_encode import encode
 from tests.oracle.latent_sides import FLOAT16_ROUNDING, FLOAT32_ROUNDING, make_rope, on_device

@@ -6,8 +6,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lowrank_cache.kernels.packed import LatentSide, PackedTier, RotaryFrames, padded_channels
-from lowrank_cache.kernels.reference import latent_decode, pack, quantize, read_latents
+from lowrank_cache.kernels.packed import (
+    LatentSide,
+    PackedTier,
+    RotaryFrames,
+    pack,
+    padded_channels,
+    quantize,
+    read_latents,
+)
+from lowrank_cache.kernels.reference import latent_attention
 from lowrank_cache.kernels.rope import angle_tables
 
 __all__ = [
@@ -107,7 +115,7 @@ def with_noise(side: LatentSide, latents: float, tokens: float = 0.0) -> LatentS
 def attention_band(
     query: Tensor, key: LatentSide, value: LatentSide, **arguments
 ) -> tuple[Tensor, Tensor, float, float]:
-    """The float64 truth of ``latent_decode``, and how far rounding may move outputs and log-sum-exps.
+    """The float64 truth of ``latent_attention``, and how far rounding may move outputs and log-sum-exps.
 
     A kernel in float32 sums products in any order: noise of one rounding in every latent, times the root of the number
     of summands. In half precision it rounds rotated queries, absorbed queries, weights and attended latents once
@@ -118,11 +126,11 @@ def attention_band(
     if query.dtype != torch.float32:
         bfloat16 = torch.bfloat16 in (key.up_proj.dtype, value.up_proj.dtype)
         size = BFLOAT16_ROUNDING if bfloat16 else FLOAT16_ROUNDING
-    truth, truth_lse = latent_decode(query.double(), key, value, **arguments)
+    truth, truth_lse = latent_attention(query.double(), key, value, **arguments)
     moved, moved_lse = [], []
     for _ in range(4):
         noisy = query.double() * (1 + size * torch.randn(query.shape, dtype=torch.float64))
-        output, lse = latent_decode(noisy, with_noise(key, size), with_noise(value, size, size), **arguments)
+        output, lse = latent_attention(noisy, with_noise(key, size), with_noise(value, size, size), **arguments)
         moved.append(float((output - truth).abs().max()))
         seen = ~truth_lse.isneginf()
         moved_lse.append(float((lse - truth_lse)[seen].abs().max()) if bool(seen.any()) else 0.0)
@@ -136,8 +144,8 @@ def assert_decodes_like_the_reference(decode, query: Tensor, key: LatentSide, va
     a query moves a rotation and a product to its side and may double them. Below that stands one rounding of
     the largest number.
     """
-    truth = latent_decode(query.double(), key, value, **options)
-    reference = latent_decode(query, key, value, **options)
+    truth = latent_attention(query.double(), key, value, **options)
+    reference = latent_attention(query, key, value, **options)
     for actual, expected, exact in zip(decode(query, key, value, **options), reference, truth, strict=True):
         assert actual.dtype == torch.float32 and actual.shape == exact.shape
         assert torch.equal(actual.isneginf(), exact.isneginf())

@@ -5,11 +5,11 @@ import weakref
 from torch import Tensor, nn
 
 from lowrank_cache import Projections
-from lowrank_cache.latents import Coder
+from lowrank_cache.coder import CalibratedCoder
 
 __all__ = ["held_bytes", "reachable_tensors"]
 
-_NOT_TOKENS = (Coder, Projections, nn.Module, type, weakref.ref)  # bases, the model, and what leads to either
+_NOT_TOKENS = (CalibratedCoder, Projections, nn.Module, type, weakref.ref)  # bases, the model, and what leads to either
 
 
 def reachable_tensors(root: object) -> list[Tensor]:

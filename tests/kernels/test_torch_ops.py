@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowrank_cache.kernels import torch_decode
-from lowrank_cache.kernels.api import latent_decode
-from lowrank_cache.kernels.reference import attend, merge
+from lowrank_cache.kernels import torch_ops
+from lowrank_cache.kernels.api import latent_attention
+from lowrank_cache.kernels.segments import attend, merge
 from tests.oracle.latent_sides import assert_decodes_like_the_reference, make_rope, make_side, make_tiers
 
 
@@ -30,12 +30,12 @@ def random_case(frame_length, q_tokens, joint, layout="half", batch=2, tokens=75
 @pytest.mark.parametrize("q_tokens", [1, 3, 40])
 @pytest.mark.parametrize("frame_length", [1, 4, 64, None])
 def test_matches_the_reference(frame_length, q_tokens, joint, numbers, monkeypatch):
-    monkeypatch.setattr(torch_decode, "_TILE_NUMBERS", numbers)
+    monkeypatch.setattr(torch_ops, "_TILE_NUMBERS", numbers)
     query, key, value = random_case(frame_length, q_tokens, joint)
     mask = torch.rand(2, 1, q_tokens, 75) > 0.3
     mask[0, :, 0] = False  # a query that sees nothing
     for options in ({}, {"mask": mask}, {"mask": mask[:1, :, :1], "softcap": 3.0}):
-        assert_decodes_like_the_reference(torch_decode.latent_decode, query, key, value, scaling=0.25, **options)
+        assert_decodes_like_the_reference(torch_ops.latent_attention, query, key, value, scaling=0.25, **options)
 
 
 @settings(max_examples=40)
@@ -56,7 +56,7 @@ def test_any_shape_matches_the_reference(batch, tokens, q_tokens, frame_length, 
     query, key, value = random_case(
         frame_length, q_tokens, joint, layout, batch, tokens, tiers, rows=1 if shared else batch
     )
-    assert_decodes_like_the_reference(torch_decode.latent_decode, query, key, value, scaling=0.25)
+    assert_decodes_like_the_reference(torch_ops.latent_attention, query, key, value, scaling=0.25)
 
 
 @pytest.mark.parametrize("fault", ["sine", "steps", "constant"])
@@ -72,7 +72,7 @@ def test_a_planted_fault_is_caught(fault):
             value = dataclasses.replace(value, tiers=(value.tiers[0], slightly))
         else:
             key = dataclasses.replace(key, constant=key.constant * 1.0001)
-        return torch_decode.latent_decode(query, key, value, **options)
+        return torch_ops.latent_attention(query, key, value, **options)
 
     with pytest.raises(AssertionError, match="from the float64 truth"):
         assert_decodes_like_the_reference(faulty, query, key, value, scaling=0.25)
@@ -81,12 +81,12 @@ def test_a_planted_fault_is_caught(fault):
 @pytest.mark.parametrize("q_tokens", [1, 16, 17])
 def test_impl_names_the_path(q_tokens):
     query, key, value = random_case(4, q_tokens, joint=True)
-    expected = latent_decode(query, key, value, scaling=0.25, impl="reference")
+    expected = latent_attention(query, key, value, scaling=0.25, impl="reference")
     for impl in ("auto", "torch"):
-        for one, other in zip(latent_decode(query, key, value, scaling=0.25, impl=impl), expected, strict=True):
+        for one, other in zip(latent_attention(query, key, value, scaling=0.25, impl=impl), expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match=r"impl must be one of .*'reference'.*got 'cuda'"):
-        latent_decode(query, key, value, scaling=0.25, impl="cuda")
+        latent_attention(query, key, value, scaling=0.25, impl="cuda")
 
 
 @given(cuts=st.lists(st.integers(0, 30), max_size=3), sink=st.booleans(), seed=st.integers(0, 2**31 - 1))
