@@ -38,7 +38,7 @@ def auto_group_size(shape: ModelShape, side: str) -> int:
 
 @dataclass(frozen=True)
 class Method:
-    """A calibration method: all that ``calibrate`` knows of it.
+    """All that ``calibrate`` knows of a method.
 
     Attributes:
         bases: ``(moments, groups, frame_length, **options)`` → bases of full rank that cover every head of the groups.
@@ -241,14 +241,15 @@ def _checked_groups(
     joint: bool | None,
     **own: Any,
 ) -> dict[str, list[Group]]:
-    """Layer groups under ``"both"``, or under ``"key"`` and ``"value"``; all options have been looked at then."""
+    """Layer groups under ``"both"``, or under ``"key"`` and ``"value"``, if ``method`` can do what is asked."""
     if not isinstance(frame_length, int) or frame_length < 1:
         raise ValueError(f"frame_length must be an integer of at least 1, got {frame_length!r}")
     found, size = METHODS[method], layer_group_size
     parts: tuple = size if isinstance(size, tuple) else (size, size)
     if size != "auto" and (len(parts) != 2 or any(not isinstance(part, int) or part < 1 for part in parts)):
         raise ValueError(f"layer_group_size must be 'auto', an integer of at least 1 or a pair of them, got {size!r}")
-    can_be_joint = found.joint and not isinstance(size, tuple) and _heads_alike(shape)
+    heads_alike = all(layer.key.heads == layer.value.heads for layer in shape.layers)
+    can_be_joint = found.joint and not isinstance(size, tuple) and heads_alike
     if joint and not can_be_joint:
         raise ValueError(
             f"joint=True needs method {_names_with('joint')}, one layer_group_size for both sides and as many key as "
@@ -259,10 +260,6 @@ def _checked_groups(
     groups = {side: layer_groups(shape, side, part) for side, part in zip(sides, sizes, strict=True)}
     found.check(groups, **own)
     return groups
-
-
-def _heads_alike(shape: ModelShape) -> bool:
-    return all(layer.key.heads == layer.value.heads for layer in shape.layers)
 
 
 def _weight_format(model: PreTrainedModel) -> str:

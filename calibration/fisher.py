@@ -13,7 +13,7 @@ from lowrank_cache.calibration.api import Method, auto_group_size
 from lowrank_cache.calibration.moments import Moments
 from lowrank_cache.shapes import Group
 
-__all__ = ["FISHER", "fisher_bases", "unit_variance", "weighted_basis"]
+__all__ = ["FISHER", "SENSITIVITY_FLOOR", "fisher_bases", "unit_variance", "weighted_basis"]
 
 # Relative floors. Directions without measured gradient still get a small weight, so that the basis is
 # complete; channels that never varied in calibration still get a scale, so that no latent explodes.
@@ -53,10 +53,10 @@ def weighted_basis(second: Tensor, mean: Tensor, sensitivity: Tensor) -> dict[st
     return unit_variance(down, up, second, mean)
 
 
-def unit_variance(down: Tensor, up: Tensor, second: Tensor, mean: Tensor, price: float = 1.0) -> dict[str, Tensor]:
+def unit_variance(down: Tensor, up: Tensor, second: Tensor, mean: Tensor) -> dict[str, Tensor]:
     """Scale latents to unit variance and sort channels by what their error costs.
 
-    ``down`` and ``up`` are such that a squared latent error costs ``price`` before scaling.
+    ``down`` and ``up`` are such that a squared latent error costs 1 before scaling.
     """
     offset = mean @ down
     variance = ((second @ down) * down).sum(0) - offset.square()
@@ -64,12 +64,11 @@ def unit_variance(down: Tensor, up: Tensor, second: Tensor, mean: Tensor, price:
     order = variance.argsort(descending=True)
     scale = variance.sqrt()[order]
     down, up, offset = down[:, order] / scale, up[order] * scale[:, None], offset[order] / scale
-    loss = price * scale.square()
     return {
         "down_proj": down.float(),
         "up_proj": up.float(),
         "offset": offset.float(),
-        "loss": loss.float(),
+        "loss": scale.square().float(),
         "constant": torch.zeros(len(mean)),
     }
 

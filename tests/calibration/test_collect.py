@@ -10,9 +10,11 @@ from accelerate import cpu_offload, disk_offload, dispatch_model
 from torch import Tensor
 from transformers import DynamicCache
 
+from lowrank_cache import LowRankCache
 from lowrank_cache.calibration import calibrate, collect
 from lowrank_cache.calibration.api import projections_from_moments
-from lowrank_cache.calibration.collect import collect_moments, refit_values
+from lowrank_cache.calibration.collect import Recorder, collect_moments, refit_values
+from lowrank_cache.calibration.moments import UsableTokens
 from lowrank_cache.kernels.rope import angle_tables, rotate
 from lowrank_cache.probe import model_shape
 from lowrank_cache.shapes import SIDES, layer_groups
@@ -234,3 +236,37 @@ def test_stream_at_full_rank_is_the_models_own(family, frame_length):
     refitted = refit_values(model, batches, moments, first, 1.0)
     for key, second in moments.second.items():
         assert float((refitted.second[key] - second).norm() / second.norm()) < 1e-3
+
+
+def states_read(model, cache, tokens) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of ``tokens`` as the next token's attention reads them, by layer."""
+    model(tokens, past_key_values=cache)
+    read, update = [], cache.update
+
+    def keeping(*args, **kwargs):
+        states = update(*args, **kwargs)
+        read.append(tuple(each[:, :, : tokens.shape[1]] for each in states))
+        return states
+
+    cache.update = keeping
+    model(tokens[:, :1], past_key_values=cache)
+    return read
+
+
+@pytest.mark.parametrize("family, frame_length", [("llama", 1), ("llama", 4), ("glm4", 4), ("qwen2-six-heads", 2)])
+def test_stream_is_what_a_cache_reads_back(family, frame_length):
+    model, tokens = tiny_model(family), random_tokens(2, 30, seed=9)
+    moments = moments_of(model, recalkv_batches())
+    made = projections_from_moments(moments, method="recalkv", frame_length=frame_length)
+    usable = UsableTokens.of(torch.ones_like(tokens))
+    recorder, exact = (Recorder(model, moments.shape, usable, by) for by in (made.truncate(3.0), None))
+    sizes = {"num_sink_tokens": SKIPPED, "residual_length": 4, "block_size": 4}
+    cache = LowRankCache(model, made, compression_ratio=3.0, latent_dtype=None, **sizes)
+    model(tokens, past_key_values=recorder)
+    model(tokens, past_key_values=exact)
+    expected, stored = states_read(model, cache, tokens)[0], slice(20)  # what the first layer is given has not drifted
+    passed_on, given = ((each.layers[0].keys, each.layers[0].values) for each in (recorder, exact))
+    for ours, theirs, whole in zip(passed_on, expected, given, strict=True):
+        torch.testing.assert_close(ours[:, :, stored], theirs[:, :, stored], rtol=1e-3, atol=1e-3)
+        assert torch.equal(ours[:, :, :SKIPPED], whole[:, :, :SKIPPED])
+        assert float((ours - whole).norm() / whole.norm()) > 0.1  # and much is lost

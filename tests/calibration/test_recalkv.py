@@ -14,7 +14,7 @@ from lowrank_cache.calibration.recalkv import group_similar_heads, head_similari
 from lowrank_cache.kernels.rope import angle_tables, rotate
 from lowrank_cache.shapes import SIDES
 from tests.cache.test_generation import MODES, compare
-from tests.calibration.test_collect import moments_of
+from tests.calibration.test_collect import moments_of, states_read
 from tests.oracle.models import SMALL_SIZES, full_rank_projections, random_tokens, tiny_model
 from tests.oracle.tolerance import rounding_band
 
@@ -70,18 +70,9 @@ def planted_model():
 
 def keys_read(model, cache, tokens) -> Tensor:
     """What the next token's attention reads as keys, pre-RoPE: ``[layers, batch, tokens, heads, head_dim]``."""
-    model(tokens, past_key_values=cache)
-    read, update = [], cache.update
-
-    def keeping(*args, **kwargs):
-        keys, values = update(*args, **kwargs)
-        read.append(keys[:, :, : tokens.shape[1]])
-        return keys, values
-
-    cache.update = keeping
-    model(tokens[:, :1], past_key_values=cache)
+    keys = torch.stack([keys for keys, _ in states_read(model, cache, tokens)])
     cos, sin = angle_tables(torch.arange(tokens.shape[1]), model.model.rotary_emb.inv_freq)
-    return rotate(torch.stack(read), cos, sin, "half", inverse=True).transpose(2, 3)
+    return rotate(keys, cos, sin, "half", inverse=True).transpose(2, 3)
 
 
 class TestReordering:
