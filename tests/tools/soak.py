@@ -34,7 +34,7 @@ from lowrank_cache import LowRankCache, latent_attention
 from lowrank_cache.cache import LowRankLayer
 from lowrank_cache.hooks import hook_count
 from lowrank_cache.models import decoder_of
-from tests.cache.test_latent_attention import REBUILT, registered
+from tests.cache.test_attention import REBUILT, registered
 from tests.cache.test_storage import live_tensors
 from tests.oracle.memory import held_bytes
 from tests.oracle.models import FAMILIES, MORE_FAMILIES, exact_cache, full_rank_projections, random_tokens, tiny_model
@@ -119,7 +119,7 @@ def assistant_of(family: str) -> PreTrainedModel:
 
 @functools.cache
 def allowed_error(family: str, bases: tuple) -> float:
-    """How far logits of a full-rank cache may be from DynamicCache's, both in float32, see ``tests.oracle.tolerance``."""
+    """How far logits of a full-rank cache may be from DynamicCache's in float32, see ``tests.oracle.tolerance``."""
     tokens = random_tokens(2, 22, seed=5)
     exact, rounded = tiny_model(family, torch.float64), tiny_model(family)
     error = float((exact(tokens).logits - rounded(tokens).logits.double()).abs().max())
