@@ -1,9 +1,9 @@
-"""A full-rank LowRankCache generates what DynamicCache generates: every family, every generation mode.
+"""A property of many rooms: a full-rank LowRankCache generates what DynamicCache generates.
 
-Sizes are so small (2 sinks, a window of 4, blocks of 3) that most cached tokens are latents. Each mode
-runs three times: DynamicCache in float64 (the truth), DynamicCache in float32 (the reference) and
-LowRankCache in float32. Tokens must be equal, logits within the tolerance of ``tests.oracle.tolerance``;
-what transformers refuses with DynamicCache must be refused alike.
+Every family, every generation mode. Sizes are so small (2 sinks, a window of 4, blocks of 3) that most cached tokens
+are latents. Each mode runs three times: DynamicCache in float64 (the truth), DynamicCache in float32 (the reference)
+and LowRankCache in float32. Tokens must be equal, logits within the tolerance of ``tests.oracle.tolerance``; what
+transformers refuses with DynamicCache must be refused alike.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""Random sequences of cache operations against ``DynamicCache``, which is fed the same states.
+"""A property of many rooms: random sequences of cache operations against ``DynamicCache``, fed the same states.
 
 The model runs with the cache under test; whatever a layer hands to ``update`` also goes to the
 oracle, and what both return is compared at once, layer by layer, on every real token. So an error
