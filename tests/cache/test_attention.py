@@ -13,8 +13,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from lowrank_cache import LowRankCache, latent_attention
 from lowrank_cache.attended import attended_by
 from lowrank_cache.calibration import calibrate
-from lowrank_cache.latents import Coder
 from tests.cache.test_generation import MODES, MORE_MODES, compare
+from tests.oracle.inside import forbid_reconstruction
 from tests.oracle.models import (
     FAMILIES,
     MORE_FAMILIES,
@@ -25,6 +25,7 @@ from tests.oracle.models import (
     random_tokens,
     tiny_model,
 )
+from tests.oracle.states import saved_tensors
 from tests.oracle.tolerance import assert_within_reference_error, rounding_band
 
 # Families of which no layer hands its cache's keys to attention as they are, and why.
@@ -178,7 +179,7 @@ def test_decode_makes_no_dense_keys_or_values(monkeypatch):
 
     # The reconstruct path makes them:
     assert any(is_dense(shape) for shape, _ in long_decode(model, projections, **options))
-    monkeypatch.setattr(Coder, "decode", None)
+    forbid_reconstruction(monkeypatch)
     with latent_attention(model):
         dense = [shape for shape, width in long_decode(model, projections, **options) if is_dense(shape) and width > 1]
     assert not dense
@@ -357,9 +358,9 @@ def test_triton_generates_what_torch_does(frame_length, groups):
             results.append(torch.cat([model(part, past_key_values=caches[-1]).logits for part in parts], 1))
     torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-3 * float(results[0].abs().max()))
     # Rounding may turn a level at a tie, no more.
-    for one, other in zip(*(tier_codes(cache) for cache in caches), strict=True):
+    of_torch, of_triton = (saved_tensors(cache) for cache in caches)
+    codes = [name for name in of_torch if ".codes." in name]
+    assert codes and of_torch.keys() == of_triton.keys()
+    for name in codes:
+        one, other = of_torch[name], of_triton[name]
         assert one.shape == other.shape and float((one != other).double().mean()) < 1e-3
-
-
-def tier_codes(cache):
-    return [tier.codes for store in cache._stores for tier in store.latents.views()]

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from lowrank_cache import LowRankCache, latent_attention, models
+from lowrank_cache import LowRankCache, latent_attention
 from lowrank_cache.models import LayerShape, ModelShape, RopeShape, SideShape, model_shape
-from lowrank_cache.prompt_svd import PromptCoder, leading_directions, prompt_ranks
+from lowrank_cache.prompt_svd import leading_directions, prompt_ranks
 from tests.cache.test_generation import MODES, compare
-from tests.oracle.memory import held_bytes
+from tests.oracle.inside import has_prompt_bases, plant_shape, skip_products_of_prompts
+from tests.oracle.memory import held_bytes, reachable_tensors
 from tests.oracle.models import SMALL_SIZES, full_rank_projections, random_tokens, tiny_model
+from tests.oracle.states import latent_states, past_states, saved_facts, saved_tensors, unrotated
 from tests.oracle.tolerance import rounding_band
 
 NOTHING_EXACT = {"residual_length": 0, "num_sink_tokens": 0, "block_size": 1}
@@ -24,13 +26,17 @@ def xkv(model, ratio: float = 4.0, **options) -> LowRankCache:
     return LowRankCache(model, method="xkv", **options)
 
 
-def read(cache: LowRankCache) -> list[Tensor]:
-    """What every member of every store reads its latents as, ``[batch, heads, tokens, head_dim]``."""
+def read(model, cache: LowRankCache, batch: int = 1) -> list[Tensor]:
+    """What every member of every group reads its latents as, ``[batch, heads, tokens, head_dim]``, before rotation."""
+    start = saved_facts(cache)["settings"]["num_sink_tokens"]
     return [
-        store.coder.decode(store.latents.read(), member)
-        for store in cache._stores
-        for member in range(len(store.coder.members))
+        states if side == "value" else unrotated(model, states, start)
+        for (_, side), states in latent_states(model, cache, batch).items()
     ]
+
+
+def ranks(cache: LowRankCache) -> list[int]:
+    return [sum(channels for _, channels in group.tiers) for group in cache.groups()]
 
 
 def assert_same_states(ours: list[Tensor], theirs: list[Tensor]) -> None:
@@ -61,7 +67,7 @@ class TestFullRank:
         compare(family, mode, make, rounding_band(family, method="palu"))
         longest = max(cache.get_seq_length() for cache in caches)
         if longest > 20 and mode not in ("prefix_reuse", "prefix_for_several"):  # whose caches are copied
-            assert any(store.latents is not None for cache in caches for store in cache._stores)
+            assert any(group.tokens for cache in caches for group in cache.groups())
 
     def test_layers_share_a_basis(self):
         model = tiny_model("qwen2-narrow")
@@ -70,7 +76,7 @@ class TestFullRank:
         full = DynamicCache(config=model.config)
         for chunk in tokens.split([40, 20], dim=1):
             ours, theirs = (model(chunk, past_key_values=one).logits for one in (cache, full))
-        assert [store.coder.rank for store in cache._stores] == [24, 24]
+        assert ranks(cache) == [24, 24]
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)
 
 
@@ -81,10 +87,11 @@ class TestBasis:
         model(tokens, past_key_values=cache)
         exact = xkv(model, 1, layer_group_size=2, **NOTHING_EXACT)
         model(tokens, past_key_values=exact)
-        for ours, truth in zip(cache._stores, exact._stores, strict=True):
-            members = range(len(ours.coder.members))
+        ours, truth = (latent_states(model, each, 1) for each in (cache, exact))
+        assert len(cache.groups()) == 4
+        for group in cache.groups():
             mine, full = (
-                torch.cat([of.coder.decode(of.latents.read(), m).transpose(1, 2).flatten(2) for m in members], 2)[0]
+                torch.cat([_row_of(model, of[member], member[1]) for member in group.members], dim=1)
                 for of in (ours, truth)
             )
             centred = full.double() - full.double().mean(0)
@@ -109,8 +116,9 @@ class TestBasis:
         cache = xkv(model, layer_group_size=1, ranks=1, **NOTHING_EXACT)
         tokens = torch.full((1, 30), 7)
         model(tokens, past_key_values=cache)
-        store = cache._stores[0]
-        assert float(store.coder.units.max()) < 1e-3  # nothing but the mean is left
+        units = saved_tensors(cache)["store.0.units"]  # of the first layer's keys
+        assert cache.groups()[0].members == ((0, "key"),)
+        assert float(units.max()) < 1e-3  # nothing but the mean is left
 
     def test_constant_far_larger_than_the_variation(self):
         model = tiny_model("qwen2")
@@ -120,10 +128,16 @@ class TestBasis:
         for bits in (4, 16):
             cache = xkv(model, layer_group_size=1, ranks=32, bits=bits, **NOTHING_EXACT)
             model(random_tokens(1, 80), past_key_values=cache)
-            errors[bits] = [states for states in read(cache)[::2]]
+            errors[bits] = [states for states in read(model, cache)[::2]]
         for four, sixteen in zip(errors[4], errors[16], strict=True):
             spread = (sixteen - sixteen.mean(2, keepdim=True)).square().mean()
             assert float((four - sixteen).square().mean() / spread) < 0.03
+
+
+def _row_of(model, states: Tensor, side: str) -> Tensor:
+    """``[1, heads, tokens, head_dim]`` → ``[tokens, width]``, before rotation."""
+    states = unrotated(model, states, 0) if side == "key" else states
+    return states[0].transpose(0, 1).flatten(1)
 
 
 class TestRows:
@@ -134,7 +148,7 @@ class TestRows:
         for row in range(3):
             alone = xkv(model, layer_group_size=2)
             model(tokens[row : row + 1], past_key_values=alone)
-            assert_same_states([states[row : row + 1] for states in read(together)], read(alone))
+            assert_same_states([states[row : row + 1] for states in read(model, together, 3)], read(model, alone))
 
     def test_padding_and_the_sinks_behind_it_are_left_out(self, model):
         sizes = {"residual_length": 0, "num_sink_tokens": 2, "block_size": 1}
@@ -146,29 +160,31 @@ class TestRows:
         model(tokens, attention_mask=mask, position_ids=positions, past_key_values=padded)
         alone = xkv(model, layer_group_size=2, **sizes)
         model(tokens[1:, pads:], past_key_values=alone)
-        assert_same_states([states[1:, :, pads:] for states in read(padded)], read(alone))
+        # As they come back: both tell the same positions of the row's real tokens.
+        theirs = latent_states(model, alone, 1).values()
+        ours = latent_states(model, padded, 2, mask).values()
+        assert_same_states([states[1:, :, pads:] for states in ours], list(theirs))
 
     def test_bases_follow_their_rows(self, model):
         cache = xkv(model, layer_group_size=2)
         model(random_tokens(3, 50), past_key_values=cache)
-        before = read(cache)
+        before = read(model, cache, 3)
         cache.reorder_cache(torch.tensor([2, 0, 0]))
-        assert_same_states(read(cache), [states[[2, 0, 0]] for states in before])
+        assert_same_states(read(model, cache, 3), [states[[2, 0, 0]] for states in before])
         cache.batch_select_indices(torch.tensor([0, 2]))
         cache.batch_repeat_interleave(2)
-        assert_same_states(read(cache), [states[[2, 2, 0, 0]] for states in before])
+        assert_same_states(read(model, cache, 4), [states[[2, 2, 0, 0]] for states in before])
         assert cache.stored_bytes() == held_bytes(cache)
-        assert all(len(store.coder.units) == 4 for store in cache._stores)
+        assert {len(tensor) for name, tensor in saved_tensors(cache).items() if name.endswith("units")} == {4}
 
     def test_copies_share_nothing(self, model):
         cache = xkv(model, layer_group_size=2)
         model(random_tokens(2, 50), past_key_values=cache)
-        before = [states.clone() for states in read(cache)]
+        before = read(model, cache, 2)
         other = copy.deepcopy(cache)
-        for store in other._stores:
-            for tensor in store.coder.tensors():
-                tensor.fill_(7)
-        assert_same_states(read(cache), before)
+        for tensor in reachable_tensors(other):
+            tensor.fill_(7)
+        assert_same_states(read(model, cache, 2), before)
 
     def test_attention_over_latents_leaves_rows_with_bases_of_their_own_to_reconstruction(self, model):
         logits = []
@@ -191,19 +207,21 @@ class TestLife:
         other = random_tokens(1, 45, seed=8)  # another batch, too
         for each in (cache, fresh):
             model(other, past_key_values=each)
-        assert_same_states(read(cache), read(fresh))
+        assert_same_states(read(model, cache), read(model, fresh))
 
     def test_crop_keeps_the_bases_and_crop_to_nothing_forgets_them(self, model):
         cache = xkv(model, layer_group_size=2)
         model(random_tokens(2, 50), past_key_values=cache)
-        before = read(cache)
+        before = read(model, cache, 2)
         cache.crop(-30)
-        kept = read(cache)[0].shape[2]
-        assert_same_states(read(cache), [states[:, :, :kept] for states in before])
+        (kept,) = {group.tokens for group in cache.groups()}
+        first = [states[:, :, :kept] for states in before]
+        assert_same_states(read(model, cache, 2), first)
         model(random_tokens(2, 20, seed=3), past_key_values=cache)
-        assert_same_states([states[:, :, :kept] for states in read(cache)], [states[:, :, :kept] for states in before])
+        assert_same_states([states[:, :, :kept] for states in read(model, cache, 2)], first)
         cache.crop(-1000)
-        assert not any(store.coder.fitted for store in cache._stores) and cache.stored_bytes() == 0
+        assert not any(group.tokens for group in cache.groups())
+        assert cache.stored_bytes() == held_bytes(cache) == 0  # bases count in both
 
     def test_failed_forward_takes_its_bases_with_it(self, model):
         cache = xkv(model, layer_group_size=1)
@@ -216,14 +234,14 @@ class TestLife:
         with pytest.raises(KeyboardInterrupt):
             model(random_tokens(2, 45, seed=1), past_key_values=cache)
         handle.remove()
-        assert any(store.coder.fitted for store in cache._stores)
+        assert has_prompt_bases(cache)
         cache.crop(0)  # settles
-        assert not any(store.coder.fitted for store in cache._stores)
+        assert not has_prompt_bases(cache)
         fresh = xkv(model, layer_group_size=1)
         model(random_tokens(2, 5), past_key_values=fresh)
         for each in (cache, fresh):
             model(random_tokens(2, 45, seed=2), past_key_values=each)
-        assert_same_states(read(cache), read(fresh))
+        assert_same_states(read(model, cache, 2), read(model, fresh, 2))
         assert cache.stored_bytes() == held_bytes(cache)
 
     def test_prompt_shorter_than_the_rank_stays_exact_until_enough_tokens_came(self, model):
@@ -231,14 +249,11 @@ class TestLife:
         prompt = random_tokens(1, 20)
         for each in (cache, full):
             model(prompt, past_key_values=each)
-        assert all(store.latents is None and not store.coder.fitted for store in cache._stores)
-        keys, values = cache.update, full.layers[0].values
-        del keys
-        sinks, window = cache._stores[1].sinks[0], cache._stores[1].windows[0].view()
-        assert torch.equal(torch.cat([sinks, window], 2), values)
+        assert not any(group.tokens for group in cache.groups()) and not has_prompt_bases(cache)
+        assert torch.equal(past_states(model, cache, 1)[0, "value"], full.layers[0].values)
         for step in range(12):  # 2 sinks and 30 others
             model(random_tokens(1, 1, seed=step), past_key_values=cache)
-            assert all(store.coder.fitted == (step == 11) for store in cache._stores)
+            assert [group.tokens > 0 for group in cache.groups()] == [step == 11] * 2 == [has_prompt_bases(cache)] * 2
 
     def test_chunked_prompt_makes_its_bases_from_the_chunks_that_reach_the_rank(self, model):
         tokens = random_tokens(2, 60)
@@ -247,9 +262,10 @@ class TestLife:
         chunked = xkv(model, layer_group_size=3, ranks=20)
         for chunk in tokens.split(16, dim=1):
             model(chunk, past_key_values=chunked)
-        for one, other in zip(chunked._stores, first._stores, strict=True):
-            torch.testing.assert_close(one.coder.units, other.coder.units, rtol=1e-3, atol=0)
-        ours, theirs = read(chunked), read(first)
+        one, other = saved_tensors(chunked), saved_tensors(first)
+        for name in ("store.0.units", "store.1.units"):
+            torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=0)
+        ours, theirs = read(model, chunked, 2), read(model, first, 2)
         count = theirs[0].shape[2]
         assert ours[0].shape[2] > count
         assert_same_states([states[:, :, :count] for states in ours], theirs)
@@ -259,11 +275,15 @@ class TestLife:
         cache, full = xkv(model, layer_group_size=3, new_tokens="exact"), DynamicCache(config=model.config)
         for chunk in tokens.split([50, 1, 9, 30], dim=1):
             model(chunk, past_key_values=cache)
-        kept = [store.latents.tokens for store in cache._stores]
-        assert kept == [(50 - 2 - 4) // 3 * 3] * 2
-        for store in cache._stores:
-            assert store.windows[0].rows == 90 - 2 - store.latents.tokens
-            assert all(buffer.buffer.shape[1] == store.latents.tokens for buffer in store.latents.buffers())
+        kept = (50 - 2 - 4) // 3 * 3
+        assert [group.tokens for group in cache.groups()] == [kept] * 2
+        saved = saved_tensors(cache)
+        windows = [saved[f"store.{index}.window.{layer}"] for index in (0, 1) for layer in range(3)]
+        assert {window.shape[2] for window in windows} == {90 - 2 - kept}
+        # Latents without room to grow: their buffers are as long as they are.
+        codes = [saved[f"store.{index}.codes.0"] for index in (0, 1)]
+        held = [tuple(tensor.shape) for tensor in reachable_tensors(cache)]
+        assert all(code.shape[1] == kept and tuple(code.shape) in held for code in codes)
         assert cache.stored_bytes() == held_bytes(cache)
         del full
 
@@ -275,10 +295,12 @@ class TestLife:
         for each in (cache, exact):
             model(tokens, past_key_values=each)
         assert cache.stored_bytes() == held_bytes(cache)
-        for store in cache._stores:
-            assert sum(codes.buffer[0, 0].numel() for codes in store.latents.codes) == (64 if bits == 16 else 8 * bits)
+        saved = saved_tensors(cache)
+        for index in range(len(cache.groups())):
+            assert saved[f"store.{index}.codes.0"][0, 0].numel() == (64 if bits == 16 else 8 * bits)
+            assert f"store.{index}.codes.1" not in saved
         allowed = {16: 1e-8, 8: 3e-4, 4: 0.03, 2: 0.25}[bits]
-        for ours, theirs in zip(read(cache), read(exact), strict=True):
+        for ours, theirs in zip(read(model, cache, 2), read(model, exact, 2), strict=True):
             spread = (theirs - theirs.mean(2, keepdim=True)).square().mean()
             assert float((ours - theirs).square().mean() / spread) < allowed
 
@@ -289,7 +311,8 @@ class TestLife:
         for chunk in random_tokens(2, 90).split([80, 10], dim=1):
             logits = model(chunk, past_key_values=cache).logits
         assert bool(torch.isfinite(logits).all())
-        assert all(part.dtype == torch.float16 for store in cache._stores for part in store.coder.up_projs)
+        bases = [tensor for name, tensor in saved_tensors(cache).items() if ".up_proj." in name]
+        assert len(bases) == 6 and all(tensor.dtype == torch.float16 for tensor in bases)
 
 
 LLAMA_8B_ROPE = RopeShape("half", 128, "rotary_emb.inv_freq", False)
@@ -309,7 +332,7 @@ def llama_8b(layers: int) -> LlamaForCausalLM:
     model = LlamaForCausalLM(config)
     side = SideShape(8, 128, LLAMA_8B_ROPE)
     shapes = tuple(LayerShape(index, side, SideShape(8, 128, None)) for index in range(layers))
-    models._SHAPES[model.model] = ModelShape("llama", ("full_attention",) * layers, shapes)
+    plant_shape(model, ModelShape("llama", ("full_attention",) * layers, shapes))
     return model
 
 
@@ -317,16 +340,7 @@ class TestPaper:
     @pytest.mark.parametrize("tokens, ratio", [(1024, 1.71), (4096, 4.27), (16384, 6.83), (65536, 8.03)])
     def test_bytes_of_xkv_4_on_llama_3_1_8b(self, tokens, ratio, monkeypatch):
         """Stores, latents and bases are the real ones; only products that would take minutes are left out."""
-
-        def no_fit(store, pending):
-            width = sum(shape.width for shape in store.coder.shapes)
-            found = (torch.zeros(1, width, store.coder.rank), torch.zeros(1, store.coder.rank))
-            monkeypatch.setattr("lowrank_cache.prompt_svd.leading_directions", lambda covariance, rank: found)
-            store.coder.fit(torch.zeros(1, 1, 1), torch.zeros(1, width))
-
-        monkeypatch.setattr("lowrank_cache.prompt_svd.PromptStore._fit", no_fit)
-        monkeypatch.setattr("lowrank_cache.store.LatentStore._framed", lambda store, states, start: states)
-        monkeypatch.setattr(PromptCoder, "encode", lambda coder, states: torch.zeros(1, states[0].shape[2], coder.rank))
+        skip_products_of_prompts(monkeypatch)
         model = llama_8b(8)
         cache = LowRankCache(
             model,
@@ -340,12 +354,12 @@ class TestPaper:
         states = torch.zeros(1, 1, 1, 1, dtype=torch.bfloat16).expand(1, 8, tokens, 128)
         for layer in range(8):
             cache.update(states, states, layer)
-        assert [store.latents.tokens for store in cache._stores] == [tokens] * 4
+        assert [group.tokens for group in cache.groups()] == [tokens] * 4
         assert cache.full_bytes() == tokens * 8 * 2048 * 2
         assert cache.compression_ratio() == pytest.approx(ratio, abs=0.02)
 
     def test_value_rank_is_one_and_a_half_times_the_key_rank(self):
-        shape = models._SHAPES[llama_8b(8).model]
+        shape = model_shape(llama_8b(8))
         for ratio in (2.0, 4.0, 8.0, 12.0, 16.0):
             for (keys, values), layers in zip(
                 prompt_ranks(shape, ratio).values(), prompt_ranks(shape, ratio), strict=True
@@ -365,11 +379,11 @@ class TestPaper:
         full = DynamicCache(config=model.config)
         model(tokens, past_key_values=cache)
         model(tokens, past_key_values=full)
-        rotary_keys = cache._stores[1]
-        assert rotary_keys.latents is None
-        for member in range(3):
-            kept = torch.cat([rotary_keys.sinks[member], rotary_keys.windows[member].view()], dim=2)
-            assert torch.equal(kept, full.layers[member].values)
+        rotary_keys = cache.groups()[1]
+        assert rotary_keys == (((0, "value"), (1, "value"), (2, "value")), (), 0)
+        kept = past_states(model, cache, 1)
+        for layer in range(3):
+            assert torch.equal(kept[layer, "value"], full.layers[layer].values)
         with pytest.raises(ValueError, match=r"compression_ratio 6 leaves nothing.*largest reachable ratio is"):
             xkv(model, 6.0, layer_group_size=3)
 
@@ -432,7 +446,7 @@ class TestBadInput:
     def test_groups_end_at_layers_without_rotation(self):
         model = tiny_model("smollm3")  # its last layer has no rotary embedding
         cache = xkv(model)
-        assert [store.coder.members for store in cache._stores] == [
+        assert [group.members for group in cache.groups()] == [
             tuple((layer, side) for layer in group) for group in ((0, 1, 2), (3,)) for side in ("key", "value")
         ]
 

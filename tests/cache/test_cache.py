@@ -1,6 +1,5 @@
-"""Every wrong input gets an error that names what was expected, and leaves the cache as it was."""
+"""Arguments of ``LowRankCache``, and forwards it is not for: an error says what was expected, and nothing changed."""
 
-import copy
 import dataclasses
 
 import pytest
@@ -10,8 +9,8 @@ from transformers import LlamaForCausalLM
 from lowrank_cache import LowRankCache, Projections
 from lowrank_cache.allocation import full_bytes_per_token, plan_stores
 from lowrank_cache.calibration import calibrate
-from tests.oracle.memory import reachable_tensors
 from tests.oracle.models import REFUSED, exact_cache, full_rank_projections, random_tokens, tiny_model
+from tests.oracle.states import Unchanged, filled_cache
 
 PALU = "palu"
 
@@ -27,43 +26,8 @@ def projections():
 
 
 @pytest.fixture
-def filled(model, projections):
-    """A cache that holds sinks, latents and a window of two rows, the second left-padded by one."""
-    cache = exact_cache(model, projections)
-    mask = torch.ones(2, 20, dtype=torch.long)
-    mask[1, 0] = 0
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    model(random_tokens(2, 20), attention_mask=mask, position_ids=positions, past_key_values=cache)
-    return cache
-
-
-class Unchanged:
-    """Context: what a cache holds, and what it does next, must be the same afterwards."""
-
-    def __init__(self, model, cache):
-        self.model, self.cache = model, cache
-        self.twin = copy.deepcopy(cache)
-
-    def __enter__(self):
-        self.before = [tensor.clone() for tensor in reachable_tensors(self.cache)]
-
-    def __exit__(self, error_type, *rest):
-        if error_type is not None:
-            return
-        after = reachable_tensors(self.cache)
-        assert len(after) == len(self.before)
-        for mine, before in zip(after, self.before, strict=True):
-            assert torch.equal(mine.nan_to_num(), before.nan_to_num())  # unused room holds NaN in tests
-        assert self.cache.get_seq_length() == self.twin.get_seq_length()
-        assert torch.equal(_next_logits(self.model, self.cache), _next_logits(self.model, self.twin))
-
-
-def _next_logits(model, cache):
-    past = cache.get_seq_length()
-    mask = torch.ones(2, past + 3, dtype=torch.long)
-    mask[1, 0] = 0
-    positions = (mask.cumsum(1) - 1)[:, past:]
-    return model(random_tokens(2, 3), attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+def filled(model):
+    return filled_cache(model)
 
 
 class TestProjectionsOfAnotherModel:
@@ -224,6 +188,8 @@ class TestModelsThatCannotBeCompressed:
 
 
 class TestCalibration:
+    """Arguments of ``calibrate``, which refuses what a cache could not use."""
+
     @pytest.mark.parametrize(
         "batches, message",
         [
@@ -269,33 +235,6 @@ class TestCalibration:
         with pytest.raises(ValueError, match="must be finite, got"):
             calibrate(model, [batch], progress=False)
 
-    @pytest.mark.parametrize("joint, side", [(True, "both"), (False, "key")])
-    @pytest.mark.parametrize("name", ["down_proj", "up_proj", "offset", "loss", "constant"])
-    def test_bases_with_nan(self, name, joint, side):
-        basis = full_rank_projections("llama", joint=joint).bases[0]
-        broken = getattr(basis, name).clone()
-        broken.view(-1)[0] = float("nan")
-        with pytest.raises(ValueError, match=f"{side}.layers_0_0.heads_0-1: {name} must be finite"):
-            dataclasses.replace(basis, **{name: broken})
-
-    def test_bases_that_do_not_cover_the_model(self, projections):
-        with pytest.raises(ValueError, match=r"cover each key head of layer 0 once, heads \[0, 1\], got \[\]"):
-            Projections(projections.bases[1:], projections.shape, method="fisher")
-        with pytest.raises(ValueError, match=r"cover each key head of layer 0 once, .*got \[0, 0, 1, 1\]"):
-            Projections([projections.bases[0], *projections.bases], projections.shape, method="fisher")
-        apart = full_rank_projections("llama", joint=False).bases
-        values = [basis for basis in apart if basis.side == "value"]
-        with pytest.raises(ValueError, match=r"cover each key head of layer 0 once, heads \[0, 1\], got \[\]"):
-            Projections(values, projections.shape, method="fisher")
-        with pytest.raises(ValueError, match=r"cover each value head of layer 2 once, .*got \[0, 0, 1, 1\]"):
-            Projections([*projections.bases, values[-1]], projections.shape, method="fisher")
-        with pytest.raises(ValueError, match=r"both.layers_0_0.heads_0-1: down_proj must have 64 rows, got 32"):
-            Projections([dataclasses.replace(apart[0], side="both")], projections.shape, method="fisher")
-        with pytest.raises(ValueError, match="side must be 'key', 'value' or 'both', got 'query'"):
-            dataclasses.replace(projections.bases[0], side="query")
-        with pytest.raises(ValueError, match=r"up_proj must have shape \[64, 64\], got \[63, 64\]"):
-            dataclasses.replace(projections.bases[0], up_proj=projections.bases[0].up_proj[1:])
-
 
 class TestForwards:
     """Errors inside a forward: the cache goes on afterwards as if nothing had happened."""
@@ -328,105 +267,10 @@ class TestForwards:
             with pytest.raises(ValueError, match="layer 1 was updated outside a forward of the model"):
                 filled.update(states, states, 1)
 
-    @pytest.mark.parametrize("shift", [-20, -1, 1, 100])
-    @pytest.mark.parametrize("row", [0, 1])
-    def test_positions_that_do_not_continue(self, model, filled, shift, row):
-        positions = _next(3)
-        positions[row] += shift
-        expected = 20 - row
-        message = f"row {row} must have position {expected} at token 0 of this forward, got {expected + shift}"
-        with Unchanged(model, filled):
-            with pytest.raises(ValueError, match=message):
-                model(random_tokens(2, 3), past_key_values=filled, position_ids=positions)
-
-    def test_a_shorter_unrelated_prompt(self, model, projections):
-        cache = exact_cache(model, projections)
-        model.generate(random_tokens(1, 20), max_new_tokens=4, past_key_values=cache)
-        with pytest.raises(ValueError):
-            model.generate(random_tokens(1, 8, seed=9), max_new_tokens=4, past_key_values=cache)
-        assert cache.get_seq_length() == 23
-
-    def test_a_jump_inside_a_forward(self, model, filled):
-        positions = _next(4)
-        positions[:, 2:] += 1
-        with Unchanged(model, filled):
-            with pytest.raises(ValueError, match="row 0 must have position 22 at token 2 of this forward, got 23"):
-                model(random_tokens(2, 4), past_key_values=filled, position_ids=positions)
-
-    @pytest.mark.parametrize("shape", [(2, 4), (3, 3), (3,), (3, 2, 3)])
-    def test_positions_of_a_wrong_shape(self, model, filled, shape):
-        with Unchanged(model, filled):
-            with pytest.raises(ValueError, match=r"position_ids must have shape \[1 or 2, 3\], got"):
-                model(random_tokens(2, 3), past_key_values=filled, position_ids=torch.full(shape, 20))
-
-    def test_no_tokens(self, model, filled):
-        with Unchanged(model, filled):
-            with pytest.raises(ValueError, match="at least one token for a LowRankCache, got 0"):
-                model(torch.zeros(2, 0, dtype=torch.long), past_key_values=filled)
-
-    @pytest.mark.parametrize("batch", [1, 3])
-    def test_another_batch_size(self, model, filled, batch):
-        with Unchanged(model, filled):
-            with pytest.raises(
-                ValueError, match=f"must be 2, that of the cached tokens, got {batch}; use cache.batch_r"
-            ):
-                model(random_tokens(batch, 3), past_key_values=filled)
-
     def test_crop_by_a_positive_number(self, model, filled):
         with Unchanged(model, filled):
             with pytest.raises(ValueError, match=r"at most 0 \(-3 removes three tokens\), got 3"):
                 filled.crop(3)
-
-    @pytest.mark.parametrize("number", [float("nan"), float("inf")])
-    @pytest.mark.parametrize(
-        "layer_group_size, joint, states",
-        [
-            (1, True, r"both states of layers \(1,\)"),
-            (3, True, r"both states of layers \(0, 1, 2\)"),
-            (1, False, r"value states of layers \(1,\)"),
-            (3, False, r"(key|value) states of layers \(0, 1, 2\)"),
-        ],
-    )
-    def test_states_that_overflow(self, model, number, layer_group_size, joint, states):
-        cache = exact_cache(model, full_rank_projections("llama", 1, layer_group_size, joint))
-        model(random_tokens(2, 12), past_key_values=cache)
-        twin = copy.deepcopy(cache)
-
-        def overflow(module, inputs, output):
-            output[:, 2] = number
-            return output
-
-        handle = model.model.layers[1].self_attn.v_proj.register_forward_hook(overflow)
-        with pytest.raises(ValueError, match=f"^{states} must be finite, got NaN or infinity"):
-            model(random_tokens(2, 16), past_key_values=cache)
-        handle.remove()
-        assert cache.get_seq_length() == 12
-        text = random_tokens(2, 8)
-        assert torch.equal(model(text, past_key_values=cache).logits, model(text, past_key_values=twin).logits)
-
-    @pytest.mark.parametrize(
-        "damage, message",
-        [
-            (lambda codes, steps: (codes[..., :-1], steps), r"must have shape .* with room for \d+ channels, got"),
-            (lambda codes, steps: (codes.float(), steps), "codes of a 4-bit tier must be torch.uint8, got torch.float"),
-            (lambda codes, steps: (codes, steps[:1]), r"steps must be float16 of shape \[2, .*\], one a token, got"),
-            (lambda codes, steps: (codes, steps.float()), "steps must be float16 of shape .* got torch.float32"),
-        ],
-    )
-    def test_damaged_latents(self, model, projections, damage, message):
-        cache = LowRankCache(model, projections, compression_ratio=4, bits=4, residual_length=4, block_size=4)
-        model(random_tokens(2, 30), past_key_values=cache)
-        twin = copy.deepcopy(cache)
-        latents = cache._stores[1].latents
-        codes, steps = latents.codes[0], latents.steps[0]
-        whole = codes.buffer, steps.buffer
-        codes.buffer, steps.buffer = damage(*whole)
-        with pytest.raises(ValueError, match=message):
-            model(random_tokens(2, 9), past_key_values=cache)
-        assert cache.get_seq_length() == 30
-        codes.buffer, steps.buffer = whole
-        text = random_tokens(2, 9, seed=3)
-        assert torch.equal(model(text, past_key_values=cache).logits, model(text, past_key_values=twin).logits)
 
 
 def _next(tokens):

@@ -1,14 +1,19 @@
-"""What appending costs over a long decode: bytes moved and time, beside ``DynamicCache`` in the same run.
+"""Packed latents and the tensors that grow: what appending costs over a long decode, beside ``DynamicCache``.
 
 Bytes are counted by watching every torch operation, not by asking the cache: whatever an operation
 writes counts, so buffers that grow, windows that are replaced and latents that are encoded are all
 in. Reading the past back is another cost (the reconstruct path) and is switched off here.
 """
 
+import copy
 import statistics
 import time
+import weakref
 
+import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
@@ -16,8 +21,10 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from lowrank_cache import LowRankCache
 from lowrank_cache.calibration import calibrate
 from lowrank_cache.growing import GrowingTensor
-from lowrank_cache.store import LatentStore
-from tests.oracle.models import random_tokens
+from lowrank_cache.kernels.reference import QUANTIZED_BITS, dequantize, quantize
+from lowrank_cache.latents import PackedLatents
+from tests.oracle.inside import damaged_latents, without_reading
+from tests.oracle.models import full_rank_projections, random_tokens, tiny_model
 
 DECODED = 4096
 HEADS, HEAD_DIM = 2, 16
@@ -51,6 +58,20 @@ class BytesWritten(TorchDispatchMode):
         return result
 
 
+class BytesCopied(TorchDispatchMode):
+    """Sums up the bytes that copies of tensors write."""
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        if operation in (torch.ops.aten.copy_.default, torch.ops.aten.clone.default, torch.ops.aten.cat.default):
+            self.total += result.nbytes
+        return result
+
+
 def make_model():
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -77,10 +98,6 @@ def make_cache(model):
     return LowRankCache(model, projections, compression_ratio=4.0, residual_length=32, block_size=16)
 
 
-def without_reading(monkeypatch):
-    monkeypatch.setattr(LatentStore, "_assemble", lambda self, member, states: states)
-
-
 def test_bytes_moved_by_appending_do_not_grow_with_the_context(monkeypatch):
     model = make_model()
     caches = {"ours": make_cache(model), "full": DynamicCache(config=model.config)}
@@ -104,19 +121,24 @@ def test_bytes_copied_by_growing_are_a_constant_per_byte_kept(monkeypatch):
     model = make_model()
     cache = make_cache(model)
     without_reading(monkeypatch)
-    copied = {}
+    copied = weakref.WeakKeyDictionary()  # bytes by buffer, what was appended apart
+    append = GrowingTensor.append
+
+    def counted(growing, block):
+        with BytesCopied() as copies:
+            append(growing, block)
+        copied[growing] = copied.get(growing, 0) + copies.total - block.nbytes
+
+    monkeypatch.setattr(GrowingTensor, "append", counted)
     with torch.no_grad():
         for count in range(1, DECODED + 1):
             append_token(model, cache, torch.randn(1, HEADS, 1, HEAD_DIM))
             if count in (DECODED // 4, DECODED):
-                buffers = [cache._track._positions]
-                buffers += [buffer for store in cache._stores for buffer in store.latents.buffers()]
-                copied[count] = sum(buffer.copied_bytes for buffer in buffers) / sum(
-                    buffer.nbytes for buffer in buffers
-                )
-    # Growing by an eighth copies 1 + 8/9 + (8/9)² + ... = 9 times what is kept, at most.
-    assert 0 < copied[DECODED // 4] <= 9
-    assert copied[DECODED] <= 9
+                # Growing by an eighth copies 1 + 8/9 + (8/9)² + ... = 9 times what is kept, at most.
+                assert all(0 <= total <= 9 * growing.nbytes for growing, total in copied.items())
+                # Positions, and codes and steps of the latents: windows begin anew before they grow.
+                kept = [growing for growing, total in copied.items() if total]
+                assert len(kept) >= 2 and sum(growing.nbytes for growing in kept) > count
 
 
 def test_append_time_is_flat(monkeypatch, record_property):
@@ -151,7 +173,7 @@ def test_the_time_of_reading_is_reported_apart(monkeypatch, record_property, cap
     """Appending is flat; reading everything back (the reconstruct path) grows with the context."""
     model = make_model()
     cache, full = make_cache(model), DynamicCache(config=model.config)
-    report, reading = {}, LatentStore._assemble
+    report = {}
     tokens = torch.randn(DECODED + 1, 1, HEADS, 1, HEAD_DIM)
 
     def median_time(each, repeats=30):
@@ -165,12 +187,12 @@ def test_the_time_of_reading_is_reported_apart(monkeypatch, record_property, cap
 
     with torch.no_grad():
         for count, token in enumerate(tokens[:DECODED], start=1):
-            without_reading(monkeypatch)
-            for each in (cache, full):
-                append_token(model, each, token)
-            if count in (256, 1024, DECODED):
-                appended = median_time(cache)
-                monkeypatch.setattr(LatentStore, "_assemble", reading)
+            with monkeypatch.context() as patch:
+                without_reading(patch)
+                for each in (cache, full):
+                    append_token(model, each, token)
+                appended = median_time(cache) if count in (256, 1024, DECODED) else None
+            if appended is not None:
                 report[count] = {"append": appended, "append and read": median_time(cache), "full": median_time(full)}
     record_property("microseconds_per_token", report)
     with capsys.disabled():
@@ -198,10 +220,10 @@ def test_speculative_decoding_does_not_copy_at_every_step():
     growing.append(torch.zeros(512, 4))
     copies = 0
     for _ in range(200):  # five proposed, one accepted
-        before = growing.copied_bytes
-        growing.append(torch.zeros(5, 4))
-        growing.truncate(growing.rows - 4)
-        copies += growing.copied_bytes > before
+        with BytesCopied() as copied:
+            growing.append(torch.zeros(5, 4))
+            growing.truncate(growing.rows - 4)
+        copies += copied.total > 5 * 4 * 4  # more than was appended
     assert copies <= 4
 
 
@@ -219,6 +241,58 @@ def test_reserving_copies_at_most_once():
     growing = GrowingTensor(axis=0, min_room=8)
     growing.append(torch.zeros(100, 4))
     growing.reserve(1000)
-    for _ in range(45):
-        growing.append(torch.zeros(20, 4))
-    assert growing.copied_bytes == 100 * 4 * 4
+    with BytesCopied() as copied:
+        for _ in range(45):
+            growing.append(torch.zeros(20, 4))
+    assert copied.total == (45 * 20 + 100) * 4 * 4
+
+
+LARGEST = torch.finfo(torch.float32).max
+
+
+numbers = st.builds(
+    lambda sign, exponent: sign * 2.0**exponent, st.sampled_from([-1.0, 0.0, 1.0]), st.floats(-149, 127.99)
+)
+
+
+@pytest.mark.parametrize("bits", QUANTIZED_BITS)
+@given(row=st.lists(numbers, min_size=4, max_size=4), weight=st.lists(st.floats(0, 1e3), min_size=4, max_size=4))
+def test_quantized_latents_are_finite(bits, row, weight):
+    latents = torch.tensor(row, dtype=torch.float32)[None, None]
+    codes, steps = quantize(latents, bits, torch.tensor(weight, dtype=torch.float32))
+    assert torch.isfinite(steps).all() and (steps > 0).all()
+    assert torch.isfinite(dequantize(codes, steps, bits)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("size", [1e-45, 1e-8, 7e4, 1e30, LARGEST])
+def test_stored_latents_are_finite(size, dtype):
+    packed = PackedLatents(((16, 4), (8, 4), (4, 4), (2, 4)), dtype, block_size=2)
+    latents = size * torch.sign(torch.randn(2, 3, 16))
+    packed.append(latents, torch.ones(16))
+    read = packed.read()
+    assert torch.isfinite(read).all()
+    if size > 1e-8:
+        assert torch.equal(read.sign(), latents.sign()), "saturated, and not wrapped around"
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda codes, steps: (codes[..., :-1], steps), r"must have shape .* with room for \d+ channels, got"),
+        (lambda codes, steps: (codes.float(), steps), "codes of a 4-bit tier must be torch.uint8, got torch.float"),
+        (lambda codes, steps: (codes, steps[:1]), r"steps must be float16 of shape \[2, .*\], one a token, got"),
+        (lambda codes, steps: (codes, steps.float()), "steps must be float16 of shape .* got torch.float32"),
+    ],
+)
+def test_damaged_latents(damage, message):
+    model, projections = tiny_model("llama"), full_rank_projections("llama")
+    cache = LowRankCache(model, projections, compression_ratio=4, bits=4, residual_length=4, block_size=4)
+    model(random_tokens(2, 30), past_key_values=cache)
+    twin = copy.deepcopy(cache)
+    with damaged_latents(cache, 1, damage):
+        with pytest.raises(ValueError, match=message):
+            model(random_tokens(2, 9), past_key_values=cache)
+        assert cache.get_seq_length() == 30
+    text = random_tokens(2, 9, seed=3)
+    assert torch.equal(model(text, past_key_values=cache).logits, model(text, past_key_values=twin).logits)

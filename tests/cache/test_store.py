@@ -1,7 +1,6 @@
 """What the cache really stores, what it shares, what it leaves behind, and how it survives a failed forward."""
 
 import copy
-import gc
 
 import pytest
 import torch
@@ -10,11 +9,11 @@ from transformers import DynamicCache
 
 from lowrank_cache import LowRankCache
 from lowrank_cache.allocation import full_bytes_per_token, plan_stores
-from lowrank_cache.hooks import hook_count
 from lowrank_cache.kernels.packed import ROW_BYTES, padded_channels
 from lowrank_cache.kernels.rope import angle_tables, rotate
-from tests.oracle.memory import held_bytes, reachable_tensors
+from tests.oracle.memory import held_bytes, live_tensors, reachable_tensors, storages
 from tests.oracle.models import exact_cache, full_rank_projections, random_tokens, tiny_model
+from tests.oracle.states import saved_tensors
 
 SIZES = {"residual_length": 4, "num_sink_tokens": 2, "block_size": 3}
 
@@ -65,14 +64,6 @@ def holders(row, tensors):
     return found
 
 
-def live_tensors(known=()):
-    """Every plain tensor of the process: what other tests left of torch.compile's fake ones cannot be searched."""
-    gc.collect()
-    known = {id(tensor) for tensor in known}
-    tensors = [item for item in gc.get_objects() if isinstance(item, torch.Tensor) and id(item) not in known]
-    return [tensor for tensor in tensors if type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.is_meta]
-
-
 @pytest.mark.parametrize("joint", [True, False])
 @pytest.mark.parametrize("layer_group_size", [1, 3])
 def test_dense_states_exist_nowhere_in_the_process(layer_group_size, joint):
@@ -84,7 +75,8 @@ def test_dense_states_exist_nowhere_in_the_process(layer_group_size, joint):
         generate(model, random_tokens(1, 30), cache)
     dense = spy.remove(model.model.rotary_emb.inv_freq)
     held = [*reachable_tensors(cache), *live_tensors([*before, *dense.values()])]
-    cached, window = cache.get_seq_length(), cache._stores[0].windows[0].rows
+    cached = cache.get_seq_length()
+    window = cached - SIZES["num_sink_tokens"] - cache.groups()[0].tokens
     assert cached == 41 and window < SIZES["residual_length"] + SIZES["block_size"]
     for name, states in dense.items():
         if "pre-RoPE" not in name:  # the search itself must be able to find rows: sinks and window hold them
@@ -117,7 +109,7 @@ def test_update_returns_nothing_that_outlives_the_forward():
     before = live_tensors()
     with torch.no_grad():
         generate(model, random_tokens(2, 30), cache)
-    reachable = {tensor.untyped_storage().data_ptr() for tensor in reachable_tensors(cache)}
+    reachable = storages(reachable_tensors(cache))
     strangers = [t for t in live_tensors(before) if t.untyped_storage().data_ptr() not in reachable and t.dim() == 4]
     assert strangers == []
 
@@ -145,14 +137,19 @@ def test_a_token_takes_the_bytes_that_were_planned(ratio, bits, joint):
     plans = plan_stores(projections, ratio, bits=bits)
     cache = lossy_cache(model, joint=joint, bits=bits, compression_ratio=ratio)
     model(random_tokens(2, 25), past_key_values=cache)
-    for store, plan in zip(cache._stores, plans, strict=True):
-        assert store.latents.tokens == 18
-        rows = [buffer.view()[:, 0] for buffer in store.latents.buffers()]  # [batch, bytes or steps]
-        assert sum(row.numel() * row.element_size() for row in rows) == 2 * plan.bytes_per_token
-        for (tier_bits, channels), codes in zip(store.coder.tiers, store.latents.codes, strict=True):
-            row = codes.view()[0, 0]
-            assert row.numel() * row.element_size() % ROW_BYTES == 0
-            assert row.numel() * row.element_size() * 8 == padded_channels(tier_bits, channels) * tier_bits
+    saved = saved_tensors(cache)
+    for index, (group, plan) in enumerate(zip(cache.groups(), plans, strict=True)):
+        assert group.tokens == 18
+        latents = [saved[name] for name in saved if name.startswith((f"store.{index}.codes.", f"store.{index}.steps."))]
+        assert {tensor.shape[:2] for tensor in latents} <= {
+            (2, 18)
+        }  # codes [batch, tokens, row], steps without the row
+        assert sum(tensor[:, 0].nbytes for tensor in latents) == 2 * plan.bytes_per_token
+        for tier, (tier_bits, channels) in enumerate(group.tiers):
+            row = saved[f"store.{index}.codes.{tier}"][0, 0]
+            assert row.nbytes % ROW_BYTES == 0
+            assert row.nbytes * 8 == padded_channels(tier_bits, channels) * tier_bits
+    assert cache.latent_bytes_per_token() == sum(plan.bytes_per_token for plan in plans)
     assert sum(plan.bytes_per_token for plan in plans) <= full_bytes_per_token(projections) / ratio
 
 
@@ -164,83 +161,6 @@ def test_long_context_reaches_the_ratio_asked_for():
             model(chunk, past_key_values=cache)
     # Off by the unused room, at most one part in nine, and by 4 bytes a token of positions beside 96 of latents.
     assert 4.0 * 0.8 < cache.compression_ratio() < 4.0
-
-
-def test_deepcopy_shares_bases_and_owns_tokens():
-    model = tiny_model("llama")
-    cache = lossy_cache(model)
-    generate(model, random_tokens(1, 20), cache)
-    copied = copy.deepcopy(cache)
-    for mine, theirs in zip(cache._stores, copied._stores, strict=True):
-        for block, other in zip(mine.coder.blocks, theirs.coder.blocks, strict=True):
-            assert block.down_proj.data_ptr() == other.down_proj.data_ptr()
-            for up_proj, same in zip(block.up_projs, other.up_projs, strict=True):
-                assert up_proj.data_ptr() == same.data_ptr()
-    pointers = [{t.untyped_storage().data_ptr() for t in reachable_tensors(each)} for each in (cache, copied)]
-    assert pointers[0] and not pointers[0] & pointers[1]
-    assert copied.stored_bytes() == cache.stored_bytes() == held_bytes(copied)
-
-
-def test_caches_of_equal_settings_share_their_truncated_bases():
-    model = tiny_model("llama")
-    first, second, other = lossy_cache(model), lossy_cache(model), lossy_cache(model, compression_ratio=12.0)
-    pointer = first._stores[0].coder.blocks[0].down_proj.data_ptr()
-    assert pointer == second._stores[0].coder.blocks[0].down_proj.data_ptr()
-    assert pointer != other._stores[0].coder.blocks[0].down_proj.data_ptr()
-    assert other.projection_bytes() < first.projection_bytes() <= full_rank_projections("llama").nbytes
-
-
-def test_hooks_are_counted_and_removed_with_the_last_cache():
-    model = tiny_model("llama")
-    decoder = model.model
-    assert hook_count(decoder) == 0 == len(decoder._forward_pre_hooks)
-    first, second = lossy_cache(model), lossy_cache(model)
-    third = copy.deepcopy(first)
-    assert hook_count(decoder) == 3
-    assert len(decoder._forward_pre_hooks) == 1
-    del first, second
-    gc.collect()
-    assert hook_count(decoder) == 1
-    generate(model, random_tokens(1, 12), third)  # the copy's own reference keeps it working
-    del third
-    gc.collect()
-    assert hook_count(decoder) == 0 == len(decoder._forward_pre_hooks)
-
-
-def test_the_hook_keeps_neither_model_nor_cache_alive():
-    model = tiny_model("llama")
-    cache = lossy_cache(model)
-    generate(model, random_tokens(1, 12), cache)
-    tensors = [torch.utils.weak.WeakTensorKeyDictionary()]
-    tensors[0][model.lm_head.weight] = True
-    del model
-    gc.collect()
-    assert len(tensors[0]) == 0, "a cache must not keep its model alive"
-    del cache  # its finalizer must cope with a model that is gone
-
-
-def test_a_refused_cache_leaves_no_hook():
-    model = tiny_model("llama")
-    with pytest.raises(ValueError, match="bits"):
-        lossy_cache(model, bits=5)
-    gc.collect()
-    assert hook_count(model.model) == 0 == len(model.model._forward_pre_hooks)
-
-
-def test_two_models_and_two_caches_interleave():
-    models = [tiny_model("llama"), tiny_model("qwen2")]
-    prompts = [random_tokens(1, 20, seed) for seed in (1, 2)]
-    families = ("llama", "qwen2")
-    alone = [[], []]
-    for index, (model, family) in enumerate(zip(models, families, strict=True)):
-        cache = lossy_cache(model, family)
-        alone[index] = [model(part, past_key_values=cache).logits for part in prompts[index].split(5, dim=1)]
-    caches = [[lossy_cache(model, family) for _ in range(2)] for model, family in zip(models, families, strict=True)]
-    for step in range(4):
-        for index, model in enumerate(models):
-            for cache in caches[index]:
-                part = prompts[index][:, 5 * step : 5 * step + 5]
-                assert torch.equal(model(part, past_key_values=cache).logits, alone[index][step])
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -343,15 +263,6 @@ def test_inference_mode_prefill_goes_on_outside_of_it():
         model(text[:, 15:], past_key_values=cache)
 
 
-def test_a_deep_copied_model_can_have_caches_of_its_own():
-    model, text = tiny_model("gemma3"), random_tokens(1, 20)
-    cache = exact_cache(model, full_rank_projections("gemma3"))
-    twin = copy.deepcopy(model)  # takes the hook along
-    own = exact_cache(twin, full_rank_projections("gemma3"))
-    for part in text.split(5, dim=1):
-        assert torch.equal(twin(part, past_key_values=own).logits, model(part, past_key_values=cache).logits)
-
-
 @pytest.mark.parametrize("joint", [True, False])
 def test_nothing_stored_reads_as_the_calibration_mean(joint):
     model, text = tiny_model("llama"), random_tokens(2, 20)
@@ -372,3 +283,32 @@ def test_nothing_stored_reads_as_the_calibration_mean(joint):
     mean = (basis.offset @ basis.up_proj)[-32:].view(2, 1, 16)  # values come last
     middle = returned[2][1][:, :, 2:10]
     torch.testing.assert_close(middle, mean.expand_as(middle), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "layer_group_size, joint, states",
+    [
+        (1, True, r"both states of layers \(1,\)"),
+        (3, True, r"both states of layers \(0, 1, 2\)"),
+        (1, False, r"value states of layers \(1,\)"),
+        (3, False, r"(key|value) states of layers \(0, 1, 2\)"),
+    ],
+)
+def test_states_that_overflow_are_refused_and_undone(number, layer_group_size, joint, states):
+    model = tiny_model("llama")
+    cache = exact_cache(model, full_rank_projections("llama", 1, layer_group_size, joint))
+    model(random_tokens(2, 12), past_key_values=cache)
+    twin = copy.deepcopy(cache)
+
+    def overflow(module, inputs, output):
+        output[:, 2] = number
+        return output
+
+    handle = model.model.layers[1].self_attn.v_proj.register_forward_hook(overflow)
+    with pytest.raises(ValueError, match=f"^{states} must be finite, got NaN or infinity"):
+        model(random_tokens(2, 16), past_key_values=cache)
+    handle.remove()
+    assert cache.get_seq_length() == 12
+    text = random_tokens(2, 8)
+    assert torch.equal(model(text, past_key_values=cache).logits, model(text, past_key_values=twin).logits)

@@ -1,4 +1,6 @@
-"""Encoded keys are the model's own keys before its rotary function, in every family.
+"""What the probe finds in a model: early refusals, and how keys were rotated, in every family.
+
+Encoded keys must be the model's own keys before its rotary function.
 
 Full-rank equality cannot show this: whatever the un-rotation does, re-rotating undoes it. So the
 rotary function of each modeling file is spied on, and what the cache encodes in frames of one slot is
@@ -7,11 +9,9 @@ over its interleaved pairs as halves) and the factor that YaRN and longrope leav
 faults must fail the comparison.
 """
 
-import copy
 import dataclasses
 import sys
 from collections import defaultdict
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -21,11 +21,27 @@ from lowrank_cache import LowRankCache
 from lowrank_cache.calibration import calibrate
 from lowrank_cache.calibration.moments import Moments
 from lowrank_cache.kernels.rope import LAYOUTS, angle_tables, rotate
-from lowrank_cache.latents import Coder
 from lowrank_cache.models import RopeShape, model_shape, rope_buffer
-from lowrank_cache.positions import PositionTrack
-from tests.oracle.models import FAMILIES, SMALL_SIZES, exact_cache, full_rank_projections, random_tokens, tiny_model
+from tests.oracle.inside import (
+    change_ropes,
+    keep_first_frequencies,
+    plant_frequencies,
+    shift_positions,
+    watch_encoding,
+)
+from tests.oracle.models import (
+    FAMILIES,
+    MORE_FAMILIES,
+    REFUSED,
+    SMALL_SIZES,
+    exact_cache,
+    full_rank_projections,
+    random_tokens,
+    tiny_model,
+)
+from tests.oracle.states import saved_facts, saved_tensors
 from tests.oracle.tolerance import assert_equal_up_to_rotation_rounding
+from tests.tools.support_table import refusal_of
 
 SINKS = SMALL_SIZES["num_sink_tokens"]
 SWITCH = 24  # tokens after which llama-dynamic and phi3 change their frequencies
@@ -36,7 +52,7 @@ class Spy:
 
     Attributes:
         inputs: Keys before the rotary function, per layer ``[batch, heads, slots, head_dim]``.
-        encoded: What ``Coder.encode`` was given, per side and layer, ``[batch, heads, encoded_slots, head_dim]``.
+        encoded: What is encoded, in its frames, per side and layer, ``[batch, heads, encoded_slots, head_dim]``.
         updates: What ``LowRankCache.update`` was given, per side and layer, all slots.
     """
 
@@ -66,19 +82,18 @@ class Spy:
         return spied
 
     def _patch_cache(self, monkeypatch) -> None:
-        encode, update = Coder.encode, LowRankCache.update
+        update = LowRankCache.update
 
-        def spied_encode(coder, states):
-            for (layer, side), part in zip(coder.members, states, strict=True):
+        def note(members, states):
+            for (layer, side), part in zip(members, states, strict=True):
                 _append(self.encoded, (side, layer), part)
-            return encode(coder, states)
 
         def spied_update(cache, key_states, value_states, layer_idx, *args, **kwargs):
             _append(self.updates, ("key", layer_idx), key_states)
             _append(self.updates, ("value", layer_idx), value_states)
             return update(cache, key_states, value_states, layer_idx, *args, **kwargs)
 
-        monkeypatch.setattr(Coder, "encode", spied_encode)
+        watch_encoding(monkeypatch, note)
         monkeypatch.setattr(LowRankCache, "update", spied_update)
 
 
@@ -200,34 +215,14 @@ def test_keys_leave_with_the_frequencies_they_came_with(monkeypatch, family, pad
 ROTARY = [family for family in FAMILIES if family != "cohere2"]
 
 
-def _change_ropes(cache: LowRankCache, change: Callable[[str, RopeShape | None], RopeShape | None]) -> None:
-    for store in cache._stores:
-        store.coder = copy.copy(store.coder)  # other caches share it
-        store.coder.shapes = tuple(
-            dataclasses.replace(shape, rope=change(side, shape.rope))
-            for (_, side), shape in zip(store.coder.members, store.coder.shapes, strict=True)
-        )
-
-
 def _other_layout(cache: LowRankCache) -> None:
     def change(side: str, rope: RopeShape | None) -> RopeShape | None:
         return rope and dataclasses.replace(rope, layout=next(layout for layout in LAYOUTS if layout != rope.layout))
 
-    _change_ropes(cache, change)
+    change_ropes(cache, change)
 
 
-def _positions_off_by_one(cache: LowRankCache) -> None:
-    begin = cache._track.begin
-
-    def shifted(batch, tokens, position_ids, attention_mask, device):
-        assert position_ids is None
-        position_ids = torch.arange(cache._track.slots, cache._track.slots + tokens)[None] + 1
-        begin(batch, tokens, position_ids, attention_mask, device)
-
-    cache._track.begin = shifted
-
-
-@pytest.mark.parametrize("sabotage", [_other_layout, _positions_off_by_one], ids=["layout", "position"])
+@pytest.mark.parametrize("sabotage", [_other_layout, shift_positions], ids=["layout", "position"])
 @pytest.mark.parametrize("family", ROTARY)
 def test_planted_fault_is_found(monkeypatch, family, sabotage):
     with pytest.raises(AssertionError, match="permutation|differ"):
@@ -237,8 +232,8 @@ def test_planted_fault_is_found(monkeypatch, family, sabotage):
 def test_planted_rotation_of_a_layer_without_rotary_embedding_is_found(monkeypatch):
     def rotate_anyway(cache):
         rope = RopeShape("interleaved", 16, "rotary_emb.inv_freq", False)
-        _change_ropes(cache, lambda side, _: rope if side == "key" else None)
-        cache._track._segments["rotary_emb.inv_freq"] = [(0, torch.ones(8))]
+        change_ropes(cache, lambda side, _: rope if side == "key" else None)
+        plant_frequencies(cache, "rotary_emb.inv_freq", torch.ones(8))
 
     with pytest.raises(AssertionError, match="must be left as it came"):
         _run(monkeypatch, "cohere2", 22, sabotage=rotate_anyway)
@@ -246,13 +241,7 @@ def test_planted_rotation_of_a_layer_without_rotary_embedding_is_found(monkeypat
 
 @pytest.mark.parametrize("family", ["llama-dynamic", "phi3"])
 def test_planted_frequencies_of_another_forward_are_found(monkeypatch, family):
-    note = PositionTrack.note_frequencies
-
-    def note_first_only(track, decoder, rope, start):
-        if rope.source not in track._segments:
-            note(track, decoder, rope, start)
-
-    monkeypatch.setattr(PositionTrack, "note_frequencies", note_first_only)
+    keep_first_frequencies(monkeypatch)
     with pytest.raises(AssertionError, match="permutation|differ"):
         _run(monkeypatch, family, SWITCH + 20)
 
@@ -291,8 +280,8 @@ def test_frame_ends_where_frequencies_change(monkeypatch):
     _feed(model, cache, random_tokens(2, 44), None)
     for layer in model_shape(model).layers:
         rope = layer.key.rope
-        short, long = rope_segments = [table for _, table in cache._track._segments[rope.source]]
-        assert len(rope_segments) == 2 and cache._track._segments[rope.source][1][0] == switch
+        assert saved_facts(cache)["frequencies"][rope.source] == [0, switch]
+        short, long = (saved_tensors(cache)[f"frequencies.{rope.source}.{nth}"] for nth in (0, 1))
         encoded = spy.encoded["key", layer.layer_idx]
         slots = torch.arange(SINKS, SINKS + encoded.shape[2])
         firsts = slots - (slots - SINKS) % frame_length
@@ -330,3 +319,53 @@ def test_calibration_sees_the_rotary_functions_input(monkeypatch, family):
         factors = _factors(model, layer.side(side).rope, head_dim)
         permutation = _permutation(source[:12], seen[:12], factors)
         assert_equal_up_to_rotation_rounding(seen, source[:, permutation] * factors)
+
+
+# What is refused, and what probing leaves behind
+
+
+REASONS = {
+    "mistral-all-sliding": "nothing to compress",
+    "gpt2": "no rotary position embedding",
+    "bloom": "ALiBi",
+    "opt": "learned positions",
+    "qwen2-vl-text": "M-RoPE",
+    "t5": "encoder–decoder",
+    "bart": "encoder–decoder",
+    "falcon-alibi": "ALiBi",
+    "gptj": "precomputed tables",
+    "nanochat": "no known rotary layout",
+    "recurrent-gemma": "nothing to compress",
+    "mamba": "nothing to compress",
+}
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_refused_when_the_cache_is_made(family):
+    model = tiny_model(family)
+    with pytest.raises(NotImplementedError) as refusal:
+        LowRankCache(model, full_rank_projections("llama"))
+    assert type(model).__name__ in str(refusal.value)
+    assert REASONS[family] in str(refusal.value)
+    # Asking again gives the same answer, and nothing was left on the model.
+    assert refusal_of(model) == str(refusal.value)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_refused_when_calibrated(family):
+    with pytest.raises(NotImplementedError):
+        calibrate(tiny_model(family), [random_tokens(1, 8)], progress=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES])
+def test_probe_finds_the_same_in_half_precision(family, dtype):
+    assert model_shape(tiny_model(family, dtype)) == model_shape(tiny_model(family))
+
+
+def test_probing_leaves_the_model_as_it_was():
+    model = tiny_model("llama").train()
+    model_shape(model)
+    assert model.training
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())

@@ -1,0 +1,183 @@
+"""The one file of the tests that looks inside a cache. A redesign of the core changes it and no other test.
+
+Each function says why no public way will do. ``tests/project/test_private_state.py`` keeps other files out.
+"""
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lowrank_cache import LowRankCache, models, prompt_svd
+from lowrank_cache.allocation import StorePlan
+from lowrank_cache.latents import Coder
+from lowrank_cache.models import ModelShape, RopeShape
+from lowrank_cache.positions import PositionTrack
+from lowrank_cache.projections import Basis
+from lowrank_cache.store import LatentStore
+
+__all__ = [
+    "CALIBRATED_BASES",
+    "change_ropes",
+    "damaged_latents",
+    "devices_of_latents",
+    "devices_of_windows",
+    "encode_and_reconstruct",
+    "first_real",
+    "forbid_reconstruction",
+    "has_prompt_bases",
+    "keep_first_frequencies",
+    "narrowed_matrices",
+    "plant_frequencies",
+    "plant_shape",
+    "prompt_bases",
+    "shift_positions",
+    "skip_products_of_prompts",
+    "watch_encoding",
+    "without_reading",
+]
+
+# Objects that hold calibrated bases: memory that a cache shares with others, and that `stored_bytes` leaves out.
+CALIBRATED_BASES: tuple[type, ...] = (Coder,)
+
+
+def watch_encoding(
+    monkeypatch: pytest.MonkeyPatch, note: Callable[[tuple[tuple[int, str], ...], list[Tensor]], None]
+) -> None:
+    """Call ``note(members, states)`` with what is encoded: full-rank results cannot show how keys were un-rotated.
+
+    States are by member ``[batch, heads, tokens, head_dim]``, rotated into their frames.
+    """
+    encode = Coder.encode
+
+    def noted(coder, states):
+        note(coder.members, states)
+        return encode(coder, states)
+
+    monkeypatch.setattr(Coder, "encode", noted)
+
+
+def change_ropes(cache: LowRankCache, change: Callable[[str, RopeShape | None], RopeShape | None]) -> None:
+    """Make a cache rotate otherwise, ``change(side, rope)``: a planted fault that a check must find."""
+    for store in cache._stores:
+        store.coder = copy.copy(store.coder)  # other caches share it
+        store.coder.shapes = tuple(
+            dataclasses.replace(shape, rope=change(side, shape.rope))
+            for (_, side), shape in zip(store.coder.members, store.coder.shapes, strict=True)
+        )
+
+
+def shift_positions(cache: LowRankCache) -> None:
+    """Make a cache take every token for the one after it: a planted fault that a check must find."""
+    track = cache._track
+    begin = track.begin
+
+    def shifted(batch, tokens, position_ids, attention_mask, device):
+        assert position_ids is None
+        begin(batch, tokens, torch.arange(track.slots, track.slots + tokens)[None] + 1, attention_mask, device)
+
+    track.begin = shifted
+
+
+def plant_frequencies(cache: LowRankCache, source: str, table: Tensor) -> None:
+    """Give a cache a rotary table that its model has not: a planted fault that a check must find."""
+    cache._track._segments[source] = [(0, table)]
+
+
+def keep_first_frequencies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make caches miss that frequencies change with length: a planted fault that a check must find."""
+    note = PositionTrack.note_frequencies
+
+    def note_first_only(track, decoder, rope, start):
+        if rope.source not in track._segments:
+            note(track, decoder, rope, start)
+
+    monkeypatch.setattr(PositionTrack, "note_frequencies", note_first_only)
+
+
+def first_real(cache: LowRankCache) -> Tensor | None:
+    """Slot of each sequence's first real token: not saved, so that a loaded cache must find it again."""
+    return cache._track.first_real
+
+
+@contextlib.contextmanager
+def damaged_latents(
+    cache: LowRankCache, group: int, damage: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+) -> Iterator[None]:
+    """While inside, a group's first quantized tier holds ``damage(codes, steps)``: files that do are never loaded."""
+    latents = cache._stores[group].latents
+    codes, steps = latents.codes[0], latents.steps[0]
+    whole = codes.buffer, steps.buffer
+    codes.buffer, steps.buffer = damage(*whole)
+    yield
+    codes.buffer, steps.buffer = whole
+
+
+def has_prompt_bases(cache: LowRankCache) -> bool:
+    """Whether xkv made bases of a prompt: after a forward that failed, public calls would undo it first."""
+    return any(store.coder.fitted for store in cache._stores)
+
+
+def prompt_bases(cache: LowRankCache) -> list[list[Tensor]]:
+    """By group, tensors of xkv's bases where they lie: in a file they have no device."""
+    return [store.coder.tensors() for store in cache._stores]
+
+
+def devices_of_windows(cache: LowRankCache) -> list[list[torch.device]]:
+    """By group and member, where recent tokens lie: states come back on the device of whoever asks."""
+    return [[window.view().device for window in store.windows] for store in cache._stores]
+
+
+def devices_of_latents(cache: LowRankCache) -> list[set[torch.device]]:
+    """By group, where latents lie: states come back on the device of whoever asks."""
+    return [{buffer.view().device for buffer in store.latents.buffers()} for store in cache._stores]
+
+
+def narrowed_matrices(basis: Basis, plan: StorePlan, members: list, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """Down- and up-projections as a cache holds them: latents that overflow would be clamped before one could see."""
+    (block,) = Coder((basis,), plan, members, dtype).blocks
+    return block.down_proj, block.up_projs
+
+
+def encode_and_reconstruct(
+    basis: Basis, plan: StorePlan, members: list, dtype: torch.dtype, states: list[Tensor]
+) -> list[Tensor]:
+    """States through one basis and back, without the rounding of stored latents, by member."""
+    coder = Coder((basis,), plan, members, dtype)
+    latents = coder.encode(states)
+    return [coder.decode(latents, member) for member in range(len(states))]
+
+
+def forbid_reconstruction(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let anything fail that makes states of latents: shapes alone would miss what is made in pieces."""
+    monkeypatch.setattr(Coder, "decode", None)
+
+
+def without_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let ``update`` return new states alone: what appending costs would drown in what reading costs."""
+    monkeypatch.setattr(LatentStore, "_assemble", lambda self, member, states: states)
+
+
+def plant_shape(model: nn.Module, shape: ModelShape) -> None:
+    """Let a tiny model pass for one of ``shape``: Llama-3.1-8B's bytes without its weights."""
+    models._SHAPES[model.get_decoder()] = shape
+
+
+def skip_products_of_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill xkv's bases and latents with zeros: at 65,536 tokens their products would take minutes."""
+
+    def no_fit(store, pending):
+        width = sum(shape.width for shape in store.coder.shapes)
+        found = (torch.zeros(1, width, store.coder.rank), torch.zeros(1, store.coder.rank))
+        monkeypatch.setattr(prompt_svd, "leading_directions", lambda covariance, rank: found)
+        store.coder.fit(torch.zeros(1, 1, 1), torch.zeros(1, width))
+
+    monkeypatch.setattr(prompt_svd.PromptStore, "_fit", no_fit)
+    monkeypatch.setattr(LatentStore, "_framed", lambda store, states, start: states)
+    monkeypatch.setattr(
+        prompt_svd.PromptCoder, "encode", lambda coder, states: torch.zeros(1, states[0].shape[2], coder.rank)
+    )
