@@ -14,15 +14,15 @@ from torch import Tensor
 from lowrank_cache.kernels.packed import LatentSide
 from lowrank_cache.kernels.triton_tiers import (
     block,
+    check_side,
+    chunk_count,
     dot_dtype,
     half_steps,
     interpreted,
-    layout_names,
     load_levels,
-    make_tiers,
+    plain,
     precision,
     tier_arguments,
-    tier_names,
     up_proj_arguments,
     warps,
 )
@@ -55,28 +55,29 @@ def pair_columns(start, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, INTERLEAVED:
 
 @triton.jit
 def _add_pair(
-    one, two, token, valid, tier, start, first, second, in_pairs, up_proj, up_rank,
+    one, two, tier, batch, token, valid, first, second, in_pairs, up_proj, up_rank,
     HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
-    BITS: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    TILE: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add a tier's share of the states of one head to ``[TILE, PAIRS]`` twice, the members of pairs apart.
 
-    ``start``: the tier's first row of ``up_proj``, which points to the head.
+    ``up_proj`` points to the head.
     """
-    chunks, channels = tier[6], tier[5]
+    chunks = chunk_count(tier, CHUNK)
+    BITS: tl.constexpr = tier.bits
     PLANES: tl.constexpr = 8 // BITS if BITS < 16 else 1
-    UNIT: tl.constexpr = 128 // tier[0].dtype.element_ty.primitive_bitwidth
+    UNIT: tl.constexpr = 128 // tier.codes.dtype.element_ty.primitive_bitwidth
     if chunks > 0:
         if BITS < 16:
-            scale = half_steps(tier, token, valid)
+            scale = half_steps(tier, batch, token, valid)
             one, two = one / scale[:, None], two / scale[:, None]
         for chunk in tl.range(0, chunks):
-            levels = load_levels(tier, token, valid, chunk, BITS, TILE, CHUNK, DOT)
+            levels = load_levels(tier, batch, token, valid, chunk, TILE, CHUNK, DOT)
             local = tl.arange(0, CHUNK)
             column = chunk * (CHUNK // PLANES) + local // PLANES
-            channel = local % PLANES * (tier[2] * UNIT) + column
-            stored = ((column < tier[2] * UNIT) & (channel < channels))[:, None]
-            at = up_proj + (start + channel).to(tl.int64)[:, None] * (up_rank * 8)
+            channel = local % PLANES * (plain(tier.row) * UNIT) + column
+            stored = ((column < plain(tier.row) * UNIT) & (channel < plain(tier.channels)))[:, None]
+            at = up_proj + (plain(tier.start) + channel).to(tl.int64)[:, None] * (up_rank * 8)
             if INTERLEAVED:
                 # One contiguous load that is split in registers.
                 dims = tl.arange(0, 2 * PAIRS)
@@ -104,25 +105,22 @@ def _rotate_pair(one, two, token, valid, cos, sin, frame_length, HALF: tl.conste
 
 @triton.jit
 def reconstruct_pair(
-    tiers, starts, token, valid, up_proj, up_rank, constant, cos, sin, frame_length,
+    tiers, batch, token, valid, up_proj, up_rank, constant, cos, sin, frame_length,
     HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
     TILE: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One head's states of some tokens, rotated: two tiles ``[TILE, PAIRS]`` float32, in columns of ``pair_columns``.
 
-    ``starts``: the tiers' first rows of ``up_proj``. ``up_proj`` and ``constant`` point to the head, ``cos`` and
+    ``up_proj`` and ``constant`` point to the head, ``cos`` and
     ``sin`` to the row of the batch.
     """
     first, second, in_pairs = pair_columns(0, HEAD_DIM, HALF, INTERLEAVED, PAIRS)
     one, two = tl.zeros((TILE, PAIRS), tl.float32), tl.zeros((TILE, PAIRS), tl.float32)
-    one, two = _add_pair(one, two, token, valid, tiers[0], starts[0], first, second, in_pairs, up_proj, up_rank,
-                         HEAD_DIM, PAIRS, INTERLEAVED, 16, TILE, CHUNK, DOT, PRECISION)  # fmt: skip
-    one, two = _add_pair(one, two, token, valid, tiers[1], starts[1], first, second, in_pairs, up_proj, up_rank,
-                         HEAD_DIM, PAIRS, INTERLEAVED, 8, TILE, CHUNK, DOT, PRECISION)  # fmt: skip
-    one, two = _add_pair(one, two, token, valid, tiers[2], starts[2], first, second, in_pairs, up_proj, up_rank,
-                         HEAD_DIM, PAIRS, INTERLEAVED, 4, TILE, CHUNK, DOT, PRECISION)  # fmt: skip
-    one, two = _add_pair(one, two, token, valid, tiers[3], starts[3], first, second, in_pairs, up_proj, up_rank,
-                         HEAD_DIM, PAIRS, INTERLEAVED, 2, TILE, CHUNK, DOT, PRECISION)  # fmt: skip
+    for number in tl.static_range(len(tiers)):
+        one, two = _add_pair(
+            one, two, tiers[number], batch, token, valid, first, second, in_pairs, up_proj, up_rank,
+            HEAD_DIM, PAIRS, INTERLEAVED, TILE, CHUNK, DOT, PRECISION,
+        )  # fmt: skip
     one += tl.load(constant + first, mask=in_pairs, other=0.0)[None, :]
     two += tl.load(constant + second, mask=in_pairs, other=0.0)[None, :]
     if HALF > 0:
@@ -130,20 +128,16 @@ def reconstruct_pair(
     return one, two
 
 
-@triton.jit(do_not_specialize=[*RECONSTRUCT_INTEGERS, *tier_names(), *layout_names()])
+@triton.jit(do_not_specialize=RECONSTRUCT_INTEGERS)
 def _reconstruct(
     out,  # [batch, heads, tokens, HEAD_DIM]
     up_proj,  # [rank, heads, HEAD_DIM]
     constant,  # [heads, HEAD_DIM]
     cos, sin,  # [1 or batch, frames, HALF]
-    codes16, codes8, codes4, codes2, steps8, steps4, steps2,
+    tiers,
     heads, tokens, frame_length,
     cos_batch,
     up_rank, up_head,  # strides in units of 8 elements
-    row16, codes_batch16, codes_token16, start16, channels16,
-    row8, codes_batch8, codes_token8, steps_batch8, steps_token8, start8, channels8,
-    row4, codes_batch4, codes_token4, steps_batch4, steps_token4, start4, channels4,
-    row2, codes_batch2, codes_token2, steps_batch2, steps_token2, start2, channels2,
     HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
     TILE: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -151,16 +145,8 @@ def _reconstruct(
     tile, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     token = tile * TILE + tl.arange(0, TILE)
     valid = token < tokens
-    tiers = make_tiers(
-        batch, codes16, codes8, codes4, codes2, steps8, steps4, steps2,
-        row16, codes_batch16, codes_token16,
-        row8, codes_batch8, codes_token8, steps_batch8, steps_token8,
-        row4, codes_batch4, codes_token4, steps_batch4, steps_token4,
-        row2, codes_batch2, codes_token2, steps_batch2, steps_token2,
-        channels16, channels8, channels4, channels2, CHUNK,
-    )  # fmt: skip
     one, two = reconstruct_pair(
-        tiers, (start16, start8, start4, start2), token, valid,
+        tiers, batch, token, valid,
         up_proj + head.to(tl.int64) * (up_head * 8), up_rank, constant + head * HEAD_DIM,
         cos + batch * cos_batch, sin + batch * cos_batch, frame_length,
         HEAD_DIM, PAIRS, HALF, INTERLEAVED, TILE, CHUNK, DOT, PRECISION,
@@ -185,9 +171,11 @@ def reconstruct(side: LatentSide, dtype: torch.dtype = torch.float32) -> Tensor:
     sums and float32 rotations.
 
     Raises:
-        ValueError: If rows of codes are not padded and aligned to 16 bytes.
+        ValueError: If matrices do not fit the tiers or differ by batch element, head_dim is not a multiple of 16 up to
+            256, or rows of codes are not padded and aligned to 16 bytes.
     """
-    arguments, up = tier_arguments(side.tiers), up_proj_arguments(side)
+    check_side("side", side)
+    tiers, up = tier_arguments(side.tiers).tiers, up_proj_arguments(side)
     batch, tokens, _ = side.tiers[0].codes.shape
     # The interpreter cuts numbers off at bfloat16 instead of rounding.
     stored = torch.float32 if dtype == torch.bfloat16 and interpreted() else dtype
@@ -199,6 +187,7 @@ def reconstruct(side: LatentSide, dtype: torch.dtype = torch.float32) -> Tensor:
     with torch.cuda.device(states.device) if states.is_cuda else nullcontext():
         _reconstruct[(triton.cdiv(tokens, tile), up["heads"], batch)](
             out=states,
+            tiers=tiers,
             tokens=tokens,
             frame_length=1 if side.rope is None else side.rope.frame_length,
             PAIRS=block(up["HEAD_DIM"] // 2, 16, 128),
@@ -209,6 +198,5 @@ def reconstruct(side: LatentSide, dtype: torch.dtype = torch.float32) -> Tensor:
             num_warps=warps(256),
             num_stages=2,
             **up,
-            **(arguments.layout | arguments.read),
         )
     return states.to(dtype)

@@ -11,11 +11,11 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels under test need triton")
 
+from lowrank_cache.growing import GrowingTensor
 from lowrank_cache.kernels import triton_decode
 from lowrank_cache.kernels.packed import LatentSide, PackedTier
 from lowrank_cache.kernels.triton_decode import latent_attention
-from lowrank_cache.latents import GrowingTensor
-from tests.oracle.latent_sides import attention_band, make_rope, make_side, make_tiers, on_device
+from tests.oracle.latent_sides import attention_band, make_rope, make_side, make_tiers, on_device, per_batch
 
 ALL_TIERS = {16: 3, 8: 21, 4: 40, 2: 150}
 
@@ -260,3 +260,7 @@ def test_rejects_what_it_cannot_read():
         latent_attention(query, key, dataclasses.replace(value, up_proj=value.up_proj[..., :24]), scaling=1.0)
     with pytest.raises(ValueError, match="value must have 2 heads and 70 tokens like key, got 1 and 70"):
         latent_attention(query, key, dataclasses.replace(value, up_proj=value.up_proj[:, :1]), scaling=1.0)
+    with pytest.raises(ValueError, match="up_proj and constant of value must be .* the same for all batch elements"):
+        latent_attention(query, key, per_batch(value), scaling=1.0)
+    with pytest.raises(ValueError, match='up_proj and constant of key must be .* got .*; impl="torch" takes one'):
+        latent_attention(query, dataclasses.replace(key, constant=per_batch(key).constant), value, scaling=1.0)

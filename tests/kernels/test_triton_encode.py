@@ -142,6 +142,14 @@ def test_refuses_states_that_are_not_finite(bad):
             one(**case)
 
 
+def test_refuses_matrices_by_batch_element():
+    case = encode_case(members=[(2, 32, 32, "half")], tiers=((4, 40),))
+    with pytest.raises(ValueError, match=r"down_proj must be \[64, 40\] .* got \[2, 64, 40\]"):
+        encode(**case | {"down_proj": torch.stack([case["down_proj"]] * 2)})
+    with pytest.raises(ValueError, match=r"constants must be \[2, 32\] .* got \[2, 2, 32\]"):
+        encode(**case | {"constants": [torch.stack(case["constants"] * 2)]})
+
+
 def test_trial_steps_are_those_of_the_reference():
     assert triton_encode._STEP_FRACTIONS == reference._STEP_FRACTIONS
 

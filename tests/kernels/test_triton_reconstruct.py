@@ -16,6 +16,7 @@ from tests.oracle.latent_sides import (
     make_side,
     make_tiers,
     on_device,
+    per_batch,
     with_noise,
 )
 
@@ -50,3 +51,13 @@ def test_reconstructs_nothing_from_nothing():
     tiers = make_tiers({4: 40}, 2, 5)
     empty = tuple(dataclasses.replace(tier, codes=tier.codes[:, :0], steps=tier.steps[:, :0]) for tier in tiers)
     assert reconstruct(on_device(make_side(empty, 2, 32))).shape == (2, 2, 0, 32)
+
+
+def test_rejects_what_it_cannot_read():
+    side = make_side(make_tiers({4: 40}, 2, 5), 2, 32)
+    with pytest.raises(ValueError, match="up_proj and constant of side must be .* the same for all batch elements"):
+        reconstruct(per_batch(side))
+    with pytest.raises(ValueError, match="up_proj of side must have 40 rows like its tiers, got 39"):
+        reconstruct(dataclasses.replace(side, up_proj=side.up_proj[1:]))
+    with pytest.raises(ValueError, match="head_dim of side must be a multiple of 16 up to 256, got 272"):
+        reconstruct(make_side(side.tiers, 1, 272))

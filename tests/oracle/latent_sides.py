@@ -25,6 +25,7 @@ __all__ = [
     "make_side",
     "make_tiers",
     "on_device",
+    "per_batch",
     "with_noise",
 ]
 
@@ -102,6 +103,14 @@ def on_device(thing):
         changes = {field.name: on_device(getattr(thing, field.name)) for field in dataclasses.fields(thing)}
         return dataclasses.replace(thing, **changes)
     return thing
+
+
+def per_batch(side: LatentSide) -> LatentSide:
+    """``side`` with matrices for every batch element, as bases of prompts are."""
+    batch = side.tiers[0].codes.shape[0]
+    return dataclasses.replace(
+        side, up_proj=torch.stack([side.up_proj] * batch), constant=torch.stack([side.constant] * batch)
+    )
 
 
 def with_noise(side: LatentSide, latents: float, tokens: float = 0.0) -> LatentSide:
