@@ -24,8 +24,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save
 
 from lowrank_cache import Projections
-from lowrank_cache.artefact_config import config_digest
-from lowrank_cache.atomic import write_files
+from lowrank_cache.artefact import config_digest, write_files
 from lowrank_cache.calibration import calibrate
 from lowrank_cache.calibration.moments import Moments
 from lowrank_cache.projections import CONFIG_FILE, TENSOR_FILE

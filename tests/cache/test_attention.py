@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
 from lowrank_cache import LowRankCache, latent_attention
-from lowrank_cache.attended import attended_by
 from lowrank_cache.calibration import calibrate
+from lowrank_cache.latent_view import attended_by
 from tests.cache.test_generation import MODES, MORE_MODES, compare
 from tests.oracle.inside import forbid_reconstruction
 from tests.oracle.models import (

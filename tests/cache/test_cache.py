@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from lowrank_cache import LowRankCache, Projections
-from lowrank_cache.allocation import full_bytes_per_token, plan_stores
+from lowrank_cache.budget import full_bytes_per_token
 from lowrank_cache.calibration import calibrate
 from tests.oracle.models import REFUSED, exact_cache, full_rank_projections, random_tokens, tiny_model
 from tests.oracle.states import Unchanged, filled_cache
@@ -155,13 +155,13 @@ class TestCacheArguments:
             model, [random_tokens(4, 20)], method=method, layer_group_size=layer_group_size, progress=False
         )
         with pytest.raises(ValueError, match="largest reachable ratio is") as refused:
-            plan_stores(made, 1e6, bits=bits)
+            made.plan(1e6, bits=bits)
         largest = float(str(refused.value).rsplit(" ", 1)[1])
-        plans = plan_stores(made, largest, bits=bits)
+        plans = made.plan(largest, bits=bits)
         stored = sum(plan.bytes_per_token for plan in plans)
-        assert 0 < stored <= full_bytes_per_token(made) / largest
+        assert 0 < stored <= full_bytes_per_token(made.shape) / largest
         with pytest.raises(ValueError, match=f"largest reachable ratio is {largest}$"):
-            plan_stores(made, largest + 0.02, bits=bits)
+            made.plan(largest + 0.02, bits=bits)
         # And a cache at that ratio works.
         cache = LowRankCache(model, made, compression_ratio=largest, bits=bits, residual_length=0, block_size=2)
         logits = [model(part, past_key_values=cache).logits for part in random_tokens(1, 16).split(8, dim=1)]

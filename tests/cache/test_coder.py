@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lowrank_cache import LowRankCache
-from lowrank_cache.allocation import plan_stores
-from lowrank_cache.models import model_shape
+from lowrank_cache.budget import GroupPlan
+from lowrank_cache.probe import model_shape
 from tests.oracle.inside import encode_and_reconstruct, narrowed_matrices
 from tests.oracle.memory import base_tensors, held_bytes, reachable_tensors, storages
 from tests.oracle.models import SMALL_SIZES, full_rank_projections, random_tokens, tiny_model
@@ -85,13 +85,13 @@ def scaled(basis, factor):
 @pytest.mark.parametrize("factor, down, up", [(1e6, torch.float32, torch.float32), (2.0, torch.float16, torch.float16)])
 def test_float32_stays_where_half_precision_would_overflow_or_underflow(factor, down, up, joint):
     projections = full_rank_projections("llama", joint=joint)
-    plan = plan_stores(projections, 1)[0]
     basis = projections.bases[0]
+    plan = GroupPlan((scaled(basis, factor),), projections.plan(1)[0].tiers)
     members = projections.shape.members(basis.side, basis.layers)
-    down_proj, up_projs = narrowed_matrices(scaled(basis, factor), plan, members, torch.float16)
+    down_proj, up_projs = narrowed_matrices(plan, members, torch.float16)
     assert down_proj.dtype == down and {up_proj.dtype for up_proj in up_projs} == {up}
     states = [torch.randn(2, shape.heads, 5, shape.head_dim) for _, _, shape in members]
-    read = encode_and_reconstruct(scaled(basis, factor), plan, members, torch.float16, states)
+    read = encode_and_reconstruct(plan, members, torch.float16, states)
     for reconstructed, expected in zip(read, states, strict=True):
         torch.testing.assert_close(reconstructed, expected, rtol=0, atol=0.05 if down == torch.float16 else 1e-3)
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from lowrank_cache import LowRankCache, latent_attention
 from lowrank_cache.kernels.packed import LatentSide, PackedTier
-from lowrank_cache.models import layer_devices, model_shape
+from lowrank_cache.probe import layer_devices, model_shape
 from tests.oracle.fake_devices import FIRST, SECOND, FakeDevices
 from tests.oracle.inside import devices_of_latents, devices_of_windows, prompt_bases
 from tests.oracle.models import SMALL_SIZES, full_rank_projections, random_tokens, tiny_model
@@ -203,7 +203,7 @@ def test_kernels_are_launched_under_their_tensors_device(monkeypatch, operation)
             if isinstance(kernel, triton.runtime.jit.JITFunction | triton.runtime.interpreter.InterpretedFunction):
                 monkeypatch.setattr(part, name, noted)
     if operation == "decode":
-        module.latent_decode(torch.zeros(1, 1, 1, 16), side, side, scaling=1.0)
+        module.latent_attention(torch.zeros(1, 1, 1, 16), side, side, scaling=1.0)
     elif operation == "reconstruct":
         module.reconstruct(side, torch.float32)
     else:

@@ -25,7 +25,7 @@ from transformers import DynamicCache
 import lowrank_cache
 from lowrank_cache import LowRankCache, latent_attention
 from lowrank_cache.calibration import calibrate
-from lowrank_cache.models import model_shape
+from lowrank_cache.probe import model_shape
 from tests.cache.test_attention import registered
 from tests.oracle.memory import held_bytes
 from tests.oracle.models import SMALL_SIZES, exact_cache, full_rank_projections, random_tokens, tiny_model
@@ -232,7 +232,7 @@ def test_interrupted_construction_is_not_remembered():
         with _Interrupt(at), contextlib.suppress(KeyboardInterrupt):
             LowRankCache(model, projections, compression_ratio=settings)
         cache = LowRankCache(model, projections, compression_ratio=settings, **SMALL_SIZES)
-        assert len(cache.groups()) == len(projections.stores())
+        assert len(cache.groups()) == len(projections.groups())
         model(text, past_key_values=cache)
         assert cache.stored_bytes() == held_bytes(cache) > 0
 

@@ -6,7 +6,7 @@ import torch
 from lowrank_cache import LowRankCache
 from lowrank_cache.calibration import calibrate
 from lowrank_cache.hadamard import channel_mixing, hadamard_blocks
-from lowrank_cache.kernels.reference import dequantize, quantize
+from lowrank_cache.kernels.packed import dequantize, quantize
 from tests.oracle.memory import base_tensors, held_bytes
 from tests.oracle.models import SMALL_SIZES, random_tokens, tiny_model
 from tests.oracle.states import latent_states, unrotated
@@ -81,7 +81,7 @@ def test_uniform_bits_store_what_they_claim_and_read_back_near_the_truth(method,
     # Step errors of unit-variance channels (budget.DISTORTION), with room for tiny tiers.
     allowed = {8: 1e-3, 4: 0.06, 2: 0.5}[bits]
     read, truth = (latent_states(model, each, 2) for each in (cache, exact))
-    for group, bases in zip(cache.groups(), projections.stores(), strict=True):
+    for group, bases in zip(cache.groups(), projections.groups(), strict=True):
         assert [width for width, _ in group.tiers] == [bits]
         (member,) = group.members
         errors = sizes = 0.0

@@ -20,9 +20,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from lowrank_cache import LowRankCache
 from lowrank_cache.calibration import calibrate
-from lowrank_cache.growing import GrowingTensor
-from lowrank_cache.kernels.reference import QUANTIZED_BITS, dequantize, quantize
-from lowrank_cache.latents import PackedLatents
+from lowrank_cache.kernels.packed import QUANTIZED_BITS, dequantize, quantize
+from lowrank_cache.latents import GrowingTensor, PackedLatents
 from tests.oracle.inside import damaged_latents, without_reading
 from tests.oracle.models import full_rank_projections, random_tokens, tiny_model
 

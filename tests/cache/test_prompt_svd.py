@@ -9,8 +9,9 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from lowrank_cache import LowRankCache, latent_attention
-from lowrank_cache.models import LayerShape, ModelShape, RopeShape, SideShape, model_shape
+from lowrank_cache.probe import model_shape
 from lowrank_cache.prompt_svd import leading_directions, prompt_ranks
+from lowrank_cache.shapes import LayerShape, ModelShape, RopeShape, SideShape
 from tests.cache.test_generation import MODES, compare
 from tests.oracle.inside import has_prompt_bases, plant_shape, skip_products_of_prompts
 from tests.oracle.memory import held_bytes, reachable_tensors

@@ -18,8 +18,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicIndexedLayer
 
 from lowrank_cache import LowRankCache, Projections, latent_attention
-from lowrank_cache.artefact_config import config_digest
-from lowrank_cache.saved_folder import CONFIG_FILE
+from lowrank_cache.artefact import CONFIG_FILE, config_digest
 from tests.cache.test_projections import mutate, mutations
 from tests.oracle.inside import first_real
 from tests.oracle.models import SMALL_SIZES, full_rank_projections, random_tokens, tiny_model

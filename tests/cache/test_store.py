@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import DynamicCache
 
 from lowrank_cache import LowRankCache
-from lowrank_cache.allocation import full_bytes_per_token, plan_stores
+from lowrank_cache.budget import full_bytes_per_token
 from lowrank_cache.kernels.packed import ROW_BYTES, padded_channels
 from lowrank_cache.kernels.rope import angle_tables, rotate
 from tests.oracle.memory import held_bytes, live_tensors, reachable_tensors, storages
@@ -134,7 +134,7 @@ def test_stored_bytes_are_those_of_the_tensors(family, bits):
 @pytest.mark.parametrize("ratio", [1, 1.5, 2.7, 5.0])
 def test_a_token_takes_the_bytes_that_were_planned(ratio, bits, joint):
     model, projections = tiny_model("llama"), full_rank_projections("llama", joint=joint)
-    plans = plan_stores(projections, ratio, bits=bits)
+    plans = projections.plan(ratio, bits=bits)
     cache = lossy_cache(model, joint=joint, bits=bits, compression_ratio=ratio)
     model(random_tokens(2, 25), past_key_values=cache)
     saved = saved_tensors(cache)
@@ -150,7 +150,7 @@ def test_a_token_takes_the_bytes_that_were_planned(ratio, bits, joint):
             assert row.nbytes % ROW_BYTES == 0
             assert row.nbytes * 8 == padded_channels(tier_bits, channels) * tier_bits
     assert cache.latent_bytes_per_token() == sum(plan.bytes_per_token for plan in plans)
-    assert sum(plan.bytes_per_token for plan in plans) <= full_bytes_per_token(projections) / ratio
+    assert sum(plan.bytes_per_token for plan in plans) <= full_bytes_per_token(projections.shape) / ratio
 
 
 def test_long_context_reaches_the_ratio_asked_for():

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from lowrank_cache import LowRankCache
-from lowrank_cache.budget import plan_groups
 from lowrank_cache.calibration import calibrate
 from lowrank_cache.calibration.api import projections_from_moments
 from lowrank_cache.calibration.recalkv import group_similar_heads, head_similarity
@@ -158,7 +157,7 @@ def test_keys_and_values_share_one_budget_by_fisher_information():
     for basis in made.bases:
         share = basis.rank_weight / basis.width
         assert share == pytest.approx(weights[basis.side][basis.layers[0]] / 96)
-    stored = sum(plan.bytes_per_token for plan in plan_groups(made, 2))
+    stored = sum(plan.bytes_per_token for plan in made.plan(2))
     assert 0.8 * 3 * 192 < stored <= 3 * 192
 
 

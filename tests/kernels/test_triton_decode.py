@@ -11,10 +11,10 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels under test need triton")
 
-from lowrank_cache.growing import GrowingTensor
 from lowrank_cache.kernels import triton_decode
 from lowrank_cache.kernels.packed import LatentSide, PackedTier
 from lowrank_cache.kernels.triton_decode import latent_attention
+from lowrank_cache.latents import GrowingTensor
 from tests.oracle.latent_sides import attention_band, make_rope, make_side, make_tiers, on_device, per_batch
 
 ALL_TIERS = {16: 3, 8: 21, 4: 40, 2: 150}

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowrank_cache import LowRankCache, models, prompt_svd
-from lowrank_cache.allocation import StorePlan
-from lowrank_cache.latents import Coder
-from lowrank_cache.models import ModelShape, RopeShape
+from lowrank_cache import LowRankCache, forward, probe, prompt_svd, store
+from lowrank_cache.budget import GroupPlan
+from lowrank_cache.coder import CalibratedCoder
+from lowrank_cache.kernels.packed import pack_latents
 from lowrank_cache.positions import PositionTrack
-from lowrank_cache.projections import Basis
+from lowrank_cache.shapes import ModelShape, RopeShape
 from lowrank_cache.store import LatentStore
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "first_real",
     "forbid_reconstruction",
     "has_prompt_bases",
+    "hook_count",
     "keep_first_frequencies",
     "narrowed_matrices",
     "plant_frequencies",
@@ -42,7 +43,7 @@ __all__ = [
 ]
 
 # Objects that hold calibrated bases: memory that a cache shares with others, and that `stored_bytes` leaves out.
-CALIBRATED_BASES: tuple[type, ...] = (Coder,)
+CALIBRATED_BASES: tuple[type, ...] = (CalibratedCoder,)
 
 
 def watch_encoding(
@@ -52,22 +53,31 @@ def watch_encoding(
 
     States are by member ``[batch, heads, tokens, head_dim]``, rotated into their frames.
     """
-    encode = Coder.encode
+    encode, encode_pending, members = store.encode, LatentStore._encode_pending, []
 
-    def noted(coder, states):
-        note(coder.members, states)
-        return encode(coder, states)
+    def pending(self, states):
+        members[:] = [(member.layer, member.side) for member in self.coder.members]
+        encode_pending(self, states)
 
-    monkeypatch.setattr(Coder, "encode", noted)
+    def noted(states, constants, frames, *rest, **options):
+        framed = [
+            part.float() if rope is None else rope.rotated_into(part.float())
+            for part, rope in zip(states, frames, strict=True)
+        ]
+        note(tuple(members), framed)
+        return encode(states, constants, frames, *rest, **options)
+
+    monkeypatch.setattr(LatentStore, "_encode_pending", pending)
+    monkeypatch.setattr(store, "encode", noted)
 
 
 def change_ropes(cache: LowRankCache, change: Callable[[str, RopeShape | None], RopeShape | None]) -> None:
     """Make a cache rotate otherwise, ``change(side, rope)``: a planted fault that a check must find."""
-    for store in cache._stores:
-        store.coder = copy.copy(store.coder)  # other caches share it
-        store.coder.shapes = tuple(
-            dataclasses.replace(shape, rope=change(side, shape.rope))
-            for (_, side), shape in zip(store.coder.members, store.coder.shapes, strict=True)
+    for held in cache._stores:
+        held.coder = copy.copy(held.coder)  # other caches share it
+        held.coder.members = tuple(
+            member._replace(shape=dataclasses.replace(member.shape, rope=change(member.side, member.shape.rope)))
+            for member in held.coder.members
         )
 
 
@@ -119,42 +129,43 @@ def damaged_latents(
 
 def has_prompt_bases(cache: LowRankCache) -> bool:
     """Whether xkv made bases of a prompt: after a forward that failed, public calls would undo it first."""
-    return any(store.coder.fitted for store in cache._stores)
+    return any(held.coder.fitted for held in cache._stores)
 
 
 def prompt_bases(cache: LowRankCache) -> list[list[Tensor]]:
     """By group, tensors of xkv's bases where they lie: in a file they have no device."""
-    return [store.coder.tensors() for store in cache._stores]
+    return [[*held.coder.up_projs, *held.coder.constants, held.coder.units] for held in cache._stores]
 
 
 def devices_of_windows(cache: LowRankCache) -> list[list[torch.device]]:
     """By group and member, where recent tokens lie: states come back on the device of whoever asks."""
-    return [[window.view().device for window in store.windows] for store in cache._stores]
+    return [[window.view().device for window in held.windows] for held in cache._stores]
 
 
 def devices_of_latents(cache: LowRankCache) -> list[set[torch.device]]:
     """By group, where latents lie: states come back on the device of whoever asks."""
-    return [{buffer.view().device for buffer in store.latents.buffers()} for store in cache._stores]
+    return [{buffer.view().device for buffer in held.latents.buffers()} for held in cache._stores]
 
 
-def narrowed_matrices(basis: Basis, plan: StorePlan, members: list, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+def narrowed_matrices(plan: GroupPlan, members: list, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
     """Down- and up-projections as a cache holds them: latents that overflow would be clamped before one could see."""
-    (block,) = Coder((basis,), plan, members, dtype).blocks
-    return block.down_proj, block.up_projs
+    coder, cpu = CalibratedCoder(plan, members, dtype), torch.device("cpu")
+    return coder.encoding(cpu).down_proj, [coder.reading(n, cpu).up_proj.flatten(1) for n in range(len(members))]
 
 
-def encode_and_reconstruct(
-    basis: Basis, plan: StorePlan, members: list, dtype: torch.dtype, states: list[Tensor]
-) -> list[Tensor]:
+def encode_and_reconstruct(plan: GroupPlan, members: list, dtype: torch.dtype, states: list[Tensor]) -> list[Tensor]:
     """States through one basis and back, without the rounding of stored latents, by member."""
-    coder = Coder((basis,), plan, members, dtype)
-    latents = coder.encode(states)
-    return [coder.decode(latents, member) for member in range(len(states))]
+    coder, cpu = CalibratedCoder(plan, members, dtype), torch.device("cpu")
+    constants, down_proj, _ = coder.encoding(cpu)
+    centred = [part - mean[:, None] for part, mean in zip(states, constants, strict=True)]
+    latents = torch.cat([part.transpose(1, 2).flatten(2) for part in centred], dim=2) @ down_proj.float()
+    read = [coder.reading(number, cpu) for number in range(len(states))]
+    return [torch.einsum("btr,rhd->bhtd", latents, one.up_proj.float()) + one.constant[:, None] for one in read]
 
 
 def forbid_reconstruction(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let anything fail that makes states of latents: shapes alone would miss what is made in pieces."""
-    monkeypatch.setattr(Coder, "decode", None)
+    monkeypatch.setattr(store, "reconstruct", None)
 
 
 def without_reading(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,20 +175,25 @@ def without_reading(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def plant_shape(model: nn.Module, shape: ModelShape) -> None:
     """Let a tiny model pass for one of ``shape``: Llama-3.1-8B's bytes without its weights."""
-    models._SHAPES[model.get_decoder()] = shape
+    probe._SHAPES[model.get_decoder()] = shape
 
 
 def skip_products_of_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill xkv's bases and latents with zeros: at 65,536 tokens their products would take minutes."""
 
-    def no_fit(store, pending):
-        width = sum(shape.width for shape in store.coder.shapes)
-        found = (torch.zeros(1, width, store.coder.rank), torch.zeros(1, store.coder.rank))
+    def no_fit(coder, states, frames, used):
+        width = sum(member.shape.width for member in coder.members)
+        found = (torch.zeros(1, width, coder.rank), torch.zeros(1, coder.rank))
         monkeypatch.setattr(prompt_svd, "leading_directions", lambda covariance, rank: found)
-        store.coder.fit(torch.zeros(1, 1, 1), torch.zeros(1, width))
+        coder._make(torch.zeros(1, 1, 1), torch.zeros(1, width))
 
-    monkeypatch.setattr(prompt_svd.PromptStore, "_fit", no_fit)
-    monkeypatch.setattr(LatentStore, "_framed", lambda store, states, start: states)
-    monkeypatch.setattr(
-        prompt_svd.PromptCoder, "encode", lambda coder, states: torch.zeros(1, states[0].shape[2], coder.rank)
-    )
+    def no_encode(states, constants, frames, down_proj, tiers, weight, latent_dtype, **options):
+        return pack_latents(torch.zeros(1, states[0].shape[2], down_proj.shape[-1]), tiers, weight, latent_dtype)
+
+    monkeypatch.setattr(prompt_svd.PromptCoder, "fit", no_fit)
+    monkeypatch.setattr(store, "encode", no_encode)
+
+
+def hook_count(decoder: nn.Module) -> int:
+    """How many caches watch ``decoder``: torch counts the one hook that they share."""
+    return forward._HOOKS[decoder].users if decoder in forward._HOOKS else 0

@@ -32,7 +32,7 @@ from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
 from lowrank_cache import LowRankCache, latent_attention
 from lowrank_cache.cache import LowRankLayer
-from lowrank_cache.models import decoder_of
+from lowrank_cache.probe import decoder_of
 from tests.cache.test_attention import REBUILT, registered
 from tests.oracle.memory import held_bytes, live_tensors
 from tests.oracle.models import FAMILIES, MORE_FAMILIES, exact_cache, full_rank_projections, random_tokens, tiny_model
