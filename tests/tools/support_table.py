@@ -27,9 +27,9 @@ convolution, linear attention) keep transformers' own classes, inside the same c
 
 With full-rank projections, tokens equal those of `DynamicCache` and logits agree to rounding
 (`tests/cache/test_generation.py`), and for the first table encoded keys are proven to be the keys before the
-model's rotary function (`tests/cache/test_unrotation.py`). "Attend to latents" says which of the compressed layers
+model's rotary function (`tests/cache/test_probe.py`). "Attend to latents" says which of the compressed layers
 [`latent_attention`](cache_contract.md#attending-to-latents) serves, in the same modes
-(`tests/cache/test_latent_attention.py`); it raises where there is none, and the cache works without it.
+(`tests/cache/test_attention.py`); it raises where there is none, and the cache works without it.
 """
 
 _FOOT = """\
