@@ -219,7 +219,7 @@ def _check_ranks(ranks: Ranks, firsts: list[int]) -> None:
 
 def _within(rank: int, name: str, least: int, most: int) -> int:
     if not least <= rank <= most:
-        raise ValueError(f"ranks: {name} allows ranks {least} to {most}, got {rank!r}")
+        raise ValueError(f"ranks of {name} must be {least} to {most}, got {rank!r}")
     return rank
 
 
