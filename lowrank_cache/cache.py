@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from transformers.cache_utils import (
 
 from lowrank_cache.allocation import plan_stores
 from lowrank_cache.attended import Attended, attach_view, attended_by
+from lowrank_cache.budget import tier_bytes
 from lowrank_cache.hooks import watch
 from lowrank_cache.kernels.reference import QUANTIZED_BITS
 from lowrank_cache.latents import Coder
@@ -118,6 +119,20 @@ class LowRankLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         """-1: no maximum."""
         return -1
+
+
+class CachedGroup(NamedTuple):
+    """Tokens of one layer group in a cache.
+
+    Attributes:
+        members: Layer and side of what is stored together.
+        tiers: Bits and channels.
+        tokens: Slots held as latents now.
+    """
+
+    members: tuple[tuple[int, str], ...]
+    tiers: tuple[tuple[int, int], ...]
+    tokens: int
 
 
 class LowRankCache(Cache):
@@ -541,6 +556,21 @@ class LowRankCache(Cache):
         0 for xkv, whose bases belong to prompts and count in ``stored_bytes``.
         """
         return sum(coder.nbytes for coder in self._coders)
+
+    def latent_bytes_per_token(self) -> int:
+        """Bytes of one token of one sequence in all latents, padding and steps included."""
+        return sum(tier_bytes(bits, channels) for group in self.groups() for bits, channels in group.tiers)
+
+    def groups(self) -> list[CachedGroup]:
+        """What is stored together, and how much of it is latents now."""
+        return [
+            CachedGroup(
+                tuple(store.coder.members),
+                tuple(store.coder.tiers),
+                0 if store.latents is None else store.latents.tokens,
+            )
+            for store in self._stores
+        ]
 
     def _other_states(self) -> list[Tensor]:
         """Keys and values of the attention layers that are not compressed."""
