@@ -2,13 +2,19 @@
 
 Their keys carry a constant many times larger than what varies, mostly in the pairs that the rotary
 embedding turns slowest. A coder that spends its scale on the constant loses there; this makes one out
-of a model without bias, so that the loss can be measured on a real model.
+of a model without bias and saves it, so that ``lowrank-cache eval FOLDER`` can measure the loss on a real model.
 """
 
+from pathlib import Path
+from typing import Annotated
+
 import torch
+import typer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-__all__ = ["with_key_bias"]
+from lowrank_cache.evaluation.inputs import load_model
+
+__all__ = ["main", "with_key_bias"]
 
 SLOWEST_PAIRS = 4
 
@@ -38,3 +44,19 @@ def with_key_bias(model: PreTrainedModel, size: float) -> LlamaForCausalLM:
         signs = torch.tensor([1.0, -1.0]).repeat(len(heads))[: len(heads), None]
         heads[:, half - SLOWEST_PAIRS : half] = signs * size
     return biased
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder for the model and its tokenizer.")],
+    key_bias: Annotated[float, typer.Option(help="The constant bias on the keys.")],
+    model: Annotated[str | None, typer.Argument(help="Name or folder of a model; SmolLM2-135M by default.")] = None,
+) -> None:
+    """Save MODEL with a constant bias on its keys."""
+    loaded, tokenizer, name = load_model(model, typer.echo)
+    with_key_bias(loaded, key_bias).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    typer.echo(f"{name} with a key bias of {key_bias:g} is in {out}; measure it with 'lowrank-cache eval {out}'.")
+
+
+if __name__ == "__main__":
+    typer.run(main)

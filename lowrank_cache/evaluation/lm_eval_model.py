@@ -4,12 +4,16 @@ lm-eval scores a context and its continuation in one forward, which attends exac
 cache nothing would be lost, whatever it stores. Here contexts and continuations go through the cache ``chunk`` tokens a
 forward, for the full cache too, so that both are measured on one path.
 
-Needs the package lm-eval, which nothing else of this project imports.
+``python -m`` this file is lm-eval's command line with this model and with look-ups as tasks: lm-eval finds models by a
+registry that only running code can add to, so its own command does not know this one. Needs the package lm-eval, which
+nothing else of this project imports.
 """
 
 import logging
+import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +23,7 @@ from transformers import Cache
 
 from lowrank_cache import Projections
 from lowrank_cache.cache_argument import cache_argument
-from lowrank_cache.evaluation.baselines import BASELINES
-from lowrank_cache.evaluation.cache_rows import CacheRow, cache_row
+from lowrank_cache.evaluation.caches import BASELINES, CacheEntry, cache_entry
 from lowrank_cache.evaluation.streaming import branch, feed, padded
 
 try:
@@ -29,8 +32,9 @@ try:
 except ImportError as error:
     raise ImportError('hf-lowrank needs lm-eval: pip install "lowrank-cache[lm-eval]"') from error
 
-__all__ = ["LowRankLM", "register"]
+__all__ = ["TASKS", "LowRankLM", "main", "register"]
 
+TASKS = Path(__file__).parent / "lm_eval_tasks"  # look-ups, which need no network
 _log = logging.getLogger(__name__)
 Request = tuple[Any, list[int], list[int]]  # a key for lm-eval's own cache, context and continuation
 
@@ -52,7 +56,7 @@ class LowRankLM(HFLM):
         chunk: Tokens per forward; each sees its own tokens exactly and all others as cached.
         residual_length, num_sink_tokens, block_size: Of ``LowRankCache``. A context no longer than these keep exactly
             measures nothing, so the window is shorter than the library's default.
-        attend: Attend to latents instead of rebuilding keys and values.
+        attend: Attend to latents instead of reconstructing keys and values.
 
     Raises:
         ValueError: If the cache cannot be made, ``chunk`` is below 1 or ``batch_size`` is not a number.
@@ -98,7 +102,7 @@ class LowRankLM(HFLM):
             projections = None
         sizes = {"residual_length": residual_length, "num_sink_tokens": num_sink_tokens, "block_size": block_size}
         self.chunk, self.attend = chunk, attend
-        self.row: CacheRow = cache_row(cache, projections, options, self.model, sizes)
+        self.entry: CacheEntry = cache_entry(cache, projections, options, self.model, sizes)
         self._exactly = residual_length + num_sink_tokens + block_size
 
     def _loglikelihood_tokens(
@@ -132,7 +136,7 @@ class LowRankLM(HFLM):
         return kept[: len(kept) - len(continuation)], continuation
 
     def _warn_if_exact(self, lengths: list[int]) -> None:
-        if self.row.latent_ratio is not None and lengths and max(lengths) <= self._exactly:
+        if self.entry.latent_ratio is not None and lengths and max(lengths) <= self._exactly:
             _log.warning(
                 "no request of %d is longer than the %d tokens that the cache keeps exactly, so none reads a latent; "
                 "choose a smaller residual_length or longer contexts",
@@ -141,10 +145,7 @@ class LowRankLM(HFLM):
             )
 
     def _attention(self) -> AbstractContextManager:
-        return self.row.attention(self.model, self.attend)
-
-    def _new_cache(self) -> Cache:
-        return self.row.maker(self.attend)()
+        return self.entry.attention(self.model, self.attend)
 
     @torch.no_grad()
     def _score(
@@ -176,23 +177,23 @@ class LowRankLM(HFLM):
         dtype = self.mixed_precision_dtype
         return torch.autocast(device_type=self.device.type, dtype=dtype, enabled=dtype is not None)
 
-    def _streamed(self, rows: list[Tensor]) -> tuple[Cache | None, Tensor]:
-        """A cache that holds the rows, left-padded, and its mask; no cache yet if all rows are empty."""
-        ids, mask = (tensor.to(self.device) for tensor in padded(rows, "left"))
+    def _streamed(self, contexts: list[Tensor]) -> tuple[Cache | None, Tensor]:
+        """A cache that holds the contexts, left-padded, and its mask; no cache yet if all of them are empty."""
+        ids, mask = (tensor.to(self.device) for tensor in padded(contexts, "left"))
         if ids.shape[1] == 0:
             return None, mask
-        cache = self._new_cache()
+        cache = self.entry.make()
         for _ in feed(self.model, ids, mask, cache, chunk=self.chunk, logits_to_keep=1):
             pass
         return cache, mask
 
     def _continued(
-        self, rows: list[Tensor], targets: list[Tensor], cache: Cache | None, mask: Tensor
+        self, inputs: list[Tensor], targets: list[Tensor], cache: Cache | None, mask: Tensor
     ) -> list[tuple[float, bool]]:
-        """Of each row, log-probability of the targets after its tokens, and whether each is the most likely one."""
-        ids, real = (tensor.to(self.device) for tensor in padded(rows, "right"))
+        """Of each batch element, log-probability of the targets after its tokens, and whether each is the likeliest."""
+        ids, real = (tensor.to(self.device) for tensor in padded(inputs, "right"))
         wanted = padded(targets, "right")[0].to(self.device)
-        cache = self._new_cache() if cache is None else cache
+        cache = self.entry.make() if cache is None else cache
         values, likeliest = [], []
         for start, logits in feed(self.model, ids, torch.cat([mask, real], 1), cache, chunk=self.chunk):
             part = wanted[:, start : start + logits.shape[1], None]
@@ -200,8 +201,8 @@ class LowRankLM(HFLM):
             likeliest.append(logits.argmax(-1) == part[..., 0])
         value, greedy = torch.cat(values, 1), torch.cat(likeliest, 1)
         return [
-            (float(value[row, : len(part)].sum()), bool(greedy[row, : len(part)].all()))
-            for row, part in enumerate(targets)
+            (float(value[index, : len(part)].sum()), bool(greedy[index, : len(part)].all()))
+            for index, part in enumerate(targets)
         ]
 
     @torch.no_grad()
@@ -210,7 +211,7 @@ class LowRankLM(HFLM):
         if generation_kwargs.get("num_beams", 1) != 1 or generation_kwargs.get("num_return_sequences", 1) != 1:
             raise NotImplementedError("hf-lowrank generates one sequence a context without beams, got other settings")
         mask = generation_kwargs.pop("attention_mask", torch.ones_like(context))
-        cache = self._new_cache()
+        cache = self.entry.make()
         self._warn_if_exact([int(mask.sum(1).max())])
         with self._attention():
             if context.shape[1] > 1:
@@ -229,3 +230,18 @@ def _dtype(name: str | torch.dtype | None) -> torch.dtype | None:
     if not isinstance(getattr(torch, name, None), torch.dtype):
         raise ValueError(f"latent_dtype must be None or the name of a torch dtype, got {name!r}")
     return getattr(torch, name)
+
+
+def main() -> None:
+    """lm-eval's command line with the arguments of this process."""
+    from lm_eval.__main__ import cli_evaluate
+
+    register()
+    given = {argument.partition("=")[0] for argument in sys.argv[1:]}
+    if given & {"--tasks", "-t"} and "--include_path" not in given:
+        sys.argv += ["--include_path", str(TASKS)]
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    main()

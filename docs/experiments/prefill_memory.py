@@ -2,16 +2,20 @@
 
 import gc
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+import typer
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
+from lowrank_cache import LowRankCache, Projections
 from lowrank_cache.cache_argument import cache_argument
-from lowrank_cache.evaluation.memory import watch_allocated
+from lowrank_cache.evaluation.bench import watch_allocated
+from lowrank_cache.evaluation.inputs import in_dtype, load_model
 from lowrank_cache.models import SIDES, model_shape
 
-__all__ = ["PrefillPeak", "prefill_peak"]
+__all__ = ["PrefillPeak", "main", "prefill_peak"]
 
 
 @dataclass(frozen=True)
@@ -65,3 +69,32 @@ def _dense_bytes(kinds: set[tuple[int, int, int]]) -> int:
         if tuple(tensor.shape[1:]) in kinds
     }
     return sum(storages.values())
+
+
+def main(
+    projections: Annotated[str, typer.Argument(help="Folder or hub repository of projections.")],
+    model: Annotated[str | None, typer.Option(help="Name or folder of a model; SmolLM2-135M by default.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 4096,
+    ratio: Annotated[float, typer.Option(help="Target compression ratio per token in latents.")] = 8.0,
+    dtype: Annotated[str, typer.Option(help="Dtype of the model: float32, bfloat16, float16.")] = "bfloat16",
+) -> None:
+    """Show what a prefill keeps alive in memory with the full cache and with a compressed one, on a CPU."""
+    loaded, _, name = load_model(model, typer.echo)
+    loaded = in_dtype(loaded, dtype)
+    bases = Projections.from_pretrained(projections, compression_ratio=ratio)
+    prompt = torch.randint(loaded.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
+    typer.echo(f"{name} in {dtype}, a prompt of {tokens} tokens, {ratio:g}x")
+    makers = {
+        "full": lambda: DynamicCache(config=loaded.config),
+        "low-rank": lambda: LowRankCache(loaded, bases, compression_ratio=ratio),
+    }
+    for kind, make_cache in makers.items():
+        peak = prefill_peak(loaded, make_cache(), prompt)
+        typer.echo(
+            f"{kind} cache: dense keys and values alive at most {peak.dense / 1e6:.1f} MB, allocated at most "
+            f"{peak.allocated / 1e6:.1f} MB, left {peak.left / 1e6:.1f} MB"
+        )
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -8,25 +8,30 @@ finds its cache in the processor's.
 import statistics
 import time
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
 
 import torch
+import typer
 from torch import Tensor
 
 from lowrank_cache.allocation import StorePlan, plan_stores
-from lowrank_cache.budget import padded_channels
+from lowrank_cache.calibration.moments import Moments
+from lowrank_cache.evaluation.caches import build, parse
+from lowrank_cache.evaluation.report import Table
 from lowrank_cache.kernels.api import latent_decode
-from lowrank_cache.kernels.packed import LatentSide, PackedTier, RotaryFrames
+from lowrank_cache.kernels.packed import LatentSide, PackedTier, RotaryFrames, padded_channels
 from lowrank_cache.kernels.rope import angle_tables
 from lowrank_cache.models import BOTH
 from lowrank_cache.projections import Projections
 
-__all__ = ["OpRow", "op_markdown", "time_ops"]
+__all__ = ["OpEntry", "main", "op_table", "time_ops"]
 
 _LAYERS = 12  # rotated over
 
 
 @dataclass(frozen=True)
-class OpRow:
+class OpEntry:
     """Median seconds of one decode step's attention in one layer."""
 
     name: str
@@ -46,7 +51,7 @@ def time_ops(
     batch: int,
     dtype: torch.dtype,
     repeats: int = 25,
-) -> OpRow:
+) -> OpEntry:
     """Time both sides in turn, with the channels that calibration gives to the model's median layer.
 
     Args:
@@ -71,7 +76,7 @@ def time_ops(
         if repeat >= 2:
             times["dense"].append(middle - start)
             times["latent"].append(end - middle)
-    return OpRow(name, context, batch, statistics.median(times["dense"]), statistics.median(times["latent"]))
+    return OpEntry(name, context, batch, statistics.median(times["dense"]), statistics.median(times["latent"]))
 
 
 def _median_sides(
@@ -121,15 +126,52 @@ def _side(tiers: tuple[PackedTier, ...], shape, frames: RotaryFrames | None) -> 
     return LatentSide(tiers, up_proj, torch.zeros(shape.heads, shape.head_dim), frames)
 
 
-def op_markdown(rows: list[OpRow]) -> str:
-    """A Markdown table, times in milliseconds."""
+def op_table(entries: list[OpEntry]) -> Table:
+    """Times in milliseconds."""
+    head = ["context", "batch", "latents", "dense SDPA, ms", "latent attention, ms", "faster"]
     lines = [
-        "| context | batch | latents | dense SDPA, ms | latent attention, ms | faster |",
-        "| --- | --- | --- | --- | --- | --- |",
+        [
+            f"{entry.context:,}",
+            str(entry.batch),
+            entry.name,
+            f"{1e3 * entry.dense_seconds:.3f}",
+            f"{1e3 * entry.latent_seconds:.3f}",
+            f"{entry.dense_seconds / entry.latent_seconds:.2f}x",
+        ]
+        for entry in entries
     ]
-    lines.extend(
-        f"| {row.context:,} | {row.batch} | {row.name} | {1e3 * row.dense_seconds:.3f} | "
-        f"{1e3 * row.latent_seconds:.3f} | {row.dense_seconds / row.latent_seconds:.2f}x |"
-        for row in rows
-    )
-    return "\n".join(lines)
+    return Table(head, lines)
+
+
+def main(
+    moments: Annotated[Path, typer.Argument(help="Statistics that eval, bench or calibrate --save-moments saved.")],
+    cache: Annotated[
+        list[str] | None, typer.Option(help="Calibrated caches of one layer a group, as for 'lowrank-cache eval'.")
+    ] = None,
+    contexts: Annotated[str, typer.Option(help="Tokens in the cache, separated by commas.")] = "1024,4096,8192",
+    batches: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,4",
+    query_heads: Annotated[int, typer.Option(help="Query heads of the model of MOMENTS; SmolLM2-135M has 9.")] = 9,
+    threads: Annotated[int, typer.Option(help="Threads of PyTorch.")] = 1,
+    dtype: Annotated[str, typer.Option(help="Dtype of the model: float32, bfloat16, float16.")] = "bfloat16",
+) -> None:
+    """Time attention over the latents of one layer, alone, against dense attention."""
+    torch.set_num_threads(threads)
+    names = cache or ["fisher:8,groups=1,frame=64,joint=0"]
+    for name in names:
+        configuration = parse(name)
+        if configuration is None or not configuration.calibrated or configuration.groups != 1:
+            raise ValueError(
+                f"cache must be calibrated and have groups=1, for what layers share is not one's: {name!r}"
+            )
+    entries = [
+        time_ops(name, made, options["compression_ratio"], query_heads, context, batch, getattr(torch, dtype))
+        for name, (made, options) in build(names, Moments.load(moments)).items()
+        for context in map(int, contexts.split(","))
+        for batch in map(int, batches.split(","))
+        if made is not None
+    ]
+    typer.echo(op_table(entries).markdown())
+
+
+if __name__ == "__main__":
+    typer.run(main)
