@@ -81,8 +81,7 @@ def hub_answers(name: str, file: str, kind: str = "model", timeout: float = 5.0)
     if constants.HF_HUB_OFFLINE:
         return False
     try:
-        url = hf_hub_url(name, file, repo_type=kind, endpoint=constants.ENDPOINT)
-        get_hf_file_metadata(url, timeout=timeout)
+        get_hf_file_metadata(hf_hub_url(name, file, repo_type=kind), timeout=timeout)
     except Exception:  # the client's own classes differ between its versions; whatever it is, there is no answer
         return False
     return True

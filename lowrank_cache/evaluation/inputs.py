@@ -177,8 +177,11 @@ def _messages(language: str, folder: Path) -> str:
     """The translated messages of all installed programs in one language, each once."""
     messages: dict[str, None] = {}
     for path in sorted((folder / language / "LC_MESSAGES").glob("*.mo")):
-        with path.open("rb") as file:
-            catalogue = gettext.GNUTranslations(file)
+        try:
+            with path.open("rb") as file:
+                catalogue = gettext.GNUTranslations(file)
+        except (OSError, ValueError, LookupError):  # damaged, or in an encoding that Python does not know
+            continue
         for original, message in catalogue._catalog.items():  # type: ignore[attr-defined]  # no public way to list them
             if original and len(message) >= _SHORTEST_MESSAGE and " " in message:
                 messages[message.strip()] = None

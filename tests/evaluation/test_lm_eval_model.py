@@ -12,9 +12,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from lowrank_cache.evaluation.hf_lowrank import LowRankLM, register
-from lowrank_cache.evaluation.lm_eval import TASKS
-from lowrank_cache.evaluation.lookup_task import lookup_documents
+from lowrank_cache.evaluation.lm_eval_model import TASKS, LowRankLM, register
 from tests.oracle.character_tokenizer import character_tokenizer
 from tests.oracle.models import full_rank_projections, tiny_model
 
@@ -119,17 +117,6 @@ def test_beams_are_refused():
         ours.generate_until(requests("generate_until", asked), disable_tqdm=True)
 
 
-def test_documents_hold_their_answers_and_depend_on_the_seed():
-    documents = lookup_documents(6, entries=9, seed=3)
-    assert documents == lookup_documents(6, entries=9, seed=3) != lookup_documents(6, entries=9, seed=4)
-    for document in documents:
-        facts, _, question = document["text"].partition("\n\n")[2].rpartition("\n")
-        name = question.removeprefix("The secret code that was given to agent ").removesuffix(" is")
-        assert f"Agent {name} was given the secret code {document['choices'][document['answer']]} this" in facts
-        assert all(choice in facts for choice in document["choices"]) and len(set(document["choices"])) == 4
-    assert len({document["answer"] for document in documents}) > 1
-
-
 def test_the_tasks_run_without_a_network():
     torch.manual_seed(0)
     _, ours = models(batch_size=2, **SIZES, compression_ratio=4.0)
@@ -149,7 +136,15 @@ def test_the_documented_command(tmp_path):
     character_tokenizer().save_pretrained(folder)
     full_rank_projections("llama").save_pretrained(tmp_path / "projections")
     arguments = f"pretrained={folder},projections={tmp_path}/projections,compression_ratio=4,chunk=16,max_length=2048"
-    command = [sys.executable, "-m", "lowrank_cache.evaluation.lm_eval", "--model", "hf-lowrank", "--device", "cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "lowrank_cache.evaluation.lm_eval_model",
+        "--model",
+        "hf-lowrank",
+        "--device",
+        "cpu",
+    ]
     command += ["--model_args", arguments, "--tasks", "lowrank_lookups", "--output_path", str(tmp_path / "out")]
     command += ["--metadata", json.dumps({"count": 2, "entries": 5})]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

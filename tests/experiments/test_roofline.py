@@ -4,16 +4,15 @@ import dataclasses
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from lowrank_cache.calibration.moments import collect_moments
-from lowrank_cache.cli import app
-from lowrank_cache.evaluation.roofline import CARDS, Attention, KernelCost, LatentGroup, dense_time, kernel_costs
-from lowrank_cache.evaluation.roofline_run import Setting, measure_shares
 from lowrank_cache.models import BOTH, layer_groups, model_shape
+from tests.experiments import load
 from tests.oracle.models import random_tokens, tiny_model
 
-LLAMA = Attention(q_heads=32, heads=8, head_dim=128)
+roofline = load("roofline")
+CARDS, KernelCost, LatentGroup, Setting = roofline.CARDS, roofline.KernelCost, roofline.LatentGroup, roofline.Setting
+LLAMA = roofline.Attention(q_heads=32, heads=8, head_dim=128)
 H100 = next(card for card in CARDS if card.name.startswith("H100"))
 
 
@@ -23,7 +22,7 @@ def one_latent(key_bytes=258, value_bytes=258):
 
 
 def by_kernel(frame_length):
-    return {cost.kernel: cost for cost in kernel_costs(LLAMA, [one_latent()], frame_length)}
+    return {cost.kernel: cost for cost in roofline.kernel_costs(LLAMA, [one_latent()], frame_length)}
 
 
 def test_costs_are_those_counted_by_hand():
@@ -47,7 +46,7 @@ def test_the_scarcest_resource_decides():
     assert KernelCost("any", 0.85, 0.5, 0.1, 0.1, 0).seconds(card) == pytest.approx(1.0)
     assert KernelCost("any", 0.1, 0.1, 1.2, 0.1, 0).seconds(card) == pytest.approx(2.0)
     # The full cache of Llama is bound by memory: 4,096 bytes a token and layer.
-    assert dense_time(LLAMA, H100) == pytest.approx(4096 / (0.85 * H100.memory))
+    assert roofline.dense_time(LLAMA, H100) == pytest.approx(4096 / (0.85 * H100.memory))
 
 
 @pytest.fixture(scope="module")
@@ -64,23 +63,23 @@ def test_shares_meet_the_budget(moments):
     recorded, _ = moments
     full = 2 * sum(layer.key.width + layer.value.width for layer in recorded.shape.layers)
     for setting in (Setting(16, 1, 1, False), Setting(1, 2, 1, True), Setting(4, 1, 2, True)):
-        share = measure_shares(recorded, setting, 3.0)
+        share = roofline.measure_shares(recorded, setting, 3.0)
         assert 0 < share.bytes <= full / 3
         assert 0 < sum(share.keys.values()) <= 1 and 0 < sum(share.values.values()) <= 1
     # A joint latent serves both sides.
     assert share.keys == share.values
 
 
-def test_command(moments):
+def test_command(moments, capsys):
     recorded, path = moments
     heads = recorded.shape.layers[0].key.heads
-    done = CliRunner().invoke(app, ["roofline", str(path), "--ratio", "3", "--query-heads", str(2 * heads)])
-    assert done.exit_code == 0, done.output
-    lines = done.output.splitlines()
-    assert "85 % of the memory bandwidth" in done.output
+    roofline.main(path, ratio=3, query_heads=2 * heads)
+    output = capsys.readouterr().out
+    lines = output.splitlines()
+    assert "85 % of the memory bandwidth" in output
     assert sum(line.startswith("Least predicted loss") or line.startswith("No setting") for line in lines) == 2
-    assert all(done.output.count(f"| {card.name} |") == 2 for card in CARDS)  # the headers of two tables
+    assert all(output.count(f"| {card.name} |") == 2 for card in CARDS)  # the headers of two tables
     rows = [line for line in lines if line.startswith("| ") and "joint" in line]
     assert len(rows) == 2 * 4 * 3 + 4  # own: three groupings by four frames; Llama: one more grouping
-    done = CliRunner().invoke(app, ["roofline", str(path), "--query-heads", str(2 * heads + 1)])
-    assert done.exit_code == 1 and "query_heads must be a multiple of" in done.output
+    with pytest.raises(ValueError, match="query_heads must be a multiple of"):
+        roofline.main(path, query_heads=2 * heads + 1)

@@ -5,9 +5,10 @@ import re
 import pytest
 import torch
 
-from lowrank_cache.evaluation import papers, small_models
-from lowrank_cache.evaluation.small_models import byte_tokens, mla_config, multi_head_config, trained
 from lowrank_cache.models import model_shape
+from tests.experiments import load
+
+papers = load("papers")
 
 TEXT = "".join(f"line {number}: {number * number % 997} and {number % 13} times a word\n" for number in range(12_000))
 
@@ -15,9 +16,8 @@ TEXT = "".join(f"line {number}: {number * number % 997} and {number % 13} times 
 @pytest.fixture
 def small(monkeypatch):
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 8}
-    monkeypatch.setattr(small_models, "_COMMON", {**small_models._COMMON, **sizes})
-    for module in (small_models, papers):
-        monkeypatch.setattr(module, "WINDOW", 64)
+    monkeypatch.setattr(papers, "_COMMON", {**papers._COMMON, **sizes})
+    monkeypatch.setattr(papers, "WINDOW", 64)
 
 
 def test_writes_every_table_and_keeps_its_models(small, tmp_path):
@@ -48,15 +48,15 @@ def test_writes_every_table_and_keeps_its_models(small, tmp_path):
     assert len(grouped) == 3 and 0 < best <= min(grouped.values())
     weights = [path.read_bytes() for path in sorted(tmp_path.glob("*/model.safetensors"))]
     assert len(weights) == 2
-    kept = trained(multi_head_config(), torch.zeros(1), tmp_path / "multi-head", 4, said.append)
+    kept = papers.trained(papers.multi_head_config(), torch.zeros(1), tmp_path / "multi-head", 4, said.append)
     assert kept.config.hidden_size == 32
 
 
 def test_shapes_are_those_the_papers_need():
     with torch.random.fork_rng(devices=[]):
         many, latent = (
-            model_shape(small_models.AutoModelForCausalLM.from_config(config()).eval())
-            for config in (multi_head_config, mla_config)
+            model_shape(papers.AutoModelForCausalLM.from_config(config()).eval())
+            for config in (papers.multi_head_config, papers.mla_config)
         )
     assert many.layers[0].key.heads >= 8
     assert (latent.layers[0].key.width, latent.layers[0].value.width) == (64, 16)
@@ -64,5 +64,5 @@ def test_shapes_are_those_the_papers_need():
 
 
 def test_held_out_text_is_apart():
-    tokens, held_out = byte_tokens("a" * 180_000 + "b" * 20_000 + "a" * 100)
+    tokens, held_out = papers.byte_tokens("a" * 180_000 + "b" * 20_000 + "a" * 100)
     assert set(held_out.tolist()) == {ord("b")} and set(tokens.tolist()) == {ord("a")}

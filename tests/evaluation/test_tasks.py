@@ -5,9 +5,19 @@ import re
 from collections import Counter
 
 import pytest
+import torch
 
-from lowrank_cache.evaluation.answers import Prompter
-from lowrank_cache.evaluation.ruler import TASKS, Haystack, answer_tokens, recall_of, ruler_sample
+from lowrank_cache.evaluation.tasks import (
+    TASKS,
+    Haystack,
+    Prompter,
+    answer_tokens,
+    lookup_documents,
+    lookup_texts,
+    needle_texts,
+    sample_of,
+    score,
+)
 from tests.oracle.character_tokenizer import CHAT_TEMPLATE, character_tokenizer
 
 _WORDS = [first + middle + last for first in "bdfg" for middle in ("ale", "ori", "uma") for last in "knprstlmvz"]
@@ -23,7 +33,7 @@ HAYSTACK = Haystack(prose())
 
 
 def sample(task: str, length: int = 2000, index: int = 0, seed: int = 0):
-    return ruler_sample(task, len, HAYSTACK, length, index, seed)
+    return sample_of(task, len, HAYSTACK, length, index, seed)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -38,7 +48,7 @@ def test_a_sample_fills_its_length_with_room_for_question_and_answer(task, lengt
     made = sample(task, length)
     asked = max(len(part.text + part.prefix) + answer_tokens(len, part) for part in made.questions)
     assert length - 250 < len(made.context) + asked <= length
-    shorter = ruler_sample(task, len, HAYSTACK, length, 0, reserved=150)
+    shorter = sample_of(task, len, HAYSTACK, length, 0, reserved=150)
     assert len(shorter.context) + asked <= length - 150
 
 
@@ -88,9 +98,9 @@ def test_lists_longer_than_the_texts_words_go_on_with_pairs():
 
 
 def test_the_score_is_the_share_of_expected_strings():
-    assert recall_of(("12", "ab"), "It is AB and 12.") == 1
-    assert recall_of(("12", "ab"), "It is AB and 13.") == 0.5
-    assert recall_of(("12",), "1 2") == 0
+    assert score(("12", "ab"), "It is AB and 12.") == 1
+    assert score(("12", "ab"), "It is AB and 13.") == 0.5
+    assert score(("12",), "1 2") == 0
 
 
 def test_what_does_not_fit_or_is_no_text_is_refused():
@@ -114,3 +124,37 @@ def test_context_and_question_are_one_prompt(chat):
 def test_chat_needs_a_template():
     with pytest.raises(ValueError, match="needs a tokenizer with a chat template"):
         Prompter(character_tokenizer(), chat=True)
+
+
+def byte_tokenizer(text: str) -> dict:
+    """Bytes as tokens."""
+    return {"input_ids": [byte % 128 for byte in text.encode()]}
+
+
+def test_texts_hold_each_answer_once_and_questions_do_not():
+    for tokens, text in [
+        *((None, text) for text in lookup_texts(byte_tokenizer, 5, entries=8)),
+        *((900, text) for text in needle_texts(byte_tokenizer, torch.zeros(3000), 5, 900)),
+    ]:
+        context = _string(text.context)
+        assert tokens is None or len(context) == tokens
+        assert len(text.questions) == 4
+        for question, answer in text.questions:
+            (line,) = [line for line in context.splitlines() if _string(answer) in line]
+            name = re.search(r"(\w+ \w+)( opens with the number| is)$", _string(question))[1]
+            assert name in line and _string(answer) not in _string(question)
+
+
+def _string(ids: torch.Tensor) -> str:
+    return "".join(map(chr, ids.long().tolist()))
+
+
+def test_documents_hold_their_answers_and_depend_on_the_seed():
+    documents = lookup_documents(6, entries=9, seed=3)
+    assert documents == lookup_documents(6, entries=9, seed=3) != lookup_documents(6, entries=9, seed=4)
+    for document in documents:
+        facts, _, question = document["text"].partition("\n\n")[2].rpartition("\n")
+        name = question.removeprefix("The secret code that was given to agent ").removesuffix(" is")
+        assert f"Agent {name} was given the secret code {document['choices'][document['answer']]} this" in facts
+        assert all(choice in facts for choice in document["choices"]) and len(set(document["choices"])) == 4
+    assert len({document["answer"] for document in documents}) > 1
