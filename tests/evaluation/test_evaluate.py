@@ -229,9 +229,9 @@ def measure(model, out, text, *options):
 
 def arguments(model, out, text, *options):
     given = [
-        "eval", model, "--out", out, "--evaluate-on", text, "--calibrate-on", text, "--tokens", 1024, "--dtype", "float32",
-        "--device", "cpu", "--lengths", 1500, "--tasks", "single", "--samples", 1, "--lookups", 0, "--windows", 2, "--window", 64,
-        "--residual-length", 8, "--chunk", 200, "--cache", "fisher:2", *options,
+        "eval", model, "--out", out, "--evaluate-on", text, "--calibrate-on", text, "--tokens", 1024, "--dtype",
+        "float32", "--device", "cpu", "--lengths", 1500, "--tasks", "single", "--samples", 1, "--lookups", 0,
+        "--windows", 2, "--window", 64, "--residual-length", 8, "--chunk", 200, "--cache", "fisher:2", *options,
     ]  # fmt: skip
     return [str(argument) for argument in given]
 
