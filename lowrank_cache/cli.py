@@ -15,7 +15,7 @@ from lowrank_cache import Projections
 from lowrank_cache.calibration.moments import NoGradientError
 from lowrank_cache.evaluation.bench import WEIGHTS_ALONE, BenchSettings
 from lowrank_cache.evaluation.bench import bench as run_bench
-from lowrank_cache.evaluation.demo import DemoSettings, DownloadError, run_demo
+from lowrank_cache.evaluation.demo import DownloadError, run_demo
 from lowrank_cache.evaluation.evaluate import EvaluationSettings, run_evaluation
 from lowrank_cache.evaluation.inputs import CALIBRATION_TOKENS, Run, calibrate_model, load_text
 from lowrank_cache.evaluation.inspection import inspect_projections, plot_projections
@@ -92,7 +92,7 @@ def demo(
 ) -> None:
     """Calibrate a small real model, then generate with its full cache and with both presets."""
     with _errors_as_messages():
-        run_demo(out, load_text(calibrate_on), DemoSettings(compression_ratio=ratio))
+        run_demo(out, load_text(calibrate_on), ratio)
 
 
 @app.command()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lowrank_cache.allocation import StorePlan, plan_stores
 from lowrank_cache.calibration.moments import Moments
-from lowrank_cache.evaluation.caches import build, parse
+from lowrank_cache.evaluation.caches import XKV, build, parse
 from lowrank_cache.evaluation.report import Table
 from lowrank_cache.kernels.api import latent_decode
 from lowrank_cache.kernels.packed import LatentSide, PackedTier, RotaryFrames, padded_channels
@@ -159,7 +159,7 @@ def main(
     names = cache or ["fisher:8,groups=1,frame=64,joint=0"]
     for name in names:
         configuration = parse(name)
-        if configuration is None or not configuration.calibrated or configuration.groups != 1:
+        if configuration is None or configuration.method == XKV or configuration.groups != 1:
             raise ValueError(
                 f"cache must be calibrated and have groups=1, for what layers share is not one's: {name!r}"
             )

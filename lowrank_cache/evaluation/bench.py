@@ -24,15 +24,8 @@ from lowrank_cache.evaluation.inputs import Run, append_result, prepare, resume_
 from lowrank_cache.evaluation.report import Table, check_installed
 
 __all__ = [
-    "WEIGHTS_ALONE",
-    "Allocated",
-    "BenchEntry",
-    "BenchSettings",
-    "bench",
-    "bench_table",
-    "run_bench",
-    "watch_allocated",
-]
+    "WEIGHTS_ALONE", "Allocated", "BenchEntry", "BenchSettings", "bench", "bench_table", "run_bench", "watch_allocated",
+]  # fmt: skip
 
 WEIGHTS_ALONE = "weights-alone"  # a cache of one token: the floor of a decode step
 _RECONSTRUCTED = ",attend=0"

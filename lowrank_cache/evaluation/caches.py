@@ -23,21 +23,13 @@ from lowrank_cache.models import model_shape
 from lowrank_cache.prompt_svd import NEW_TOKENS
 
 __all__ = [
-    "BASELINES",
-    "CacheEntry",
-    "CacheSizes",
-    "Configuration",
-    "SimulatedKiviCache",
-    "build",
-    "cache_entry",
-    "make_baseline",
-    "parse",
-    "tensor_bytes",
-]
+    "BASELINES", "CacheEntry", "CacheSizes", "Configuration", "SimulatedKiviCache", "build", "cache_entry",
+    "make_baseline", "parse", "tensor_bytes",
+]  # fmt: skip
 
 BASELINES = ("full", "quantized-fp8", "quantized-4", "quantized-2", "kivi-4", "kivi-2")
 BITS = (16, 8, 4, 2)
-XKV = "xkv"  # needs no calibration
+XKV = "xkv"  # the one method that needs no calibration
 
 
 @dataclass(frozen=True)
@@ -61,11 +53,6 @@ class Configuration:
     bits: int | None = None
     ranks: int | None = None
     new: str | None = None
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether its bases come from statistics."""
-        return self.method != XKV
 
     @property
     def refit_ratio(self) -> float:
@@ -148,7 +135,7 @@ def build(
     built: dict[str, tuple[Projections | None, dict]] = {}
     for specification in specifications:
         configuration = parse(specification)
-        if configuration is None or not configuration.calibrated:
+        if configuration is None or configuration.method == XKV:
             built[specification] = (None, configuration.options() if configuration else {})
             continue
         name = configuration.bases_name
@@ -161,12 +148,8 @@ def build(
 def _made(configuration: Configuration, moments: Moments | None, refit) -> Projections:
     if moments is None:
         raise ValueError(f"bases {configuration.bases_name!r} need statistics, got none")
-    arguments: dict = {
-        "method": configuration.method,
-        "frame_length": configuration.frame,
-        "layer_group_size": configuration.groups,
-        "joint": configuration.joint,
-    }
+    arguments: dict = {"method": configuration.method, "joint": configuration.joint}
+    arguments |= {"frame_length": configuration.frame, "layer_group_size": configuration.groups}
     projections = projections_from_moments(moments, **arguments)
     ratio = configuration.refit_ratio
     refitted = refit(projections, ratio) if ratio > 1 else None
@@ -335,11 +318,8 @@ class SimulatedKiviCache(Cache):
         """What KIVI would store: codes, float16 steps and offsets by 32, the window in the model's dtype."""
         total = 0.0
         for layer in self.kivi_layers:
-            for states in (layer.keys, layer.values):
-                if states is None:
-                    continue
-                numbers = states.numel() / states.shape[2]
-                coded = layer.bits / 8 + 4 / layer.GROUP
-                total += numbers * layer.quantized * coded
-                total += numbers * (states.shape[2] - layer.quantized) * states.element_size()
+            for states in (layer.keys, layer.values) if layer.is_initialized else ():
+                numbers, exact = states.numel() / states.shape[2], states.shape[2] - layer.quantized
+                coded = layer.quantized * (layer.bits / 8 + 4 / layer.GROUP)
+                total += numbers * (coded + exact * states.element_size())
         return round(total)

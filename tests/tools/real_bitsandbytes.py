@@ -11,9 +11,9 @@ from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
-from lowrank_cache.evaluation.model_source import demo_model
-from lowrank_cache.evaluation.perplexity import stream, windows_of
-from lowrank_cache.evaluation.text_source import bundled_text
+from lowrank_cache.evaluation.demo import demo_model
+from lowrank_cache.evaluation.inputs import bundled_text
+from lowrank_cache.evaluation.streaming import stream, windows_of
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Cache, DynamicCache, PreTrainedModel
 
 from lowrank_cache import LowRankCache, Projections, latent_attention
