@@ -128,8 +128,9 @@ def calibrate(
     """Calibrate projections for MODEL on text and save them."""
     with _errors_as_messages():
         calibrate_model(
-            model, out, calibrate_on, typer.echo, preset=preset, tokens=tokens, window=window,
-            recall_share=recall_share, seed=seed, dtype=dtype, device=device, method=method, frame_length=frame_length,
+            model, out, calibrate_on, typer.echo, preset=preset, dtype=dtype, device=device,
+            mixed={"tokens": tokens, "window": window, "recall_share": recall_share, "seed": seed},
+            method=method, frame_length=frame_length,
             layer_group_size=_group_size(layer_group_size), joint=joint, refit_ratio=refit_ratio,
             save_moments=save_moments, sensitivity=sensitivity,
         )  # fmt: skip

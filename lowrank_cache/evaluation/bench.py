@@ -102,14 +102,9 @@ def watch_allocated(device: torch.device) -> Iterator[Allocated]:
 
 
 def run_bench(
-    model: PreTrainedModel,
-    ids: Tensor,
-    makers: Mapping[str, Callable[[], Cache]],
-    settings: BenchSettings,
-    out: Path,
-    progress: Callable[[str], object] = print,
-    identity: Mapping[str, Any] | None = None,
-) -> list[BenchEntry]:
+    model: PreTrainedModel, ids: Tensor, makers: Mapping[str, Callable[[], Cache]], settings: BenchSettings, out: Path,
+    progress: Callable[[str], object] = print, identity: Mapping[str, Any] | None = None,
+) -> list[BenchEntry]:  # fmt: skip
     """Time every cache at every context and batch that ``out`` does not hold yet, and return all it holds.
 
     Args:
@@ -148,14 +143,9 @@ def run_bench(
 
 @torch.no_grad()
 def _measure_together(
-    model: PreTrainedModel,
-    ids: Tensor,
-    makers: dict[str, Callable[[], Cache]],
-    context: int,
-    batch: int,
-    settings: BenchSettings,
-    progress: Callable[[str], object],
-) -> Iterator[BenchEntry]:
+    model: PreTrainedModel, ids: Tensor, makers: dict[str, Callable[[], Cache]], context: int, batch: int,
+    settings: BenchSettings, progress: Callable[[str], object],
+) -> Iterator[BenchEntry]:  # fmt: skip
     tokens = ids.to(model.device).expand(batch, -1)
     caches: dict[str, Cache] = {}
     prefills: dict[str, tuple[float, int]] = {}
@@ -203,19 +193,11 @@ def bench_table(entries: list[BenchEntry]) -> Table:
     lines = []
     for entry in entries:
         base = full[entry.context, entry.batch]
-        cells = [
-            f"{entry.context:,}",
-            str(entry.batch),
-            entry.name,
-            f"{entry.tokens_per_second:.2f}",
-            f"{entry.tokens_per_second / base.tokens_per_second:.2f}x",
-            f"{entry.prefill_seconds:.2f}",
-            f"{entry.prefill_seconds / base.prefill_seconds:.2f}x",
-            f"{entry.stored_bytes / 1e6:.1f}",
-            f"{base.stored_bytes / entry.stored_bytes:.2f}x",
-            f"{entry.prefill_peak / 1e6:.0f}",
-            f"{entry.decode_peak / 1e6:.0f}",
-        ]
+        cells = [f"{entry.context:,}", str(entry.batch), entry.name, f"{entry.tokens_per_second:.2f}"]
+        cells += [f"{entry.tokens_per_second / base.tokens_per_second:.2f}x", f"{entry.prefill_seconds:.2f}"]
+        cells += [f"{entry.prefill_seconds / base.prefill_seconds:.2f}x", f"{entry.stored_bytes / 1e6:.1f}"]
+        cells += [f"{base.stored_bytes / entry.stored_bytes:.2f}x"]
+        cells += [f"{peak / 1e6:.0f}" for peak in (entry.prefill_peak, entry.decode_peak)]
         if entry.name == WEIGHTS_ALONE:  # it has no context, so only its decode step says something
             cells[5:] = ["–"] * 6
         lines.append(cells)

@@ -235,10 +235,8 @@ def make_baseline(name: str, model: PreTrainedModel, residual_length: int) -> Ca
         ImportError: If the baseline's package is not installed.
     """
     kind, _, bits = name.partition("-")
-    if name == "full":
-        return DynamicCache(config=model.config)
-    if name == "quantized-fp8":
-        return QuantizedCache("fp8", model.config)
+    if name in ("full", "quantized-fp8"):
+        return DynamicCache(config=model.config) if name == "full" else QuantizedCache("fp8", model.config)
     if kind == "quantized" and bits in ("2", "4"):
         if find_spec("optimum") is None or find_spec("optimum.quanto") is None:
             raise ImportError(f'{name} needs optimum-quanto: pip install "lowrank-cache[quanto]"')

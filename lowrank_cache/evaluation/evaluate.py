@@ -101,15 +101,10 @@ def record_key(record: dict[str, Any]) -> tuple:
 
 
 def evaluate(
-    model: PreTrainedModel,
-    tokenizer,
-    text: str,
-    entries: list[CacheEntry],
-    settings: EvaluationSettings,
-    results: Path,
-    identity: dict[str, Any],
+    model: PreTrainedModel, tokenizer, text: str, entries: list[CacheEntry], settings: EvaluationSettings,
+    results: Path, identity: dict[str, Any],
     progress: Callable[[str, int, int], object] = lambda name, done, total: None,
-) -> dict[str, dict[tuple, dict[str, Any]]]:
+) -> dict[str, dict[tuple, dict[str, Any]]]:  # fmt: skip
     """Measure what ``results`` does not hold yet.
 
     Args:

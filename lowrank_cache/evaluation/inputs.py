@@ -14,6 +14,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -201,27 +202,15 @@ def bundled_text() -> str:
 
 
 def calibrate_model(
-    name: str,
-    out: Path,
-    text: str | None,
-    report: Report,
-    *,
-    preset: str,
-    tokens: int,
-    window: int,
-    recall_share: float,
-    seed: int,
-    dtype: str,
-    device: str | None,
-    **options,
-) -> None:
+    name: str, out: Path, text: str | None, report: Report, *, preset: str, mixed: dict[str, Any], dtype: str,
+    device: str | None, **options,
+) -> None:  # fmt: skip
     """Calibrate projections for a model by name and save them to ``out``.
 
     Args:
-        text: As ``load_text`` takes it.
+        text, dtype, device: As ``load_text`` and ``load_model`` take them.
         preset: Of ``calibration.PRESETS``.
-        tokens, window, recall_share, seed: Of ``mixed_batches``.
-        dtype, device: Of the model, as ``load_model`` takes them.
+        mixed: Options of ``mixed_batches``.
         options: Of ``calibration.calibrate``, over those of the preset; None for the preset's or the default.
     """
     check_dtype(dtype, auto=True)
@@ -231,8 +220,8 @@ def calibrate_model(
     prose, source = load_text(text)
     report(f"Text: {source}")
     model, tokenizer, _ = load_model(name, report, dtype, device)
-    batches = list(mixed_batches(tokenizer, prose, tokens=tokens, window=window, recall_share=recall_share, seed=seed))
-    facts = {"text": source, "recall_share": recall_share, "seed": seed}
+    batches = list(mixed_batches(tokenizer, prose, **mixed))  # recalkv reads them twice
+    facts = {"text": source, "recall_share": mixed["recall_share"], "seed": mixed["seed"]}
     start = time.perf_counter()
     projections = calibration.calibrate(model, batches, provenance=facts, **{**calibration.PRESETS[preset], **given})
     report(f"Calibrated in {time.perf_counter() - start:.0f} s on {torch.get_num_threads()} threads.")
@@ -266,6 +255,10 @@ class Run:
     sensitivity: str = "gradient"
     dtype: str = "bfloat16"
     device: str | None = "cpu"
+
+    def calibration(self) -> dict[str, Any]:
+        """What statistics depend on beside model and text."""
+        return {name: getattr(self, name) for name in ("tokens", "recall_share", "sensitivity")}
 
 
 class Prepared(NamedTuple):
@@ -319,10 +312,9 @@ def prepare(run: Run, specifications: list[str], sizes: dict[str, int], report: 
 
         def refit(projections: Projections, ratio: float) -> Moments:
             facts = {"moments": _digest_of(run.moments) if run.moments else None}
-            return _statistics(
-                run, run.out / f"refitted-{ratio:g}.safetensors", model, tokenizer, report, facts,
-                lambda batches: refit_values(model, batches, moments, projections, ratio),
-            )  # fmt: skip
+            path = run.out / f"refitted-{ratio:g}.safetensors"
+            make = partial(refit_values, model, moments=moments, projections=projections, ratio=ratio)
+            return _statistics(run, path, model, tokenizer, report, facts, make)
 
         made = build(list(missing), moments, refit)
         for one, found in missing.items():
@@ -387,15 +379,8 @@ def _statistics(
 ) -> Moments:
     """Statistics in ``path``, or made now and kept there; a file beside it says of what they are."""
     text, source = load_text(run.calibrate_on, split="validation")
-    facts = {
-        "model": run.model,
-        "model_fingerprint": model_shape(model).fingerprint,
-        "text_sha256": _sha256(text),
-        "tokens": run.tokens,
-        "recall_share": run.recall_share,
-        "sensitivity": run.sensitivity,
-        **facts,
-    }
+    facts = {"model": run.model, "text_sha256": _sha256(text), **run.calibration(), **facts}
+    facts["model_fingerprint"] = model_shape(model).fingerprint
     note = path.with_suffix(".json")
     if path.exists():
         found = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
@@ -417,6 +402,7 @@ def _statistics(
 
 def _identity(run: Run, name: str, model, text: str) -> dict[str, Any]:
     """What measurements of one folder have in common beside the settings; ``model`` as it is measured."""
+    calibrated_on = run.calibrate_on and _sha256(load_text(run.calibrate_on, split="validation")[0])
     return {
         "model": name,
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -424,12 +410,7 @@ def _identity(run: Run, name: str, model, text: str) -> dict[str, Any]:
         "text_sha256": _sha256(text),
         "projections": sorted(map(_projections_digest, run.projections)),
         "moments": _digest_of(run.moments) if run.moments else None,
-        "calibration": {
-            "text_sha256": run.calibrate_on and _sha256(load_text(run.calibrate_on, split="validation")[0]),
-            "tokens": run.tokens,
-            "recall_share": run.recall_share,
-            "sensitivity": run.sensitivity,
-        },
+        "calibration": {"text_sha256": calibrated_on, **run.calibration()},
     }
 
 

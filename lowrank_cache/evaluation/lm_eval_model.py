@@ -63,24 +63,12 @@ class LowRankLM(HFLM):
     """
 
     def __init__(
-        self,
-        pretrained,
-        cache: str = "lowrank",
-        projections: str | Projections | None = None,
-        method: str | None = None,
-        compression_ratio: float = 8.0,
-        ranks: int | None = None,
-        bits: int | None = None,
-        layer_group_size: int | None = None,
-        new_tokens: str | None = None,
-        latent_dtype: str | torch.dtype | None = "float16",
-        chunk: int = 32,
-        residual_length: int = 32,
-        num_sink_tokens: int = 4,
-        block_size: int = 32,
-        attend: bool = False,
-        **arguments,
-    ):
+        self, pretrained, cache: str = "lowrank", projections: str | Projections | None = None,
+        method: str | None = None, compression_ratio: float = 8.0, ranks: int | None = None, bits: int | None = None,
+        layer_group_size: int | None = None, new_tokens: str | None = None,
+        latent_dtype: str | torch.dtype | None = "float16", chunk: int = 32, residual_length: int = 32,
+        num_sink_tokens: int = 4, block_size: int = 32, attend: bool = False, **arguments,
+    ):  # fmt: skip
         if cache != "lowrank" and cache not in BASELINES:
             raise ValueError(f"cache must be 'lowrank' or one of {BASELINES}, got {cache!r}")
         if chunk < 1:
@@ -93,11 +81,8 @@ class LowRankLM(HFLM):
             if isinstance(projections, str):
                 projections = Projections.from_pretrained(projections)
             options = {"method": method, "compression_ratio": compression_ratio, "ranks": ranks, "bits": bits}
-            options |= {
-                "layer_group_size": layer_group_size,
-                "new_tokens": new_tokens,
-                "latent_dtype": _dtype(latent_dtype),
-            }
+            options |= {"layer_group_size": layer_group_size, "new_tokens": new_tokens}
+            options["latent_dtype"] = _dtype(latent_dtype)
         else:
             projections = None
         sizes = {"residual_length": residual_length, "num_sink_tokens": num_sink_tokens, "block_size": block_size}
@@ -139,10 +124,8 @@ class LowRankLM(HFLM):
         if self.entry.latent_ratio is not None and lengths and max(lengths) <= self._exactly:
             _log.warning(
                 "no request of %d is longer than the %d tokens that the cache keeps exactly, so none reads a latent; "
-                "choose a smaller residual_length or longer contexts",
-                len(lengths),
-                self._exactly,
-            )
+                "choose a smaller residual_length or longer contexts", len(lengths), self._exactly,
+            )  # fmt: skip
 
     def _attention(self) -> AbstractContextManager:
         return self.entry.attention(self.model, self.attend)

@@ -107,10 +107,6 @@ def metrics_of(entries: list[CacheEntry], records: dict[str, Records]) -> Metric
     }
 
 
-def _of_kind(records: Records, kind: str) -> Records:
-    return {key: record for key, record in records.items() if record["kind"] == kind}
-
-
 def _grouped(records: Records, field: str) -> dict[Any, Records]:
     found: dict[Any, Records] = {}
     for key, record in records.items():
@@ -119,7 +115,7 @@ def _grouped(records: Records, field: str) -> dict[Any, Records]:
 
 
 def _perplexity(records: Records, full: Records) -> dict[str, Any] | None:
-    windows = _of_kind(records, "window")
+    windows = _grouped(records, "kind").get("window", {})
     if not windows:
         return None
 
@@ -137,7 +133,7 @@ def _perplexity(records: Records, full: Records) -> dict[str, Any] | None:
 def _codes(records: Records, full: Records) -> dict[str, dict[str, dict[str, Any]]]:
     """By task and length: loss of forced answers and share of exact ones, also where the full cache has them exact."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    for task, of_task in _grouped(_of_kind(records, "codes"), "task").items():
+    for task, of_task in _grouped(_grouped(records, "kind").get("codes", {}), "task").items():
         for length, part in _grouped(of_task, "length").items():
             losses = [loss for record in part.values() for loss in record["losses"]]
             exact = [right for record in part.values() for right in record["exact"]]
@@ -154,7 +150,7 @@ def _codes(records: Records, full: Records) -> dict[str, dict[str, dict[str, Any
 
 def _lengths(records: Records, full: Records, simulated: bool) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
-    for key, cost in _of_kind(records, "cost").items():
+    for key, cost in _grouped(records, "kind").get("cost", {}).items():
         entry = found.setdefault(str(cost["length"]), {})
         entry["stored_bytes"] = cost["stored_bytes"]
         if key in full:
@@ -163,7 +159,7 @@ def _lengths(records: Records, full: Records, simulated: bool) -> dict[str, dict
         # A simulated cache's times are not those of the cache that it stands for.
         entry["fill_seconds"] = None if simulated else cost["fill_seconds"]
         entry["step_seconds"] = None if simulated else cost["step_seconds"]
-    for length, answers in sorted(_grouped(_of_kind(records, "answers"), "length").items()):
+    for length, answers in sorted(_grouped(_grouped(records, "kind").get("answers", {}), "length").items()):
         tasks = _grouped(answers, "task")
         entry = found.setdefault(str(length), {})
         entry["tasks"] = {task: _score([part], full, records is full) for task, part in tasks.items()}
@@ -173,11 +169,9 @@ def _lengths(records: Records, full: Records, simulated: bool) -> dict[str, dict
 
 def _score(strata: Sequence[Records], full: Records, is_full: bool) -> dict[str, Any]:
     """Mean over the strata of their mean score, and its difference to the full cache."""
-    found: dict[str, Any] = {
-        field: fmean(fmean(record[field] for record in part.values()) for part in strata)
-        for field in ("score", "exact")
-    }
-    found["samples"] = sum(map(len, strata))
+    found: dict[str, Any] = {"samples": sum(map(len, strata))}
+    for field in ("score", "exact"):
+        found[field] = fmean(fmean(record[field] for record in part.values()) for part in strata)
     paired = [[rec["score"] - full[key]["score"] for key, rec in part.items() if key in full] for part in strata]
     if not is_full and all(paired):
         found |= dict(zip(("difference", "low", "high"), paired_interval(paired), strict=True))
@@ -215,19 +209,17 @@ def report_html(metrics: Metrics, config: dict[str, Any]) -> str:
     """The report as one page that needs no other file: tables, and plots as inline SVG."""
     figures: dict[str, str] = {}
     if _lengths_of(metrics):
-        figures["Size and quality"] = _figure(
-            _pareto(metrics),
-            "Quality against stored bytes",
+        caption = (
             "Better is to the left, and low for the perplexity, high for scores. A line joins the caches that no other "
-            "one beats in size and quality at once.",
+            "one beats in size and quality at once."
         )
+        figures["Size and quality"] = _svg(_pareto(metrics), "Quality against stored bytes", caption)
     if any((entry["perplexity"] or {}).get("ratio") for entry in metrics.values()):
-        figures["Perplexity by quarter of the windows"] = _figure(
-            _ratios(metrics),
-            "Perplexity to the full cache",
+        caption = (
             "Left: the ratio over whole windows with its interval. Right: by quarter of the windows, in the same "
-            "colours; a line that rises shows errors that build up.",
+            "colours; a line that rises shows errors that build up."
         )
+        figures["Perplexity by quarter of the windows"] = _svg(_ratios(metrics), "Perplexity ratios", caption)
     parts = []
     for title, table in _tables(metrics):
         parts.append(f"<h2>{html.escape(title)}</h2>\n{table.html()}\n{figures.get(title, '')}")
@@ -277,23 +269,16 @@ def _tables(metrics: Metrics) -> list[tuple[str, Table]]:
     lengths = _lengths_of(metrics)
     head = ["cache", "ratio in latents", *(f"smaller at {int(length):,}" for length in lengths), "perplexity"]
     head += [*(f"score at {int(length):,}" for length in lengths), "bases, MB"]
-    lines = [
-        [
-            name,
-            _number(entry["latent_ratio"], "{:.2f}x"),
-            *(_number(_at(entry, length).get("smaller"), "{:.2f}x") for length in lengths),
-            _perplexity_cell(entry["perplexity"]),
-            *(_number(_at(entry, length).get("score"), "{:.2f}") for length in lengths),
-            f"{entry['projection_bytes'] / 1e6:.1f}",
-        ]
-        for name, entry in metrics.items()
-    ]
+    lines = []
+    for name, entry in metrics.items():
+        smaller, scores = ([_at(entry, length).get(what) for length in lengths] for what in ("smaller", "score"))
+        cells = [_number(value, "{:.2f}x") for value in (entry["latent_ratio"], *smaller)]
+        cells += [_perplexity_cell(entry["perplexity"]), *(_number(value, "{:.2f}") for value in scores)]
+        lines.append([name, *cells, f"{entry['projection_bytes'] / 1e6:.1f}"])
     found = [("Size and quality", Table(head, lines))]
     if any(entry["perplexity"] for entry in metrics.values()):
-        lines = [
-            [name, *(_perplexity_cell(quarter) for quarter in (entry["perplexity"] or {}).get("quarters", [None] * 4))]
-            for name, entry in metrics.items()
-        ]
+        quarters = {name: (entry["perplexity"] or {}).get("quarters", [None] * 4) for name, entry in metrics.items()}
+        lines = [[name, *map(_perplexity_cell, of_cache)] for name, of_cache in quarters.items()]
         head = ["cache", "first quarter", "second", "third", "last"]
         found.append(("Perplexity by quarter of the windows", Table(head, lines)))
     kinds = list(dict.fromkeys((task, length) for one in metrics.values() for task in one["codes"]
@@ -310,10 +295,10 @@ def _tables(metrics: Metrics) -> list[tuple[str, Table]]:
         found.append(("Look-ups and needles", Table(head, lines)))
     for length in lengths:
         tasks = list(dict.fromkeys(task for entry in metrics.values() for task in _at(entry, length).get("tasks", {})))
-        lines = [
-            [name, *map(_score_cell, [at, *(at.get("tasks", {}).get(task, {}) for task in tasks)])]
-            for name, at in ((name, _at(entry, length)) for name, entry in metrics.items())
-        ]
+        lines = []
+        for name, entry in metrics.items():
+            of_task = _at(entry, length).get("tasks", {})
+            lines.append([name, *map(_score_cell, (_at(entry, length), *(of_task.get(task, {}) for task in tasks)))])
         if tasks:
             found.append((f"Tasks at {int(length):,} tokens", Table(["cache", "all of them", *tasks], lines)))
     if lengths:
@@ -322,12 +307,8 @@ def _tables(metrics: Metrics) -> list[tuple[str, Table]]:
 
 
 def _costs(metrics: Metrics, lengths: list[str]) -> Table:
-    units = [
-        ("stored, MB", "stored_bytes", 1e-6, "{:.2f}"),
-        ("to 16 bits", "real_ratio", 1, "{:.2f}x"),
-        ("filled in, s", "fill_seconds", 1, "{:.2f}"),
-        ("a token in, ms", "step_seconds", 1e3, "{:.1f}"),
-    ]
+    units = [("stored, MB", "stored_bytes", 1e-6, "{:.2f}"), ("to 16 bits", "real_ratio", 1, "{:.2f}x")]
+    units += [("filled in, s", "fill_seconds", 1, "{:.2f}"), ("a token in, ms", "step_seconds", 1e3, "{:.1f}")]
     head = ["cache", *(f"{int(length):,} tokens: {name}" for length in lengths for name, *_ in units)]
     lines = []
     for name, entry in metrics.items():
@@ -366,7 +347,7 @@ def _code_cells(found: dict[str, Any] | None) -> tuple[str, str]:
     return f"{found['difference']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]", f"{found['exact']:.2f}{kept}"
 
 
-def _figure(figure, title: str, caption: str) -> str:
+def _svg(figure, title: str, caption: str) -> str:
     """A figure as inline SVG: text stays text, and nothing points out of the page."""
     import matplotlib
 

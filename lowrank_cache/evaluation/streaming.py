@@ -94,14 +94,9 @@ def branch(cache: Cache) -> Cache:
 
 @torch.no_grad()
 def stream(
-    model: PreTrainedModel,
-    windows: Tensor,
-    make_cache: Callable[[], Cache],
-    *,
-    chunk: int = 128,
-    batch: int = 4,
+    model: PreTrainedModel, windows: Tensor, make_cache: Callable[[], Cache], *, chunk: int = 128, batch: int = 4,
     prompt: int = 0,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Next-token losses of windows of text, each streamed through a fresh cache.
 
     Args:
@@ -156,14 +151,9 @@ def greedy_answer(model: PreTrainedModel, cache: Cache, question: Tensor, limit:
 
 @torch.no_grad()
 def force_answers(
-    model: PreTrainedModel,
-    contexts: list[Tensor],
-    questions: list[tuple[tuple[Tensor, Tensor], ...]],
-    make_cache: Callable[[], Cache],
-    *,
-    chunk: int = 128,
-    prompt: int = 0,
-) -> list[list[tuple[float, bool]]]:
+    model: PreTrainedModel, contexts: list[Tensor], questions: list[tuple[tuple[Tensor, Tensor], ...]],
+    make_cache: Callable[[], Cache], *, chunk: int = 128, prompt: int = 0,
+) -> list[list[tuple[float, bool]]]:  # fmt: skip
     """Stream contexts as one batch, padded on the left, through a fresh cache, ask, and force each answer.
 
     Every question is put to a copy of the cache. Only its own and its answer's tokens are seen exactly besides what the
