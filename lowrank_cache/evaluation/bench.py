@@ -6,7 +6,6 @@ ratio to the full cache's in the same minutes. ``DynamicCache`` runs on transfor
 
 import json
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from lowrank_cache.cache_argument import cache_argument
 from lowrank_cache.evaluation.caches import CacheSizes, tensor_bytes
 from lowrank_cache.evaluation.inputs import Run, append_result, prepare, resume_results
 from lowrank_cache.evaluation.report import Table, check_installed
+from lowrank_cache.evaluation.streaming import now
 
 __all__ = [
     "WEIGHTS_ALONE", "Allocated", "BenchEntry", "BenchSettings", "bench", "bench_table", "run_bench", "watch_allocated",
@@ -33,40 +33,26 @@ _RECONSTRUCTED = ",attend=0"
 
 @dataclass(frozen=True)
 class BenchSettings(CacheSizes):
-    """What is timed.
+    """What is timed."""
 
-    Attributes:
-        contexts: Cached tokens before decoding starts.
-        batches: Sequences.
-        new_tokens: Timed decode steps a cache, after ``warm`` untimed ones.
-        threads: Of torch.
-    """
-
-    contexts: tuple[int, ...] = (1024, 4096, 8192)
-    batches: tuple[int, ...] = (1, 4)
-    new_tokens: int = 24
+    contexts: tuple[int, ...] = (1024, 4096, 8192)  # cached tokens before decoding starts
+    batches: tuple[int, ...] = (1, 4)  # sequences
+    new_tokens: int = 24  # timed decode steps a cache, after ``warm`` untimed ones
     warm: int = 2
-    threads: int = 1
+    threads: int = 1  # of torch
 
 
 @dataclass(frozen=True)
 class BenchEntry:
-    """One cache at one context and batch; times in seconds, sizes in bytes.
-
-    Attributes:
-        prefill_seconds: Of one forward over the whole context; of one token for ``WEIGHTS_ALONE``.
-        step_seconds: Of each timed decode step of the batch.
-        stored_bytes: Of the cache's tensors after decoding.
-        prefill_peak, decode_peak: Most bytes that the cache and its forwards had allocated at once in that phase.
-    """
+    """One cache at one context and batch; times in seconds, sizes in bytes."""
 
     name: str
     context: int
     batch: int
-    prefill_seconds: float
-    step_seconds: list[float]
-    stored_bytes: int
-    prefill_peak: int
+    prefill_seconds: float  # of one forward over the whole context; of one token for ``WEIGHTS_ALONE``
+    step_seconds: list[float]  # of each timed decode step of the batch
+    stored_bytes: int  # of the cache's tensors after decoding
+    prefill_peak: int  # most bytes that the cache and its forwards had allocated at once in that phase
     decode_peak: int
 
     @property
@@ -153,10 +139,10 @@ def _measure_together(
         progress(f"prefill of {context} tokens, batch {batch}: {name}")
         prompt = tokens[:, : 1 if name == WEIGHTS_ALONE else context]
         with _attention(model, name), watch_allocated(model.device) as allocated:
-            start = time.perf_counter()
+            start = now(model.device)
             caches[name] = make()
             model(prompt, **cache_argument(model, caches[name]), logits_to_keep=1)
-            seconds = time.perf_counter() - start
+            seconds = now(model.device) - start
         prefills[name] = (seconds, allocated.highest)
     progress(f"decode after {context} tokens, batch {batch}: {', '.join(makers)}")
     arguments = {name: cache_argument(model, cache) for name, cache in caches.items()}  # found before steps are timed
@@ -171,9 +157,9 @@ def _measure_together(
                         model(token, **argument)
                     peaks[name] = max(peaks[name], allocated.highest)
                     continue
-                start = time.perf_counter()
+                start = now(model.device)
                 model(token, **argument)
-                steps[name].append(time.perf_counter() - start)
+                steps[name].append(now(model.device) - start)
     for name, cache in caches.items():
         seconds, prefill_peak = prefills[name]
         stored = tensor_bytes(cache)

@@ -34,25 +34,16 @@ XKV = "xkv"  # the one method that needs no calibration
 
 @dataclass(frozen=True)
 class Configuration:
-    """A compressed cache: how its bases are made, and the arguments of ``LowRankCache``.
+    """A compressed cache: how its bases are made, and the arguments of ``LowRankCache``."""
 
-    Attributes:
-        method: Of calibration, or ``"xkv"``.
-        groups: ``layer_group_size``: ``"auto"`` (4 for xkv) or a number.
-        frame: ``frame_length``.
-        joint: Whether keys and values share a latent; None for the method's default.
-        compression_ratio, bits, ranks: Of the cache; ranks replace the ratio.
-        new: xkv's ``new_tokens``.
-    """
-
-    method: str
-    compression_ratio: float
-    groups: int | str = "auto"
-    frame: int = 1
-    joint: bool | None = None
+    method: str  # of calibration, or ``"xkv"``
+    compression_ratio: float  # of the cache; ranks replace the ratio
+    groups: int | str = "auto"  # ``layer_group_size``: ``"auto"`` (4 for xkv) or a number
+    frame: int = 1  # ``frame_length``
+    joint: bool | None = None  # whether keys and values share a latent; None for the method's default
     bits: int | None = None
     ranks: int | None = None
-    new: str | None = None
+    new: str | None = None  # xkv's ``new_tokens``
 
     @property
     def refit_ratio(self) -> float:
@@ -171,19 +162,12 @@ class CacheSizes:
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """A cache by name, which can be made again and again.
+    """A cache by name, which can be made again and again."""
 
-    Attributes:
-        name: The specification.
-        make: A fresh cache.
-        latent_ratio: Full bytes per token at 16 bits over latent bytes per token; None for baselines.
-        projection_bytes: Of the truncated bases.
-    """
-
-    name: str
-    make: Callable[[], Cache]
-    latent_ratio: float | None
-    projection_bytes: int
+    name: str  # the specification
+    make: Callable[[], Cache]  # a fresh cache
+    latent_ratio: float | None  # full bytes per token at 16 bits over latent bytes per token; None for baselines
+    projection_bytes: int  # of the truncated bases
 
     def attention(self, model: PreTrainedModel, attend: bool) -> AbstractContextManager:
         """What to measure in: ``latent_attention`` if asked of a cache that holds latents."""

@@ -225,17 +225,11 @@ def _remove_stale(folder: Path) -> None:
 
 
 class DemoRun(NamedTuple):
-    """What one ``generate`` produced and cost.
+    """What one ``generate`` produced and cost."""
 
-    Attributes:
-        token_ids: ``[new_tokens]``.
-        prefill_seconds: Until the first new token.
-        decode_seconds: From the first new token to the last.
-    """
-
-    token_ids: Tensor
-    prefill_seconds: float
-    decode_seconds: float
+    token_ids: Tensor  # ``[new_tokens]``
+    prefill_seconds: float  # until the first new token
+    decode_seconds: float  # from the first new token to the last
 
     @property
     def seconds_per_token(self) -> float:

@@ -7,7 +7,6 @@ cache stores (see ``streaming``).
 import json
 import platform
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -24,7 +23,7 @@ from lowrank_cache.cache_argument import cache_argument
 from lowrank_cache.evaluation import report, tasks
 from lowrank_cache.evaluation.caches import CacheEntry, CacheSizes, tensor_bytes
 from lowrank_cache.evaluation.inputs import Prepared, Run, append_result, prepare, resume_results
-from lowrank_cache.evaluation.streaming import fill, force_answers, greedy_answer, stream, windows_of
+from lowrank_cache.evaluation.streaming import fill, force_answers, greedy_answer, now, stream, windows_of
 from lowrank_cache.evaluation.tasks import QUESTIONS, TASKS, CodeText, Prompter, Sample
 
 __all__ = ["EvaluationSettings", "evaluate", "record_key", "run_evaluation"]
@@ -34,40 +33,25 @@ _GROWING = ("lengths", "tasks", "samples", "lookups", "needles")  # a record say
 
 @dataclass(frozen=True)
 class EvaluationSettings(CacheSizes):
-    """What is measured, and how.
+    """What is measured, and how."""
 
-    Attributes:
-        lengths: Tokens of a task's context, question and answer together, and of the contexts that are timed.
-        tasks: Of ``tasks.TASKS``.
-        samples: Contexts of each task and length.
-        lookups: Questions about key–value lists of ``facts`` entries, 4 a list.
-        needles: Pairs of tokens of prose, and questions about codes hidden in texts of that length, 4 a text.
-        windows: Windows of text for the perplexity, evenly spaced; 0 for none.
-        window: Tokens per window.
-        chunk: Tokens per forward.
-        prompt: Tokens of the first forward, of which windows score none; 0 for ``chunk``, all scored.
-        batch: Windows, lists or texts per forward.
-        steps: Timed decode steps after a context of each length.
-        chat: Put a task's context and question into a message of the model's chat template.
-        attend: Attend to latents (``latent_attention``) instead of reconstructing keys and values.
-        seed: Of the tasks.
-    """
-
+    # Tokens of a task's context, question and answer together, and of the contexts that are timed
     lengths: tuple[int, ...] = (1024, 2048, 4096)
-    tasks: tuple[str, ...] = tuple(TASKS)
-    samples: int = 16
-    lookups: int = 64
+    tasks: tuple[str, ...] = tuple(TASKS)  # of ``tasks.TASKS``
+    samples: int = 16  # contexts of each task and length
+    lookups: int = 64  # questions about key–value lists of ``facts`` entries, 4 a list
     facts: int = 22
+    # Pairs of tokens of prose, and questions about codes hidden in texts of that length, 4 a text
     needles: tuple[tuple[int, int], ...] = ()
-    windows: int = 16
-    window: int = 1024
-    chunk: int = 128
-    prompt: int = 0
-    batch: int = 4
-    steps: int = 8
-    chat: bool = False
-    attend: bool = False
-    seed: int = 0
+    windows: int = 16  # windows of text for the perplexity, evenly spaced; 0 for none
+    window: int = 1024  # tokens per window
+    chunk: int = 128  # tokens per forward
+    prompt: int = 0  # tokens of the first forward, of which windows score none; 0 for ``chunk``, all scored
+    batch: int = 4  # windows, lists or texts per forward
+    steps: int = 8  # timed decode steps after a context of each length
+    chat: bool = False  # put a task's context and question into a message of the model's chat template
+    attend: bool = False  # attend to latents (``latent_attention``) instead of reconstructing keys and values
+    seed: int = 0  # of the tasks
 
     def __post_init__(self):
         unknown = [task for task in self.tasks if task not in TASKS]
@@ -236,27 +220,21 @@ def _cost_job(model, ids: Tensor, length: int, settings: EvaluationSettings) -> 
     @torch.no_grad()
     def run(entry: CacheEntry) -> list[dict[str, Any]]:
         cache = entry.make()
-        start = _now(model.device)
+        start = now(model.device)
         fill(model, cache, tokens[:length], chunk=settings.chunk, first=settings.prompt)
         record: dict[str, Any] = {"kind": "cost", "length": length, "index": 0}
-        record |= {"fill_seconds": _now(model.device) - start, "stored_bytes": tensor_bytes(cache)}
+        record |= {"fill_seconds": now(model.device) - start, "stored_bytes": tensor_bytes(cache)}
         if entry.name == "full":
             states = [getattr(layer, side, None) for layer in cache.layers for side in ("keys", "values")]
             record["bytes_at_16_bits"] = 2 * sum(part.numel() for part in states if isinstance(part, Tensor))
         steps, argument = [], cache_argument(model, cache)
         for token in tokens[length:].to(model.device):
-            start = _now(model.device)
+            start = now(model.device)
             model(input_ids=token.view(1, 1), **argument, use_cache=True)
-            steps.append(_now(model.device) - start)
+            steps.append(now(model.device) - start)
         return [{**record, "step_seconds": statistics.median(steps[1:])}]  # the first one warms up
 
     return _Job([("cost", None, length, 0)], needed, run)
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def run_evaluation(

@@ -231,30 +231,20 @@ def calibrate_model(
 
 @dataclass(frozen=True)
 class Run:
-    """Folder, model, texts and calibration of a run.
+    """Folder, model, texts and calibration of a run."""
 
-    Attributes:
-        out: Folder of results; statistics and bases that are made are kept there.
-        model: Name or folder; None for the demo's model.
-        calibrate_on, evaluate_on: Texts as ``load_text`` takes them; None for WikiText-2 (validation and test).
-        moments: File of an earlier run's statistics, which replace calibration; None to calibrate.
-        projections: Folders or hub repositories of ready bases; entries of their methods use them.
-        tokens, recall_share, sensitivity: Of calibration, in float32 unless ``dtype`` is ``"auto"``.
-        dtype: In which the caches are measured; ``"auto"`` for the checkpoint's.
-        device: Of torch; None for the GPU if there is one.
-    """
-
-    out: Path
-    model: str | None = None
+    out: Path  # folder of results; statistics and bases that are made are kept there
+    model: str | None = None  # name or folder; None for the demo's model
+    # Texts as ``load_text`` takes them; None for WikiText-2 (validation and test)
     calibrate_on: Path | str | None = None
     evaluate_on: Path | str | None = None
-    moments: Path | None = None
-    projections: tuple[str, ...] = ()
-    tokens: int = CALIBRATION_TOKENS
+    moments: Path | None = None  # file of an earlier run's statistics, which replace calibration; None to calibrate
+    projections: tuple[str, ...] = ()  # folders or hub repositories of ready bases; entries of their methods use them
+    tokens: int = CALIBRATION_TOKENS  # of calibration, in float32 unless ``dtype`` is ``"auto"``
     recall_share: float = 0.5
     sensitivity: str = "gradient"
-    dtype: str = "bfloat16"
-    device: str | None = "cpu"
+    dtype: str = "bfloat16"  # in which the caches are measured; ``"auto"`` for the checkpoint's
+    device: str | None = "cpu"  # of torch; None for the GPU if there is one
 
     def calibration(self) -> dict[str, Any]:
         """What statistics depend on beside model and text."""

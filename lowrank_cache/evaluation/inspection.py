@@ -21,19 +21,12 @@ _CURVE_RATIOS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24)
 
 @dataclass(frozen=True)
 class GroupEntry:
-    """What is stored together: keys, values or both of one layer group.
+    """What is stored together: keys, values or both of one layer group."""
 
-    Attributes:
-        bases: Its bases.
-        plan: The channels it keeps.
-        predicted_loss: Nats per token; see docs/method.md, "Spending bits".
-        full_bytes: Of one token in the full cache at 16 bits.
-    """
-
-    bases: tuple[Basis, ...]
-    plan: StorePlan
-    predicted_loss: float
-    full_bytes: int
+    bases: tuple[Basis, ...]  # its bases
+    plan: StorePlan  # the channels it keeps
+    predicted_loss: float  # nats per token; see docs/method.md, "Spending bits"
+    full_bytes: int  # of one token in the full cache at 16 bits
 
     @property
     def layers(self) -> str:
@@ -48,19 +41,12 @@ class GroupEntry:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Every group of some projections at one ratio.
+    """Every group of some projections at one ratio."""
 
-    Attributes:
-        entries: In the order of the bases.
-        basis_bytes: Of the bases truncated to this ratio, as a cache holds them.
-        saved_bytes: Of the bases in the artefact, full rank.
-        full_bytes: Per token, full cache at 16 bits.
-    """
-
-    entries: tuple[GroupEntry, ...]
-    basis_bytes: int
-    saved_bytes: int
-    full_bytes: int
+    entries: tuple[GroupEntry, ...]  # in the order of the bases
+    basis_bytes: int  # of the bases truncated to this ratio, as a cache holds them
+    saved_bytes: int  # of the bases in the artefact, full rank
+    full_bytes: int  # per token, full cache at 16 bits
 
     @property
     def latent_bytes(self) -> int:

@@ -5,6 +5,7 @@ whatever the cache does.
 """
 
 import copy
+import time
 from collections.abc import Callable, Iterator
 
 import torch
@@ -15,7 +16,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from lowrank_cache import LowRankCache
 from lowrank_cache.cache_argument import cache_argument
 
-__all__ = ["branch", "chunk_bounds", "feed", "fill", "force_answers", "greedy_answer", "padded", "stream", "windows_of"]
+__all__ = ["branch", "feed", "fill", "force_answers", "greedy_answer", "now", "padded", "stream", "windows_of"]
 
 
 def windows_of(token_ids: Tensor, tokens: int, count: int | None = None) -> Tensor:
@@ -188,3 +189,10 @@ def _ask(model, questions: tuple[tuple[Tensor, Tensor], ...], mask: Tensor, cach
         loss = torch.nn.functional.cross_entropy(steps, answer)
         scores.append((loss.item(), bool((steps.argmax(-1) == answer).all())))
     return scores
+
+
+def now(device: torch.device) -> float:
+    """Seconds on a clock, once ``device`` has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

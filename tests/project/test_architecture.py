@@ -220,11 +220,11 @@ def test_kernels_need_torch_alone_and_triton_lazily():
 
 
 def test_lm_eval_is_needed_by_its_own_model_alone():
-    ours = {"lowrank_cache/evaluation/hf_lowrank.py", "lowrank_cache/evaluation/lm_eval.py"}
+    ours = {"lowrank_cache/evaluation/lm_eval_model.py"}
     for path in sources():
         names = {module for module, _ in imports(path)}
         needs = any(name.split(".")[0] == "lm_eval" for name in names)
-        leads = names & {f"{PACKAGE}.evaluation.hf_lowrank", f"{PACKAGE}.evaluation.lm_eval"}
+        leads = names & {f"{PACKAGE}.evaluation.lm_eval_model"}
         assert name_of(path) in ours or not (needs or leads), f"{name_of(path)} may not need lm-eval"
 
 
