@@ -8,7 +8,6 @@ import json
 import platform
 import statistics
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -263,10 +262,15 @@ def run_evaluation(
     resume_results(samples, {**settings.fixed(), **found.identity})  # fails before config.json is replaced
     config = _config(found, names, settings)
     _write_json(run.out / "config.json", config)
-    with _progress_bar() as progress:
-        records = evaluate(
-            found.model, found.tokenizer, found.text, found.entries, settings, samples, found.identity, progress
-        )
+    given = (found.model, found.tokenizer, found.text, found.entries, settings, samples, found.identity)
+    with tqdm(desc="evaluating", unit=" tokens", unit_scale=True) as bar:
+
+        def progress(name: str, done: int, total: int) -> None:
+            bar.total = total
+            bar.set_description(name or "evaluated", refresh=False)
+            bar.update(done - bar.n)
+
+        records = evaluate(*given, progress)
     metrics = report.metrics_of(found.entries, records)
     _write_json(run.out / "metrics.json", metrics)
     say(report.write_report(run.out, metrics, config))
@@ -280,19 +284,6 @@ def _config(found: Prepared, specifications: list[str], settings: EvaluationSett
         machine["gpu"] = torch.cuda.get_device_name()
     facts = {"text": found.source, "caches": specifications, "settings": asdict(settings)}
     return {**found.identity, **facts, "versions": versions, "machine": machine}
-
-
-@contextmanager
-def _progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar over tokens, whose number is known when the first cache begins."""
-    with tqdm(desc="evaluating", unit=" tokens", unit_scale=True) as bar:
-
-        def update(name: str, done: int, total: int) -> None:
-            bar.total = total
-            bar.set_description(name or "evaluated", refresh=False)
-            bar.update(done - bar.n)
-
-        yield update
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -70,14 +70,12 @@ class Inspection:
         """One line per group, and the totals."""
         table = Table(title="what is stored of each token", show_footer=True)
         loss = sum(entry.predicted_loss for entry in self.entries)
-        table.add_column("layers", "all")
-        table.add_column("side")
-        table.add_column("width", str(self.full_bytes // 2), justify="right")
-        table.add_column("rank", str(sum(entry.rank for entry in self.entries)), justify="right")
-        table.add_column("channels x bits")
-        table.add_column("predicted loss", f"{loss:.3g}", justify="right")
-        table.add_column("bytes", str(self.latent_bytes), justify="right")
-        table.add_column("full bytes", str(self.full_bytes), justify="right")
+        rank = sum(entry.rank for entry in self.entries)
+        totals = {"layers": "all", "side": "", "width": self.full_bytes // 2, "rank": rank, "channels x bits": ""}
+        totals |= {"predicted loss": f"{loss:.3g}", "bytes": self.latent_bytes, "full bytes": self.full_bytes}
+        for name, total in totals.items():
+            left = name in ("layers", "side", "channels x bits")
+            table.add_column(name, str(total), justify="left" if left else "right")
         for entry in self.entries:
             tiers = " ".join(f"{len(channels)}x{bits}" for bits, channels in entry.plan.tiers) or "none"
             cells = [entry.layers, entry.bases[0].side, str(entry.full_bytes // 2), str(entry.rank), tiers]

@@ -27,6 +27,7 @@ QUESTIONS = 4  # of a look-up list or a text with needles; choices of an lm-eval
 _COLOURS = "red blue green black white yellow orange purple brown grey pink crimson".split()
 _ANIMALS = "tiger eagle shark wolf bear fox owl whale horse moose lynx crane cobra bison".split()
 _NAMES = [f"{colour} {animal}" for colour in _COLOURS for animal in _ANIMALS]
+_ASKED = "\nThe secret code that was given to agent {} is"
 _NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 _HOPS = 4  # assignments after the first in a chain of variables
 _COMMON = 10  # words to be found in a list
@@ -47,7 +48,7 @@ def lookup_texts(tokenizer, count: int, entries: int = 22, seed: int = 0) -> lis
     for index in range(count):
         draw = random.Random(seed * 1_000_003 + index)
         context, codes = _lookup_list(draw, entries)
-        questions = ((_lookup_question(name), codes[name]) for name in draw.sample(list(codes), QUESTIONS))
+        questions = ((_ASKED.format(name), codes[name]) for name in draw.sample(list(codes), QUESTIONS))
         texts.append(CodeText(_ids(tokenizer, context), _pairs(tokenizer, questions)))
     return texts
 
@@ -85,7 +86,7 @@ def lookup_documents(count: int = 64, entries: int = 22, seed: int = 0) -> list[
         context, codes = _lookup_list(draw, entries)
         names = draw.sample(list(codes), QUESTIONS)
         answer = draw.randrange(QUESTIONS)
-        text = context + _lookup_question(names[answer])
+        text = context + _ASKED.format(names[answer])
         documents.append({"text": text, "choices": [codes[name] for name in names], "answer": answer})
     return documents
 
@@ -102,10 +103,6 @@ def _lookup_list(draw: random.Random, entries: int) -> tuple[str, dict[str, str]
     codes = {name: _code(draw) for name in draw.sample(_NAMES, entries)}
     facts = "".join(f"Agent {name} was given the secret code {code} this morning.\n" for name, code in codes.items())
     return f"Read the list of agents and codes.\n\n{facts}", codes
-
-
-def _lookup_question(name: str) -> str:
-    return f"\nThe secret code that was given to agent {name} is"
 
 
 def _code(draw: random.Random) -> str:
