@@ -198,16 +198,17 @@ def cache_entry(
         return LowRankCache(model, projections, **sizes, **options)
 
     cache = make()
-    return CacheEntry(name, make, _latent_ratio(cache, model), cache.projection_bytes())
+    ratio = _latent_ratio(cache, model, exact=options.get("method") == XKV)
+    return CacheEntry(name, make, ratio, cache.projection_bytes())
 
 
-def _latent_ratio(cache: LowRankCache, model: PreTrainedModel) -> float:
-    """Full bytes per token at 16 bits over latent bytes per token; what is kept without a latent counts as it is."""
+def _latent_ratio(cache: LowRankCache, model: PreTrainedModel, exact: bool) -> float:
+    """Full bytes per token at 16 bits over latent bytes; ``exact``: a group without channels is kept as it is."""
     shape, full, stored = model_shape(model), 0, cache.latent_bytes_per_token()
     for group in cache.groups():
         width = sum(shape.layer(layer).side(side).width for layer, side in group.members)
         full += 2 * width
-        stored += 0 if group.tiers else 2 * width
+        stored += 2 * width if exact and not group.tiers else 0
     return full / stored
 
 
@@ -300,7 +301,9 @@ class SimulatedKiviCache(Cache):
         """What KIVI would store: codes, float16 steps and offsets by 32, the window in the model's dtype."""
         total = 0.0
         for layer in self.kivi_layers:
-            for states in (layer.keys, layer.values) if layer.is_initialized else ():
+            for states in (layer.keys, layer.values):
+                if states is None:
+                    continue
                 numbers, exact = states.numel() / states.shape[2], states.shape[2] - layer.quantized
                 coded = layer.quantized * (layer.bits / 8 + 4 / layer.GROUP)
                 total += numbers * (coded + exact * states.element_size())

@@ -126,8 +126,11 @@ def _perplexity(records: Records, full: Records) -> dict[str, Any] | None:
             found |= dict(zip(("ratio", "low", "high"), map(math.exp, paired_interval([paired])), strict=True))
         return found
 
-    quarters = [summary(lambda record, at=at: record["quarters"][at]) for at in range(4)]
-    return {**summary(lambda record: record["loss"]), "windows": len(windows), "quarters": quarters}
+    def quarter(at: int) -> dict[str, float]:
+        return summary(lambda record: record["quarters"][at])
+
+    whole = summary(lambda record: record["loss"])
+    return {**whole, "windows": len(windows), "quarters": list(map(quarter, range(4)))}
 
 
 def _codes(records: Records, full: Records) -> dict[str, dict[str, dict[str, Any]]]:
@@ -290,8 +293,8 @@ def _tables(metrics: Metrics) -> list[tuple[str, Table]]:
             head += [f"{units[task].format(int(length))}: loss, nats", "exact"]
         lines = []
         for name, entry in metrics.items():
-            cells = [_code_cells(entry["codes"].get(task, {}).get(length)) for task, length in kinds]
-            lines.append([name, *(cell for pair in cells for cell in pair)])
+            pairs = [_code_cells(entry["codes"].get(task, {}).get(length)) for task, length in kinds]
+            lines.append([name, *(cell for pair in pairs for cell in pair)])
         found.append(("Look-ups and needles", Table(head, lines)))
     for length in lengths:
         tasks = list(dict.fromkeys(task for entry in metrics.values() for task in _at(entry, length).get("tasks", {})))

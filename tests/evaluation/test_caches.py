@@ -62,7 +62,7 @@ def test_values_of_recalkv_are_refitted_at_the_ratio_of_the_ranks():
 def test_the_ratio_in_latents_counts_what_is_kept_exactly():
     model, sizes = wide_llama(), CacheSizes().sizes()
     moments = collect_moments(model, [random_tokens(2, 60)], {"both": layer_groups(model_shape(model), "both", 2)})
-    names = ["full", "fisher:4", "xkv:2,groups=3"]
+    names = ["full", "fisher:4", "xkv:2,groups=3", "fisher:12,groups=1,joint=0"]
     entries = [cache_entry(name, *found, model, sizes) for name, found in build(names, moments).items()]
     full = 2 * sum(layer.key.width + layer.value.width for layer in model_shape(model).layers)
     cache = entries[1].make()
@@ -70,6 +70,8 @@ def test_the_ratio_in_latents_counts_what_is_kept_exactly():
     assert entries[1].latent_ratio == pytest.approx(full / cache.latent_bytes_per_token())
     assert entries[1].latent_ratio >= 4
     assert entries[1].projection_bytes == cache.projection_bytes()
+    tiers = [group.tiers for group in entries[3].make().groups()]
+    assert entries[3].latent_ratio == full / entries[3].make().latent_bytes_per_token() and () in tiers
     assert entries[2].latent_ratio == pytest.approx(2, rel=0.1) and entries[2].projection_bytes == 0
 
 
