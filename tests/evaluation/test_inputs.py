@@ -199,5 +199,9 @@ def test_equal_specifications_are_equal_caches_however_they_are_asked_for(folder
         found.model, windows, lambda: LowRankCache(found.model, own, compression_ratio=3.0, **sizes)
     ).tolist()
     assert not (tmp_path / "third" / MOMENTS_FILE).exists()
+    (tmp_path / "other.txt").write_text(prose(199))
+    other = prepare(replace(run, calibrate_on=tmp_path / "other.txt"), ["full"], sizes, lambda line: None)
+    same = prepare(run, ["full"], sizes, lambda line: None)
+    assert other.identity != same.identity, "results of another calibration text are not mixed in"
     for way, found in losses.items():
         assert found == losses["calibrated"], way
