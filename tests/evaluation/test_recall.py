@@ -1,16 +1,23 @@
+<<<<<<< HEAD:tests/evaluation/test_recall.py
 """Look-ups and needles for evaluation: each answer once, and a score that is the model's own loss."""
 
 import re
+=======
+"""Synthetic recall text for calibration."""
+>>>>>>> eval:tests/calibration/test_recall.py
 
 import pytest
 import torch
-from transformers import DynamicCache
 
+<<<<<<< HEAD:tests/evaluation/test_recall.py
 from lowrank_cache import LowRankCache
 from lowrank_cache.calibration import calibrate
 from lowrank_cache.evaluation.baselines import make_baseline
 from lowrank_cache.evaluation.recall import RecallText, lookup_texts, needle_texts, score_recall
 from tests.oracle.models import random_tokens, tiny_model, wide_llama
+=======
+from lowrank_cache.calibration.recall import mixed_batches, recall_text
+>>>>>>> eval:tests/calibration/test_recall.py
 
 
 def _tokenizer(text: str) -> dict:
@@ -18,6 +25,7 @@ def _tokenizer(text: str) -> dict:
     return {"input_ids": [byte % 128 for byte in text.encode()]}
 
 
+<<<<<<< HEAD:tests/evaluation/test_recall.py
 def test_texts_hold_each_answer_once_and_questions_do_not():
     for tokens, text in [
         *((None, text) for text in lookup_texts(_tokenizer, 5, entries=8)),
@@ -75,3 +83,34 @@ def test_a_question_does_not_change_what_the_next_one_sees(name):
     together = score_recall(model, [RecallText(context, pairs)], make_cache, chunk=16)
     alone = [score_recall(model, [RecallText(context, (pair,))], make_cache, chunk=16) for pair in pairs]
     assert together.loss.tolist() == [float(each.loss) for each in alone]
+=======
+def test_recall_text_asks_only_what_it_stated():
+    for seed in range(20):
+        text = recall_text(seed, pairs=6, questions=6)
+        lines = text.strip().splitlines()
+        assert len(lines) == 12 and text == recall_text(seed, pairs=6, questions=6)
+        stated = " ".join(lines[:6])
+        for line in lines[6:]:
+            value = line.rstrip('."').split()[-1].strip('"')
+            assert value in stated
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
+def test_mixed_batches_hold_the_share_they_promise(share):
+    prose = "z" * 20_000
+    batches = list(mixed_batches(_tokenizer, prose, tokens=1600, window=100, recall_share=share))
+    assert [tuple(batch.shape) for batch in batches] == [(1, 100)] * 16
+    is_prose = [bool((batch == ord("z")).all()) for batch in batches]
+    assert is_prose.count(False) == round(16 * share)
+    again = list(mixed_batches(_tokenizer, prose, tokens=1600, window=100, recall_share=share))
+    assert all(torch.equal(one, other) for one, other in zip(batches, again, strict=True))
+
+
+def test_mixed_batches_refuse_what_they_cannot_do():
+    with pytest.raises(ValueError, match="recall_share must be in"):
+        list(mixed_batches(_tokenizer, "z" * 1000, tokens=500, window=100, recall_share=1.5))
+    with pytest.raises(ValueError, match="text must hold at least 400 tokens, got 200"):
+        list(mixed_batches(_tokenizer, "z" * 200, tokens=400, window=100, recall_share=0))
+    with pytest.raises(ValueError, match="at least one window"):
+        list(mixed_batches(_tokenizer, "z" * 200, tokens=50, window=100))
+>>>>>>> eval:tests/calibration/test_recall.py

@@ -48,7 +48,7 @@ def test_shell_commands_exist(page):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("lowrank-cache quality --out x --cache full --no-such-option 1", "No such option"),
+        ("lowrank-cache eval --out x --cache full --no-such-option 1", "No such option"),
         ("lowrank-cache calibrate MODEL", "Missing option"),
         ("lowrank-cache calibrate MODEL --out x --tokens many", "valid integer"),
         ("lowrank-cache nonsense", "no command"),
