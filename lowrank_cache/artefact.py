@@ -33,7 +33,10 @@ __all__ = [
 ]
 
 # What wrong types and sizes in a file may raise where they are used.
-DAMAGE = (KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError, SafetensorError)
+DAMAGE: tuple[type[Exception], ...] = (
+    *(KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError),
+    SafetensorError,
+)
 
 
 def write_files(contents: Mapping[Path, bytes | Callable[[Path], object]]) -> None:

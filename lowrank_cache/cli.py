@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from lowrank_cache import Projections
-from lowrank_cache.calibration.moments import NoGradientError
+from lowrank_cache.calibration.collect import NoGradientError
 from lowrank_cache.evaluation.bench import WEIGHTS_ALONE, BenchSettings
 from lowrank_cache.evaluation.bench import bench as run_bench
 from lowrank_cache.evaluation.demo import DownloadError, run_demo

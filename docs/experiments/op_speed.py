@@ -15,15 +15,15 @@ import torch
 import typer
 from torch import Tensor
 
-from lowrank_cache.allocation import StorePlan, plan_stores
+from lowrank_cache.budget import GroupPlan
 from lowrank_cache.calibration.moments import Moments
 from lowrank_cache.evaluation.caches import XKV, build, parse
 from lowrank_cache.evaluation.report import Table
-from lowrank_cache.kernels.api import latent_decode
+from lowrank_cache.kernels.api import latent_attention
 from lowrank_cache.kernels.packed import LatentSide, PackedTier, RotaryFrames, padded_channels
 from lowrank_cache.kernels.rope import angle_tables
-from lowrank_cache.models import BOTH
 from lowrank_cache.projections import Projections
+from lowrank_cache.shapes import BOTH
 
 __all__ = ["OpEntry", "main", "op_table", "time_ops"]
 
@@ -71,7 +71,7 @@ def time_ops(
         start = time.perf_counter()
         torch.nn.functional.scaled_dot_product_attention(folded, keys, values)
         middle = time.perf_counter()
-        latent_decode(query, key, value, scaling=shape.head_dim**-0.5)
+        latent_attention(query, key, value, scaling=shape.head_dim**-0.5)
         end = time.perf_counter()
         if repeat >= 2:
             times["dense"].append(middle - start)
@@ -83,9 +83,9 @@ def _median_sides(
     projections: Projections, ratio: float, context: int, batch: int
 ) -> list[tuple[LatentSide, LatentSide]]:
     """Random latents of ``_LAYERS`` layers, with the plan of the layer that stores the median number of channels."""
-    plans: dict[tuple[int, ...], dict[str, StorePlan]] = {}
-    for store, plan in zip(projections.stores(), plan_stores(projections, ratio), strict=True):
-        plans.setdefault(store[0].layers, {})[store[0].side] = plan
+    plans: dict[tuple[int, ...], dict[str, GroupPlan]] = {}
+    for plan in projections.plan(ratio):
+        plans.setdefault(plan.bases[0].layers, {})[plan.bases[0].side] = plan
     ordered = sorted(plans.values(), key=_channels)
     chosen = ordered[len(ordered) // 2]
     layer = projections.shape.layers[0]
@@ -103,11 +103,11 @@ def _median_sides(
     return sides
 
 
-def _channels(plans: dict[str, StorePlan]) -> int:
+def _channels(plans: dict[str, GroupPlan]) -> int:
     return sum(len(channels) for plan in plans.values() for _, channels in plan.tiers)
 
 
-def _random_tiers(plan: StorePlan, context: int, batch: int) -> tuple[PackedTier, ...]:
+def _random_tiers(plan: GroupPlan, context: int, batch: int) -> tuple[PackedTier, ...]:
     tiers = []
     for bits, channels in plan.tiers:
         row = padded_channels(bits, len(channels)) * bits // 8

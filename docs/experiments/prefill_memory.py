@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from lowrank_cache import LowRankCache, Projections
-from lowrank_cache.cache_argument import cache_argument
 from lowrank_cache.evaluation.bench import watch_allocated
 from lowrank_cache.evaluation.inputs import in_dtype, load_model
-from lowrank_cache.models import SIDES, model_shape
+from lowrank_cache.probe import cache_argument, model_shape
+from lowrank_cache.shapes import SIDES
 
 __all__ = ["PrefillPeak", "main", "prefill_peak"]
 

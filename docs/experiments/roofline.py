@@ -16,7 +16,7 @@ from torch import Tensor
 from lowrank_cache.budget import ChannelCosts, TierCounts, spend, tier_bytes
 from lowrank_cache.calibration.fisher import weighted_basis
 from lowrank_cache.calibration.moments import Moments
-from lowrank_cache.models import BOTH, SIDES, layer_groups
+from lowrank_cache.shapes import BOTH, SIDES, layer_groups
 
 __all__ = [
     "ASSUMPTIONS",

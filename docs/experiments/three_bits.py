@@ -6,8 +6,7 @@ import numpy as np
 import typer
 
 from lowrank_cache import Projections
-from lowrank_cache.allocation import full_bytes_per_token
-from lowrank_cache.budget import DISTORTION
+from lowrank_cache.budget import DISTORTION, full_bytes_per_token
 
 __all__ = ["main", "three_bit_gain"]
 
@@ -45,7 +44,7 @@ def main(
     """Print what a 3-bit tier would gain for PROJECTIONS."""
     loaded = Projections.from_pretrained(projections)
     loss = np.concatenate([basis.loss.double().numpy() for basis in loaded.bases])
-    gain = three_bit_gain(loss, 8 * full_bytes_per_token(loaded) / ratio)
+    gain = three_bit_gain(loss, 8 * full_bytes_per_token(loaded.shape) / ratio)
     typer.echo(f"A 3-bit tier would lower the predicted loss by {gain:.1%} (before its padding and steps).")
 
 

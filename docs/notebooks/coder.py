@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from lowrank_cache import LowRankCache, Projections
-from lowrank_cache.allocation import plan_stores
+from lowrank_cache.budget import plan_groups
 
 name = "HuggingFaceTB/SmolLM2-135M-Instruct"
 model = AutoModelForCausalLM.from_pretrained(name, dtype="float32").eval()
@@ -51,7 +51,7 @@ figure, axes = plt.subplots(1, 3, figsize=(13, 3.2), layout="constrained", share
 stores = projections.stores()
 for axis, ratio in zip(axes, (4, 8, 16), strict=True):
     picture = np.zeros((len(stores), stores[0][0].rank))
-    for row, plan in enumerate(plan_stores(projections, ratio)):
+    for row, plan in enumerate(plan_groups(projections, ratio)):
         start = 0
         for bits, channels in plan.tiers:
             picture[row, start : start + len(channels)] = bits

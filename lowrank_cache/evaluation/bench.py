@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from lowrank_cache.attention import latent_attention
-from lowrank_cache.cache_argument import cache_argument
 from lowrank_cache.evaluation.caches import CacheSizes, tensor_bytes
 from lowrank_cache.evaluation.inputs import Run, append_result, prepare, resume_results
 from lowrank_cache.evaluation.report import Table, check_installed
 from lowrank_cache.evaluation.streaming import now
+from lowrank_cache.probe import cache_argument
 
 __all__ = [
     "WEIGHTS_ALONE", "Allocated", "BenchEntry", "BenchSettings", "bench", "bench_table", "run_bench", "watch_allocated",

@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicLayer
 from lowrank_cache import LowRankCache, Projections, latent_attention
 from lowrank_cache.calibration.api import METHODS, projections_from_moments
 from lowrank_cache.calibration.moments import Moments
-from lowrank_cache.models import model_shape
+from lowrank_cache.probe import model_shape
 from lowrank_cache.prompt_svd import NEW_TOKENS
 
 __all__ = [

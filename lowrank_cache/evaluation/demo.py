@@ -29,12 +29,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding, Cac
 from transformers.generation.streamers import BaseStreamer
 
 from lowrank_cache import LowRankCache, Projections, latent_attention
-from lowrank_cache.cache_argument import cache_argument
 from lowrank_cache.calibration import PRESETS, calibrate
 from lowrank_cache.calibration.api import projections_from_moments
 from lowrank_cache.calibration.moments import Moments
-from lowrank_cache.calibration.recall import mixed_batches
+from lowrank_cache.calibration.text import mixed_batches
 from lowrank_cache.evaluation.caches import tensor_bytes
+from lowrank_cache.probe import cache_argument
 
 __all__ = [
     "HUB_MODEL", "DemoRun", "DownloadError", "cache_folder", "demo_model", "generate_timed",

@@ -18,12 +18,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from lowrank_cache.cache_argument import cache_argument
 from lowrank_cache.evaluation import report, tasks
 from lowrank_cache.evaluation.caches import CacheEntry, CacheSizes, tensor_bytes
 from lowrank_cache.evaluation.inputs import Prepared, Run, append_result, prepare, resume_results
 from lowrank_cache.evaluation.streaming import fill, force_answers, greedy_answer, now, stream, windows_of
 from lowrank_cache.evaluation.tasks import QUESTIONS, TASKS, CodeText, Prompter, Sample
+from lowrank_cache.probe import cache_argument
 
 __all__ = ["EvaluationSettings", "evaluate", "record_key", "run_evaluation"]
 

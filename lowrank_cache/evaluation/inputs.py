@@ -23,14 +23,16 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowrank_cache import Projections, calibration
-from lowrank_cache.atomic import write_files
-from lowrank_cache.calibration.api import auto_group_size, refit_values
-from lowrank_cache.calibration.moments import Moments, collect_moments
-from lowrank_cache.calibration.recall import mixed_batches
+from lowrank_cache.artefact import write_files
+from lowrank_cache.calibration.api import auto_group_size
+from lowrank_cache.calibration.collect import collect_moments, refit_values
+from lowrank_cache.calibration.moments import Moments
+from lowrank_cache.calibration.text import mixed_batches
 from lowrank_cache.evaluation.caches import XKV, CacheEntry, Configuration, build, cache_entry, parse
 from lowrank_cache.evaluation.demo import demo_model, hub_answers
-from lowrank_cache.models import BOTH, layer_groups, model_shape
-from lowrank_cache.projections import CONFIG_FILE as PROJECTIONS_FILE
+from lowrank_cache.probe import model_shape
+from lowrank_cache.projections import ARTEFACT
+from lowrank_cache.shapes import BOTH, layer_groups
 
 __all__ = [
     "CALIBRATION_TOKENS", "MOMENTS_FILE", "Prepared", "Run", "append_result", "bundled_text", "calibrate_model",
@@ -406,7 +408,7 @@ def _identity(run: Run, name: str, model, text: str) -> dict[str, Any]:
 
 def _projections_digest(name: str) -> str:
     """Of the file that names all tensors by digest; of projections on the hub, their name."""
-    path = Path(name) / PROJECTIONS_FILE
+    path = Path(name) / ARTEFACT.config_file
     return _digest_of(path) if path.is_file() else name
 
 

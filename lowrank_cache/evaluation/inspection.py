@@ -8,42 +8,22 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from lowrank_cache.allocation import StorePlan, full_bytes_per_token, plan_stores, predicted_loss
+from lowrank_cache.budget import GroupPlan, full_bytes_per_token
+from lowrank_cache.coder import calibrated_coders
 from lowrank_cache.evaluation.report import check_installed
-from lowrank_cache.latents import Coder
-from lowrank_cache.models import BOTH
-from lowrank_cache.projections import Basis, Projections
+from lowrank_cache.projections import Projections
+from lowrank_cache.shapes import BOTH
 
-__all__ = ["GroupEntry", "Inspection", "inspect_projections", "plot_projections"]
+__all__ = ["Inspection", "inspect_projections", "plot_projections"]
 
 _CURVE_RATIOS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24)
 
 
 @dataclass(frozen=True)
-class GroupEntry:
-    """What is stored together: keys, values or both of one layer group."""
-
-    bases: tuple[Basis, ...]  # its bases
-    plan: StorePlan  # the channels it keeps
-    predicted_loss: float  # nats per token; see docs/method.md, "Spending bits"
-    full_bytes: int  # of one token in the full cache at 16 bits
-
-    @property
-    def layers(self) -> str:
-        first, last = self.bases[0].layers[0], self.bases[0].layers[-1]
-        return str(first) if first == last else f"{first}-{last}"
-
-    @property
-    def rank(self) -> int:
-        """Channels kept."""
-        return sum(len(channels) for _, channels in self.plan.tiers)
-
-
-@dataclass(frozen=True)
 class Inspection:
-    """Every group of some projections at one ratio."""
+    """What some projections store at one ratio."""
 
-    entries: tuple[GroupEntry, ...]  # in the order of the bases
+    plans: list[GroupPlan]  # in the order of the bases
     basis_bytes: int  # of the bases truncated to this ratio, as a cache holds them
     saved_bytes: int  # of the bases in the artefact, full rank
     full_bytes: int  # per token, full cache at 16 bits
@@ -51,7 +31,12 @@ class Inspection:
     @property
     def latent_bytes(self) -> int:
         """Bytes per token of all latents."""
-        return sum(entry.plan.bytes_per_token for entry in self.entries)
+        return sum(plan.bytes_per_token for plan in self.plans)
+
+    @property
+    def predicted_loss(self) -> float:
+        """Nats per token, see docs/method.md, "Spending bits"."""
+        return sum(plan.predicted_loss() for plan in self.plans)
 
     def break_even(self, exact_tokens: int = 4 + 128 + 64, batch: int = 1) -> float:
         """Tokens per sequence beyond which bases and cache together are smaller than the full cache at 16 bits.
@@ -69,18 +54,18 @@ class Inspection:
     def table(self) -> Table:
         """One line per group, and the totals."""
         table = Table(title="what is stored of each token", show_footer=True)
-        loss = sum(entry.predicted_loss for entry in self.entries)
-        rank = sum(entry.rank for entry in self.entries)
-        totals = {"layers": "all", "side": "", "width": self.full_bytes // 2, "rank": rank, "channels x bits": ""}
-        totals |= {"predicted loss": f"{loss:.3g}", "bytes": self.latent_bytes, "full bytes": self.full_bytes}
+        channels = sum(len(plan.channels) for plan in self.plans)
+        totals = {"layers": "all", "side": "", "width": self.full_bytes // 2, "rank": channels, "channels x bits": ""}
+        totals |= {"predicted loss": f"{self.predicted_loss:.3g}"}
+        totals |= {"bytes": self.latent_bytes, "full bytes": self.full_bytes}
         for name, total in totals.items():
             left = name in ("layers", "side", "channels x bits")
             table.add_column(name, str(total), justify="left" if left else "right")
-        for entry in self.entries:
-            tiers = " ".join(f"{len(channels)}x{bits}" for bits, channels in entry.plan.tiers) or "none"
-            cells = [entry.layers, entry.bases[0].side, str(entry.full_bytes // 2), str(entry.rank), tiers]
-            cells += [f"{entry.predicted_loss:.3g}", str(entry.plan.bytes_per_token), str(entry.full_bytes)]
-            table.add_row(*cells)
+        for plan in self.plans:
+            tiers = " ".join(f"{len(channels)}x{bits}" for bits, channels in plan.tiers) or "none"
+            width = sum(basis.width for basis in plan.bases)
+            cells = [_layers(plan), plan.bases[0].side, str(width), str(len(plan.channels)), tiers]
+            table.add_row(*cells, f"{plan.predicted_loss():.3g}", str(plan.bytes_per_token), str(2 * width))
         return table
 
     def summary(self) -> str:
@@ -100,20 +85,15 @@ def inspect_projections(projections: Projections, compression_ratio: float = 8.0
     Raises:
         ValueError: If the ratio is out of range or cannot be reached.
     """
-    entries = _entries(projections, compression_ratio)
-    members = [projections.shape.members(entry.bases[0].side, entry.bases[0].layers) for entry in entries]
-    coders = [Coder(one.bases, one.plan, of_one, torch.float16) for one, of_one in zip(entries, members, strict=True)]
-    basis_bytes = sum(coder.nbytes for coder in coders)
-    return Inspection(entries, basis_bytes, projections.nbytes, full_bytes_per_token(projections))
+    coders = calibrated_coders(projections, {}, compression_ratio, None, None, torch.float16)
+    basis_bytes = sum(coder.projection_bytes for coder in coders)
+    full_bytes = full_bytes_per_token(projections.shape)
+    return Inspection(projections.plan(compression_ratio), basis_bytes, projections.nbytes, full_bytes)
 
 
-def _entries(projections: Projections, ratio: float) -> tuple[GroupEntry, ...]:
-    entries = []
-    for bases, plan in zip(projections.stores(), plan_stores(projections, ratio), strict=True):
-        members = projections.shape.members(bases[0].side, bases[0].layers)
-        full_bytes = 2 * sum(shape.width for _, _, shape in members)
-        entries.append(GroupEntry(bases, plan, predicted_loss(bases, plan), full_bytes))
-    return tuple(entries)
+def _layers(plan: GroupPlan) -> str:
+    first, last = plan.bases[0].layers[0], plan.bases[0].layers[-1]
+    return str(first) if first == last else f"{first}-{last}"
 
 
 def plot_projections(projections: Projections, ratio: float, path: Path) -> None:
@@ -125,21 +105,21 @@ def plot_projections(projections: Projections, ratio: float, path: Path) -> None
     check_installed()
     from matplotlib.figure import Figure
 
-    entries = _entries(projections, ratio)
-    sides = sorted({entry.bases[0].side for entry in entries})
+    plans = projections.plan(ratio)
+    sides = sorted({plan.bases[0].side for plan in plans})
     figure = Figure(figsize=(5 * len(sides) + 5, 5), layout="constrained")
     *pictures, curve = figure.subplots(1, len(sides) + 1)
     for axis, side in zip(pictures, sides, strict=True):
-        of_side = [entry for entry in entries if entry.bases[0].side == side]
+        of_side = [plan for plan in plans if plan.bases[0].side == side]
         extent = (0, 1, len(of_side), 0)
         options = {"cmap": "viridis", "vmin": 0, "vmax": 16, "interpolation": "nearest", "aspect": "auto"}
-        image = axis.imshow(np.stack([_bits(entry) for entry in of_side]), extent=extent, **options)
-        axis.set_yticks(np.arange(len(of_side)) + 0.5, [entry.layers for entry in of_side], fontsize=7)
+        image = axis.imshow(np.stack([_bits(plan) for plan in of_side]), extent=extent, **options)
+        axis.set_yticks(np.arange(len(of_side)) + 0.5, [_layers(plan) for plan in of_side], fontsize=7)
         axis.set(xlabel="channels of the layer group, by importance", ylabel="layers")
         axis.set_title(f"bits per channel, {'keys and values' if side == BOTH else side + 's'}, {ratio:g}x")
     figure.colorbar(image, ax=pictures[-1], ticks=(0, 2, 4, 8, 16)).set_label("bits")
     reachable = [value for value in _CURVE_RATIOS if value >= projections.min_compression_ratio]
-    losses = [sum(entry.predicted_loss for entry in _entries(projections, value)) for value in reachable]
+    losses = [sum(plan.predicted_loss() for plan in projections.plan(value)) for value in reachable]
     curve.plot(reachable, losses, marker="o")
     curve.axvline(ratio, color="grey", linestyle=":")
     curve.set(xscale="log", yscale="log", xlabel="compression ratio in latents", ylabel="predicted loss, nats a token")
@@ -149,8 +129,8 @@ def plot_projections(projections: Projections, ratio: float, path: Path) -> None
     figure.savefig(path, dpi=120)
 
 
-def _bits(entry: GroupEntry) -> np.ndarray:
+def _bits(plan: GroupPlan) -> np.ndarray:
     """``[1000]``: bits over the share of a group's channels, most bits first."""
-    bits = np.repeat([width for width, _ in entry.plan.tiers], [len(channels) for _, channels in entry.plan.tiers])
-    padded = np.pad(bits, (0, sum(basis.rank for basis in entry.bases) - len(bits)))
+    bits = np.repeat([width for width, _ in plan.tiers], [len(channels) for _, channels in plan.tiers])
+    padded = np.pad(bits, (0, sum(basis.rank for basis in plan.bases) - len(bits)))
     return padded[np.linspace(0, len(padded) - 1, 1000).astype(int)]

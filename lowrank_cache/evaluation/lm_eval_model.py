@@ -22,9 +22,9 @@ from tqdm.auto import tqdm
 from transformers import Cache
 
 from lowrank_cache import Projections
-from lowrank_cache.cache_argument import cache_argument
 from lowrank_cache.evaluation.caches import BASELINES, CacheEntry, cache_entry
 from lowrank_cache.evaluation.streaming import branch, feed, padded
+from lowrank_cache.probe import cache_argument
 
 try:
     from lm_eval.api.registry import register_model

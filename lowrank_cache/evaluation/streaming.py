@@ -14,7 +14,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from lowrank_cache import LowRankCache
-from lowrank_cache.cache_argument import cache_argument
+from lowrank_cache.probe import cache_argument
 
 __all__ = ["branch", "feed", "fill", "force_answers", "greedy_answer", "now", "padded", "stream", "windows_of"]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from lowrank_cache.calibration.moments import collect_moments
+from lowrank_cache.calibration.collect import collect_moments
 from lowrank_cache.evaluation.caches import (
     CacheSizes,
     Configuration,
@@ -15,7 +15,8 @@ from lowrank_cache.evaluation.caches import (
     parse,
     tensor_bytes,
 )
-from lowrank_cache.models import layer_groups, model_shape
+from lowrank_cache.probe import model_shape
+from lowrank_cache.shapes import layer_groups
 from tests.oracle.models import random_tokens, tiny_model, wide_llama
 
 

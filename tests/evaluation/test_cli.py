@@ -6,18 +6,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-<<<<<<< HEAD
-import torch
-from lowrank_cache.allocation import full_bytes_per_token
-from transformers import BatchEncoding, DynamicCache
-from typer.testing import CliRunner
-
-from lowrank_cache import LowRankCache, Projections, cli
-=======
 from typer.testing import CliRunner
 
 from lowrank_cache import Projections, cli
->>>>>>> eval
 from lowrank_cache.calibration import calibrate
 from lowrank_cache.calibration.moments import Moments
 from lowrank_cache.evaluation import inputs

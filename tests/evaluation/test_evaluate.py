@@ -6,30 +6,18 @@ import re
 
 import pytest
 import torch
-<<<<<<< HEAD
-from lowrank_cache.models import layer_groups, model_shape
-from transformers import DynamicCache
-=======
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache
->>>>>>> eval
 from typer.testing import CliRunner
 
 from lowrank_cache import LowRankCache, cli
-from lowrank_cache.calibration.moments import collect_moments
+from lowrank_cache.calibration.collect import collect_moments
 from lowrank_cache.evaluation.caches import build, cache_entry
 from lowrank_cache.evaluation.evaluate import EvaluationSettings, evaluate
-<<<<<<< HEAD
-from lowrank_cache.evaluation.perplexity import stream, windows_of
-from lowrank_cache.evaluation.plots import plot_evaluation
-from lowrank_cache.evaluation.report import metrics_of, report_markdown
-from lowrank_cache.evaluation.text_source import load_text
-from tests.evaluation.test_ruler import prose
-=======
 from lowrank_cache.evaluation.streaming import fill, force_answers, stream, windows_of
 from lowrank_cache.evaluation.tasks import Prompter, lookup_texts, needle_texts
-from lowrank_cache.models import layer_groups, model_shape
+from lowrank_cache.probe import model_shape
+from lowrank_cache.shapes import layer_groups
 from tests.evaluation.test_tasks import prose
->>>>>>> eval
 from tests.oracle.character_tokenizer import character_tokenizer
 from tests.oracle.models import random_tokens, tiny_model, wide_llama
 

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from lowrank_cache import LowRankCache
-from lowrank_cache.allocation import full_bytes_per_token
+from lowrank_cache.budget import full_bytes_per_token
 from lowrank_cache.calibration import calibrate
 from lowrank_cache.evaluation.inspection import inspect_projections, plot_projections
 from tests.oracle.models import full_rank_projections, random_tokens, tiny_model
@@ -25,10 +25,10 @@ def test_inspection_agrees_with_the_cache(model, projections):
     inspection = inspect_projections(projections, 3.0)
     cache = LowRankCache(model, projections, compression_ratio=3.0)
     assert inspection.basis_bytes == cache.projection_bytes()
-    assert inspection.full_bytes == full_bytes_per_token(projections)
+    assert inspection.full_bytes == full_bytes_per_token(projections.shape)
     assert inspection.latent_bytes <= inspection.full_bytes / 3
-    assert sum(entry.full_bytes for entry in inspection.entries) == inspection.full_bytes
-    assert len(inspection.entries) == len(projections.stores())
+    assert 2 * sum(basis.width for plan in inspection.plans for basis in plan.bases) == inspection.full_bytes
+    assert len(inspection.plans) == len(projections.groups())
 
 
 @pytest.mark.parametrize("batch", [1, 8])

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from lowrank_cache.calibration.moments import collect_moments
-from lowrank_cache.models import layer_groups, model_shape
+from lowrank_cache.calibration.collect import collect_moments
+from lowrank_cache.probe import model_shape
+from lowrank_cache.shapes import layer_groups
 from tests.experiments import load
 from tests.oracle.models import full_rank_projections, random_tokens, tiny_model
 

@@ -4,17 +4,11 @@ import re
 
 import pytest
 import torch
-from lowrank_cache.models import model_shape
 
-<<<<<<< HEAD:tests/evaluation/test_papers.py
-from lowrank_cache.evaluation import papers, small_models
-from lowrank_cache.evaluation.small_models import byte_tokens, mla_config, multi_head_config, trained
-=======
-from lowrank_cache.models import model_shape
+from lowrank_cache.probe import model_shape
 from tests.experiments import load
 
 papers = load("papers")
->>>>>>> eval:tests/experiments/test_papers.py
 
 TEXT = "".join(f"line {number}: {number * number % 997} and {number % 13} times a word\n" for number in range(12_000))
 

@@ -4,7 +4,7 @@ import pytest
 from transformers import DynamicCache
 
 from lowrank_cache import LowRankCache
-from lowrank_cache.models import model_shape
+from lowrank_cache.probe import model_shape
 from tests.experiments import load
 from tests.oracle.character_tokenizer import character_tokenizer
 from tests.oracle.models import full_rank_projections, random_tokens, tiny_model

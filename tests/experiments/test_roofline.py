@@ -4,20 +4,11 @@ import dataclasses
 
 import pytest
 import torch
-<<<<<<< HEAD:tests/evaluation/test_roofline.py
-from lowrank_cache.models import BOTH, layer_groups, model_shape
-from typer.testing import CliRunner
 
-from lowrank_cache.calibration.moments import collect_moments
-from lowrank_cache.cli import app
-from lowrank_cache.evaluation.roofline import CARDS, Attention, KernelCost, LatentGroup, dense_time, kernel_costs
-from lowrank_cache.evaluation.roofline_run import Setting, measure_shares
-=======
-
-from lowrank_cache.calibration.moments import collect_moments
-from lowrank_cache.models import BOTH, layer_groups, model_shape
+from lowrank_cache.calibration.collect import collect_moments
+from lowrank_cache.probe import model_shape
+from lowrank_cache.shapes import BOTH, layer_groups
 from tests.experiments import load
->>>>>>> eval:tests/experiments/test_roofline.py
 from tests.oracle.models import random_tokens, tiny_model
 
 roofline = load("roofline")

@@ -8,17 +8,10 @@ stands in, so that the blocks load SmolLM2 by its name as a reader would.
 import os
 from pathlib import Path
 
+from lowrank_cache.calibration import calibrate
+from lowrank_cache.calibration.text import mixed_batches
 from lowrank_cache.evaluation.demo import FOLDER_NAME, HUB_MODEL, cache_folder, demo_model
 from lowrank_cache.evaluation.inputs import bundled_text
-
-from lowrank_cache.calibration import calibrate
-<<<<<<< HEAD
-from lowrank_cache.calibration.text import mixed_batches
-from lowrank_cache.evaluation.model_source import FOLDER_NAME, HUB_MODEL, cache_folder, demo_model
-from lowrank_cache.evaluation.text_source import bundled_text
-=======
-from lowrank_cache.calibration.recall import mixed_batches
->>>>>>> eval
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "docs"

@@ -18,7 +18,7 @@ PACKAGE = "lowrank_cache"
 ALLOWED = {
     "lowrank_cache/__init__.py": {"attention", "cache", "projections"},
     "lowrank_cache/cache.py": {
-        *("budget", "coder", "forward", "latent_view", "layers", "positions", "probe", "projections", "prompt_svd"),
+        *("artefact", "coder", "forward", "latent_view", "layers", "positions", "probe", "projections", "prompt_svd"),
         *("saved_cache", "shapes", "store"),
     },
     "lowrank_cache/layers.py": {"latent_view", "shapes", "store"},
