@@ -1,7 +1,7 @@
 """SmolLM2 with bitsandbytes weights, nf4 and int8, on this CPU: its caches against ``DynamicCache``.
 
-``python -P tests/tools/real_bitsandbytes.py [PROJECTIONS]``; without projections they are calibrated first, from the whole
-model. Not part of the tests, which use tiny models (``test_bitsandbytes.py``): it takes minutes.
+``python -P tests/tools/real_bitsandbytes.py [PROJECTIONS]``; without projections they are calibrated
+first, from the whole model. Not part of the tests, which use tiny models (``test_bitsandbytes.py``): it takes minutes.
 """
 
 import sys
