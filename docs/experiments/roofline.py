@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 import typer
 from torch import Tensor
 
-from lowrank_cache.budget import ChannelCosts, TierCounts, spend, tier_bytes
+from lowrank_cache.budget import Tiers, spend, tier_bytes, tiers_loss
 from lowrank_cache.calibration.fisher import weighted_basis
 from lowrank_cache.calibration.moments import Moments
 from lowrank_cache.shapes import BOTH, SIDES, layer_groups
@@ -228,24 +229,24 @@ def measure_shares(
 ) -> Share:
     """Bases of a setting from moments, and how the budget of a ratio is spent on their channels."""
     report(f"bases: {setting}")
-    stores: list[tuple[str, int, ChannelCosts]] = []
+    stores: list[tuple[str, int, np.ndarray]] = []
     for side in (BOTH,) if setting.joint else SIDES:
         for group in layer_groups(moments.shape, side, setting.layers):
             second, mean, sensitivity = moments.of_group(side, group, setting.frame_length)
             for rows in _head_rows(moments, side, group, setting.head_groups):
                 part = rows[:, None], rows
                 loss = weighted_basis(second[part], mean[rows], sensitivity[part])["loss"].double().numpy()
-                stores.append((side, len(rows), ChannelCosts(loss, loss)))
+                stores.append((side, len(rows), loss))
     full = 2 * sum(layer.key.width + layer.value.width for layer in moments.shape.layers)
-    counts = spend([costs for _, _, costs in stores], full / ratio)
+    counts = spend([loss for _, _, loss in stores], full / ratio)
     spent = [(side, width, count) for (side, width, _), count in zip(stores, counts, strict=True)]
     fractions = {
         side: _fractions([(width, count) for name, width, count in spent if name == side])
         for side in {name for name, _, _ in spent}
     }
-    total = sum(costs.loss(count) for (_, _, costs), count in zip(stores, counts, strict=True))
+    total = sum(tiers_loss(loss, count) for (_, _, loss), count in zip(stores, counts, strict=True))
     keys, values = (fractions[BOTH],) * 2 if setting.joint else (fractions[side] for side in SIDES)
-    return Share(keys, values, total, sum(count.bytes_per_token for count in counts))
+    return Share(keys, values, total, sum(tier_bytes(*tier) for tiers in counts for tier in tiers))
 
 
 def _head_rows(moments: Moments, side: str, group: tuple[int, ...], head_groups: int) -> list[Tensor]:
@@ -262,11 +263,11 @@ def _head_rows(moments: Moments, side: str, group: tuple[int, ...], head_groups:
     return [torch.cat(parts) for parts in rows]
 
 
-def _fractions(counts: list[tuple[int, TierCounts]]) -> dict[int, float]:
+def _fractions(counts: list[tuple[int, Tiers]]) -> dict[int, float]:
     width = sum(width for width, _ in counts)
     kept = {16: 0, 8: 0, 4: 0, 2: 0}
     for _, count in counts:
-        for bits, channels in count.items():
+        for bits, channels in count:
             kept[bits] += channels
     return {bits: channels / width for bits, channels in kept.items()}
 
