@@ -1,6 +1,4 @@
-"""Refused models are refused early and clearly, and docs/support.md says what the tests find."""
-
-from pathlib import Path
+"""Refused models are refused early and clearly, and docs/limits.md says what the tests find."""
 
 import pytest
 import torch
@@ -18,9 +16,9 @@ from tests.oracle.models import (
     random_tokens,
     tiny_model,
 )
-from tests.tools.support_table import refusal_of, support_page
+from tests.tools.docs_sections import read_section
+from tests.tools.support_table import refusal_of, support_section
 
-PAGE = Path(__file__).parents[2] / "docs" / "support.md"
 REASONS = {
     "mistral-all-sliding": "nothing to compress",
     "gpt2": "no rotary position embedding",
@@ -80,5 +78,6 @@ def test_hook_goes_with_the_last_cache():
     assert hook_count(decoder) == 0 and not decoder._forward_pre_hooks
 
 
-def test_support_page_is_up_to_date():
-    assert PAGE.read_text() == support_page(), "run `python -m tests.tools.support_table > docs/support.md`"
+def test_support_section_is_up_to_date():
+    shown = read_section("limits.md", "support")
+    assert shown == support_section().strip(), "run `python -m tests.tools.support_table`"
