@@ -56,7 +56,7 @@ def coder() -> plt.Figure:
     axis.text(
         106,
         32.5,
-        "stored of the token: a packed row\nfor each tier, and a step (grey)\nfor each quantized tier",
+        "stored of the token: packed codes\nof each tier, and a step (grey)\nof each quantized tier",
         ha="center",
         va="center",
         fontsize=9,
@@ -121,9 +121,9 @@ def frames() -> plt.Figure:
 
 
 def slots() -> plt.Figure:
-    """Two rows of a batch: where sinks, latents and the window lie, and what moves."""
+    """Two sequences of a batch: where sinks, latents and the window lie, and what moves."""
     figure, axis = _canvas(13, 4.0, (-14, 118), (-4, 36))
-    for y, label, padding in ((20, "row 0", 0), (8, "row 1,\nleft-padded", 14)):
+    for y, label, padding in ((20, "sequence 0", 0), (8, "sequence 1,\nleft-padded", 14)):
         axis.text(-2, y + 2.5, label, ha="right", va="center")
         parts = [(padding, PADDING), (3, EXACT), (73 - padding, LATENT), (28, EXACT)]
         start = 0.0
@@ -145,7 +145,12 @@ def slots() -> plt.Figure:
     _arrow(axis, (112, 16.5), (105, 16.5), "")
     axis.text(113, 16.5, "new\ntokens", va="center", fontsize=9)
     axis.text(
-        30, 1, "slots are the same for all rows; positions are each row's own →", ha="center", va="center", fontsize=9
+        30,
+        1,
+        "slots are the same for all sequences; each sequence has its own positions →",
+        ha="center",
+        va="center",
+        fontsize=9,
     )
     return figure
 

@@ -48,7 +48,7 @@ def test_shell_commands_exist(page):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("lowrank-cache quality --out x --cache full --no-such-option 1", "No such option"),
+        ("lowrank-cache eval --out x --cache full --no-such-option 1", "No such option"),
         ("lowrank-cache calibrate MODEL", "Missing option"),
         ("lowrank-cache calibrate MODEL --out x --tokens many", "valid integer"),
         ("lowrank-cache nonsense", "no command"),
@@ -91,6 +91,10 @@ def test_links_lead_somewhere(page):
         if fragment:
             headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
             assert fragment in map(anchor, headings), f"{page.name} links to {target}"
+
+
+def test_readme_is_read_in_a_minute():
+    assert len(PAGES[0].read_text(encoding="utf-8").splitlines()) <= 70
 
 
 def test_every_page_is_in_the_navigation():
