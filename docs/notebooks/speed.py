@@ -82,9 +82,9 @@ for axis in (speed, size):
 plt.show()
 
 # %% [markdown]
-# `smallest` reconstructs keys from five layers' latent for every layer, so its time grows fastest. `fastest` starts above
-# the full cache, for the many small operations of a step. Whether it overtakes in longer contexts depends on the
-# processor.
+# `smallest` reconstructs keys from five layers' latent for every layer, so its time grows fastest. `fastest` starts
+# above the full cache, for the many small operations of a step. Whether it overtakes in longer contexts depends on
+# the processor.
 #
 # ## What the bytes are
 #

@@ -14,8 +14,12 @@ from lowrank_cache import cli
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def commands(source: str) -> Iterator[tuple[int, list[str]]]:
-    """Line number from 0 and words of each command of a shell block; continued lines are joined, comments dropped."""
+def commands(source: str, variables: dict[str, str] | None = None) -> Iterator[tuple[int, list[str]]]:
+    """Line number from 0 and words of each command of a shell block; continued lines are joined, comments dropped.
+
+    ``variables`` holds those of the page: a line that only sets some adds them, and a word ``$NAME`` becomes its words.
+    """
+    variables = {} if variables is None else variables
     start, joined = 0, ""
     for number, line in enumerate(source.splitlines()):
         start = start if joined else number
@@ -24,10 +28,17 @@ def commands(source: str) -> Iterator[tuple[int, list[str]]]:
             continue
         words = shlex.split(joined, comments=True)
         joined = ""
-        while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):  # variables for this command
-            words.pop(0)
+        given = {}
+        while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):  # variables for this command, or for those that follow
+            name, _, given[name] = words.pop(0).partition("=")
         if words:
-            yield start, words
+            yield start, [part for word in words for part in _expanded(word, variables)]
+        else:
+            variables |= given
+
+
+def _expanded(word: str, variables: dict[str, str]) -> list[str]:
+    return shlex.split(variables[word[1:]]) if word.startswith("$") and word[1:] in variables else [word]
 
 
 def problem(words: list[str]) -> str | None:

@@ -16,19 +16,20 @@ __all__ = ["support_section"]
 _HEAD = """\
 ## Supported models
 
-`python -m tests.tools.support_table` writes this section from the tests; one of them fails when it is not up to date. The models are
-tiny random ones of each family, so the tables speak of structure and not of quality.
+`python -m tests.tools.support_table` writes this section from the tests; one of them fails when it is not up to date.
+The models are tiny random ones of each family, so the tables speak of structure and not of quality.
 
-With full-rank projections, tokens equal those of `DynamicCache` and logits agree to rounding (`tests/cache/test_generation.py`). For the
-first table, encoded keys are proven to be the keys before the model's rotary function (`tests/cache/test_unrotation.py`). "Attend to
-latents" counts the compressed layers that [`latent_attention`](cache_contract.md#attending-to-latents) serves in the same modes
+With full-rank projections, tokens equal those of `DynamicCache` and logits agree to rounding
+(`tests/cache/test_generation.py`). For the first table, encoded keys are proven to be the keys before the model's
+rotary function (`tests/cache/test_unrotation.py`). "Attend to latents" counts the compressed layers that
+[`latent_attention`](cache_contract.md#attending-to-latents) serves in the same modes
 (`tests/cache/test_latent_attention.py`). It raises where there are none, and the cache works without it.
 """
 
 _FOOT = """\
-transformers refuses the refused modes with `DynamicCache` in the same words. Phi3's own `generate` drops whatever cache it was given when a
-sequence with longrope grows past `original_max_position_embeddings`, and continues with a `DynamicCache`: from there on nothing is
-compressed.
+transformers refuses the refused modes with `DynamicCache` in the same words. Phi3's own `generate` drops whatever cache
+it was given when a sequence with longrope grows past `original_max_position_embeddings`, and continues with a
+`DynamicCache`: from there on nothing is compressed.
 """
 
 

@@ -105,9 +105,9 @@ HEADS = {
 ## Versions of transformers
 
 Printed by `{command}` on {day} with Python {python}:
-the tests, except that of the table of supported models, which is of one version. `pyproject.toml` allows the releases in
-which they pass. Since 5.24 transformers calls the argument for a cache `cache`; it takes `past_key_values` with a warning, and both
-names work.
+the tests, except that of the table of supported models, which is of one version. `pyproject.toml` allows the releases
+in which they pass. Since 5.24 transformers calls the argument for a cache `cache`; it takes `past_key_values` with a
+warning, and both names work.
 
 | transformers | other packages replaced | tests | files with failures |
 | --- | --- | --- | --- |""",
@@ -115,7 +115,8 @@ names work.
 ## Versions of Triton
 
 PyTorch for GPUs brings the one release of Triton that it was built with: PyTorch 2.13 for CUDA brings 3.7.1. Printed by
-`{command}` on {day}: the tests of the kernels, interpreted, and the gates of one shape compiled for sm_80 and gfx942.
+`{command}` on {day}: the tests of the kernels,
+interpreted, and the gates of one shape compiled for sm_80 and gfx942.
 
 | triton | other packages replaced | tests | files with failures |
 | --- | --- | --- | --- |""",
