@@ -1,183 +1,26 @@
-"""``calibrate``: from a model and token batches to ``Projections``."""
+"""``calibrate``: from a model and token batches to ``Projections``, by one of ``METHODS``."""
 
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from lowrank_cache.calibration.compressed_stream import CompressedRecorder
-from lowrank_cache.calibration.fisher import fisher_bases
-from lowrank_cache.calibration.moments import Moments, collect_moments
-from lowrank_cache.calibration.palu import palu_bases
-from lowrank_cache.calibration.recalkv import recalkv_bases
-from lowrank_cache.models import BOTH, SIDES, Group, ModelShape, layer_groups, model_shape
-from lowrank_cache.projections import Basis, Projections
+from lowrank_cache.basis import Basis
+from lowrank_cache.calibration.collect import collect_moments, refit_values
+from lowrank_cache.calibration.moments import Moments
+from lowrank_cache.probe import model_shape
+from lowrank_cache.projections import Projections
+from lowrank_cache.shapes import BOTH, SIDES, Group, ModelShape, layer_groups
 
-__all__ = ["METHODS", "auto_group_size", "calibrate", "projections_from_moments", "refit_values"]
+__all__ = ["METHODS", "Method", "auto_group_size", "calibrate", "projections_from_moments"]
 
 MAX_GROUP_LAYERS = 5
 MAX_GROUP_WIDTH = 4096
-# Open to additions at run time: (moments, groups, frame_length, **options) -> bases; docs/new_method.md.
-METHODS: dict[str, Callable[..., list[Basis]]] = {"fisher": fisher_bases, "palu": palu_bases, "recalkv": recalkv_bases}
-
-
-def calibrate(
-    model: PreTrainedModel,
-    batches: Iterable,
-    *,
-    method: str = "fisher",
-    frame_length: int = 1,
-    layer_group_size: int | tuple[int, int] | str = "auto",
-    joint: bool | None = None,
-    head_group_size: int = 4,
-    reorder: bool = True,
-    calibrate_values: bool = True,
-    refit_ratio: float = 3.0,
-    sensitivity: str = "gradient",
-    save_moments: str | Path | None = None,
-    provenance: dict | None = None,
-    progress: bool = True,
-) -> Projections:
-    """Calibrate projections on token batches.
-
-    The defaults give the smallest caches; ``calibrate(model, batches, **PRESETS["fastest"])`` gives those that decode
-    fastest under ``latent_attention``.
-    One forward and one backward pass per batch; memory does not grow with their number. Pads and each
-    sequence's first four real tokens are skipped. Equal batches give equal projections.
-
-    Args:
-        model: The model to compress; it is not changed. Any dtype or quantization gradients pass through.
-        batches: Iterable of LongTensors ``[batch, tokens]``, or of mappings with ``input_ids`` and
-            ``attention_mask``; ``recall.mixed_batches`` makes good ones. 20,000 tokens are enough for a
-            135M model.
-        method: ``"fisher"`` (default), ``"palu"`` or ``"recalkv"``.
-        frame_length: Slots per rotary frame in which keys are stored; 1 stores them pre-RoPE.
-        layer_group_size: Adjacent layers that share a latent: a number, a pair for keys and values, or
-            ``"auto"``, see ``auto_group_size``. Methods other than fisher take ``"auto"`` as 1.
-        joint: Whether keys and values of a layer group share one latent. They are functions of the same
-            hidden state, so a joint basis stores less twice. None: yes for fisher, unless
-            ``layer_group_size`` is a pair.
-        head_group_size: KV heads that share a basis: palu's keys and values, recalkv's keys. Where it does not
-            divide their number, one group is smaller.
-        reorder: recalkv's grouping of key heads by similarity; False groups adjacent heads.
-        calibrate_values: recalkv's value calibration: fit the values that the compressed stream produces,
-            which takes a second pass over ``batches``.
-        refit_ratio: The ratio, at 16 bits, at which that stream is compressed; best the one to be used.
-        sensitivity: ``"gradient"``, or ``"query"`` for models that gradients do not pass through.
-        save_moments: File for the statistics, from which ``projections_from_moments`` makes projections
-            with another method, frame length or smaller groups without another pass.
-        provenance: Facts to record beside those recorded anyway, e.g. the text's name and the seed.
-        progress: Show a tqdm bar of tokens.
-
-    Returns:
-        Projections at full rank: the cache chooses how much of them to use.
-
-    Raises:
-        ValueError: If an option is unknown or out of range, or the batches hold no usable or only
-            non-finite numbers.
-        TypeError: If a batch is not a tensor of token ids, or a second pass is needed and ``batches`` is an
-            iterator.
-        NoGradientError: If gradients do not pass through the model.
-        NotImplementedError: If the model's cache cannot be compressed.
-    """
-    _check_options(method, frame_length, head_group_size)
-    shape = model_shape(model)
-    groups = _groups(shape, method, layer_group_size, joint)
-    refit = method == "recalkv" and calibrate_values
-    if refit and isinstance(batches, Iterator):
-        raise TypeError(
-            "batches must be a list for method 'recalkv', which reads them twice, got an iterator; or pass "
-            "calibrate_values=False"
-        )
-    if not refit_ratio >= 1:
-        raise ValueError(f"refit_ratio must be at least 1, got {refit_ratio}")
-    with tqdm(desc="calibrating", unit=" tokens", disable=None if progress else True) as bar:
-        moments = collect_moments(model, batches, groups, sensitivity=sensitivity, progress=bar.update)
-    if save_moments is not None:
-        moments.save(save_moments)
-    facts = {
-        "base_model": getattr(model.config, "_name_or_path", None) or None,
-        "base_model_revision": getattr(model.config, "_commit_hash", None),
-        "weights": _weight_format(model),
-        **(provenance or {}),
-    }
-    options: dict = {
-        "method": method,
-        "frame_length": frame_length,
-        "layer_group_size": layer_group_size,
-        "joint": joint,
-        "head_group_size": head_group_size,
-        "reorder": reorder,
-    }
-    refitted = None
-    if refit:
-        first = projections_from_moments(moments, **options)
-        with tqdm(desc="calibrating values", unit=" tokens", disable=None if progress else True) as bar:
-            refitted = refit_values(model, batches, moments, first, refit_ratio, progress=bar.update)
-        facts["refit_ratio"] = refit_ratio
-    return projections_from_moments(moments, **options, refitted=refitted, provenance=facts)
-
-
-def refit_values(
-    model: PreTrainedModel, batches: Iterable, moments: Moments, projections: Projections, ratio: float, progress=None
-) -> Moments:
-    """Moments of what ``model`` caches when it attends to states compressed by ``projections`` at ``ratio``.
-
-    Args:
-        batches: Those that ``moments`` come from.
-        projections: Of groups of one layer.
-        progress: See ``collect_moments``.
-    """
-    recorder = partial(CompressedRecorder, projections.truncate(ratio))
-    groups = {side: layer_groups(moments.shape, side, 1) for side in SIDES}
-    refitted = collect_moments(model, batches, groups, make_recorder=recorder, progress=progress)
-    refitted.sensitivity = {
-        key: total * (refitted.tokens / moments.tokens) for key, total in moments.sensitivity.items()
-    }
-    refitted.sensitivity_kind = moments.sensitivity_kind
-    return refitted
-
-
-def projections_from_moments(
-    moments: Moments,
-    *,
-    method: str = "fisher",
-    frame_length: int = 1,
-    layer_group_size: int | tuple[int, int] | str = "auto",
-    joint: bool | None = None,
-    head_group_size: int = 4,
-    reorder: bool = True,
-    refitted: Moments | None = None,
-    provenance: dict | None = None,
-) -> Projections:
-    """Derive bases from moments: the part of ``calibrate`` that needs no model.
-
-    Each group must lie within one that the moments were recorded for; joint groups need joint moments.
-    ``refitted`` comes from ``refit_values`` and is recalkv's value calibration; the other arguments are those of
-    ``calibrate``.
-    """
-    _check_options(method, frame_length, head_group_size)
-    if refitted is not None and method != "recalkv":
-        raise ValueError(f"refitted belongs to method 'recalkv', got method {method!r}")
-    groups = _groups(moments.shape, method, layer_group_size, joint)
-    facts = {
-        **(provenance or {}),
-        "sensitivity": moments.sensitivity_kind,
-        "calibration_tokens": moments.tokens,
-        "calibration_sequences": moments.sequences,
-        "calibration_loss": moments.loss / max(moments.predicted, 1),
-        "versions": {name: version(name) for name in ("lowrank-cache", "torch", "transformers")},
-    }
-    options: dict = {} if method == "fisher" else {"head_group_size": head_group_size}
-    if method == "recalkv":
-        options |= {"reorder": reorder, "refitted": refitted}
-        facts |= {"reorder": reorder, "calibrate_values": refitted is not None}
-    bases = METHODS[method](moments, groups, frame_length, **options)
-    return Projections(bases, moments.shape, method=method, frame_length=frame_length, provenance=facts)
 
 
 def auto_group_size(shape: ModelShape, side: str) -> int:
@@ -193,39 +36,230 @@ def auto_group_size(shape: ModelShape, side: str) -> int:
     return ceil(layers / ceil(layers / largest))
 
 
-def _groups(
-    shape: ModelShape, method: str, size: int | tuple[int, int] | str, joint: bool | None
+@dataclass(frozen=True)
+class Method:
+    """All that ``calibrate`` knows of a method.
+
+    Attributes:
+        bases: ``(moments, groups, frame_length, **options)`` → bases of full rank that cover every head of the groups.
+        options: Its own options of ``calibrate`` with their defaults; JSON-able, for they are recorded.
+        check: ``(groups, **options)``, called before the model is run: raises ValueError for what cannot be made.
+        joint: Whether keys and values may share one latent, as they then do by default.
+        group_size: ``(shape, side)`` → layers that share a latent under ``layer_group_size="auto"``.
+        refit: For a method that also wants the moments of a model that attends to compressed states: the name of the
+            option, True by default, that asks for this second pass. ``refit_ratio`` becomes an option too, and
+            ``bases`` gets the moments as ``refitted``, None without the pass. None: one pass is enough.
+        refit_ratio: The default of that option.
+    """
+
+    bases: Callable[..., list[Basis]]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    check: Callable[..., None] = lambda groups, **options: None
+    joint: bool = False
+    group_size: Callable[[ModelShape, str], int] = lambda shape, side: 1
+    refit: str | None = None
+    refit_ratio: float = 3.0
+
+    @property
+    def refit_options(self) -> dict[str, Any]:
+        """The options of the second pass with their defaults; none for a method of one pass."""
+        return {} if self.refit is None else {self.refit: True, "refit_ratio": self.refit_ratio}
+
+
+# By name; those of this package are put in by its __init__. Open to additions at run time: docs/new_method.md.
+METHODS: dict[str, Method] = {}
+
+
+def calibrate(
+    model: PreTrainedModel,
+    batches: Iterable,
+    *,
+    method: str = "fisher",
+    frame_length: int = 1,
+    layer_group_size: int | tuple[int, int] | str = "auto",
+    joint: bool | None = None,
+    sensitivity: str = "gradient",
+    save_moments: str | Path | None = None,
+    provenance: dict | None = None,
+    progress: bool = True,
+    **method_options: Any,
+) -> Projections:
+    """Calibrate projections on token batches.
+
+    The defaults give the smallest caches; ``calibrate(model, batches, **PRESETS["fastest"])`` gives those that decode
+    fastest under ``latent_attention``.
+    One forward and one backward pass per batch; memory does not grow with their number. Pads and each
+    sequence's first four real tokens are skipped. Equal batches give equal projections.
+
+    Args:
+        model: The model to compress; it is not changed. Any dtype or quantization gradients pass through.
+        batches: Iterable of LongTensors ``[batch, tokens]``, or of mappings with ``input_ids`` and
+            ``attention_mask``; ``text.mixed_batches`` makes good ones. 20,000 tokens are enough for a
+            135M model.
+        method: A name in ``METHODS``: ``"fisher"`` (default), ``"palu"`` or ``"recalkv"``.
+        frame_length: Slots per rotary frame in which keys are stored; 1 stores them pre-RoPE.
+        layer_group_size: Adjacent layers that share a latent: a number, a pair for keys and values, or
+            ``"auto"``, see ``auto_group_size``. Methods other than fisher take ``"auto"`` as 1.
+        joint: Whether keys and values of a layer group share one latent. They are functions of the same
+            hidden state, so a joint basis stores less twice. None: yes for fisher, unless
+            ``layer_group_size`` is a pair.
+        sensitivity: ``"gradient"``, or ``"query"`` for models that gradients do not pass through.
+        save_moments: File for the statistics, from which ``projections_from_moments`` makes projections
+            with another method, frame length or smaller groups without another pass.
+        provenance: Facts to record beside those recorded anyway, e.g. the text's name and the seed.
+        progress: Show a tqdm bar of tokens.
+        **method_options: Those of the method:
+
+            - palu: ``head_group_size`` (4), KV heads that share a basis. Where it does not divide their number, one
+              group is smaller.
+            - recalkv: ``head_group_size`` (4), of keys. ``reorder`` (True), group key heads by similarity; False groups
+              adjacent heads. ``calibrate_values`` (True), fit the values that the compressed stream produces, which
+              takes a second pass over ``batches``. ``refit_ratio`` (3.0), the ratio, at 16 bits, at which that
+              stream is compressed; best the one to be used.
+
+    Returns:
+        Projections at full rank: the cache chooses how much of them to use.
+
+    Raises:
+        ValueError: If an option is unknown or out of range, or the batches hold no usable or only
+            non-finite numbers.
+        TypeError: If a batch is not a tensor of token ids, or a second pass is needed and ``batches`` is an
+            iterator.
+        NoGradientError: If gradients do not pass through the model.
+        NotImplementedError: If the model's cache cannot be compressed.
+    """
+    found = _method_named(method)
+    own = _own_options(method, {**found.options, **found.refit_options}, method_options)
+    refit_ratio = _refit_ratio(method, own, batches)
+    options: dict[str, Any] = {
+        "method": method,
+        "frame_length": frame_length,
+        "layer_group_size": layer_group_size,
+        "joint": joint,
+        **own,
+    }
+    groups = _checked_groups(model_shape(model), **options)
+    with tqdm(desc="calibrating", unit=" tokens", disable=None if progress else True) as bar:
+        moments = collect_moments(model, batches, groups, sensitivity=sensitivity, progress=bar.update)
+    if save_moments is not None:
+        moments.save(save_moments)
+    facts = {
+        "base_model": getattr(model.config, "_name_or_path", None) or None,
+        "base_model_revision": getattr(model.config, "_commit_hash", None),
+        "weights": _weight_format(model),
+        **(provenance or {}),
+    }
+    refitted = None
+    if refit_ratio is not None:
+        first = projections_from_moments(moments, **options)
+        with tqdm(desc="calibrating values", unit=" tokens", disable=None if progress else True) as bar:
+            refitted = refit_values(model, batches, moments, first, refit_ratio, progress=bar.update)
+        facts["refit_ratio"] = refit_ratio
+    return projections_from_moments(moments, **options, refitted=refitted, provenance=facts)
+
+
+def projections_from_moments(
+    moments: Moments,
+    *,
+    method: str = "fisher",
+    frame_length: int = 1,
+    layer_group_size: int | tuple[int, int] | str = "auto",
+    joint: bool | None = None,
+    refitted: Moments | None = None,
+    provenance: dict | None = None,
+    **method_options: Any,
+) -> Projections:
+    """Derive bases from moments: the part of ``calibrate`` that needs no model.
+
+    Each group must lie within one that the moments were recorded for; joint groups need joint moments.
+    ``refitted`` comes from ``refit_values`` and is recalkv's value calibration, so ``calibrate_values`` and
+    ``refit_ratio`` are no options here; the other arguments are those of ``calibrate``.
+    """
+    found = _method_named(method)
+    own = _own_options(method, found.options, method_options)
+    groups = _checked_groups(moments.shape, method, frame_length, layer_group_size, joint, **own)
+    facts = {
+        **(provenance or {}),
+        "sensitivity": moments.sensitivity_kind,
+        "calibration_tokens": moments.tokens,
+        "calibration_sequences": moments.sequences,
+        "calibration_loss": moments.loss / max(moments.predicted, 1),
+        "versions": {name: version(name) for name in ("lowrank-cache", "torch", "transformers")},
+        **own,
+    }
+    if found.refit is not None:
+        facts[found.refit] = refitted is not None
+        own["refitted"] = refitted
+    elif refitted is not None:
+        raise ValueError(f"refitted belongs to method {_names_with('refit')}, got method {method!r}")
+    bases = found.bases(moments, groups, frame_length, **own)
+    return Projections(bases, moments.shape, method=method, frame_length=frame_length, provenance=facts)
+
+
+def _method_named(name: str) -> Method:
+    if name not in METHODS:
+        raise ValueError(f"method must be one of {sorted(METHODS)}, got {name!r}")
+    return METHODS[name]
+
+
+def _names_with(attribute: str) -> str:
+    """The methods that have something, as an error names them: ``'one' or 'other'``."""
+    return " or ".join(repr(name) for name, method in METHODS.items() if getattr(method, attribute))
+
+
+def _own_options(method: str, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    unknown = [name for name in given if name not in defaults]
+    if unknown:
+        raise ValueError(
+            f"{', '.join(unknown)} is no option of method {method!r}; beside the options of all methods it takes "
+            f"{', '.join(defaults) or 'none'}"
+        )
+    return {**defaults, **given}
+
+
+def _refit_ratio(method: str, own: dict[str, Any], batches: Iterable) -> float | None:
+    """The ratio of a second pass, or None for one pass; the options that say so are taken out of ``own``."""
+    refit = METHODS[method].refit
+    if refit is None:
+        return None
+    wanted, ratio = own.pop(refit), own.pop("refit_ratio")
+    if not ratio >= 1:
+        raise ValueError(f"refit_ratio must be at least 1, got {ratio}")
+    if wanted and isinstance(batches, Iterator):
+        raise TypeError(
+            f"batches must be a list for method {method!r}, which reads them twice, got an iterator; or pass "
+            f"{refit}=False"
+        )
+    return ratio if wanted else None
+
+
+def _checked_groups(
+    shape: ModelShape,
+    method: str,
+    frame_length: int,
+    layer_group_size: int | tuple[int, int] | str,
+    joint: bool | None,
+    **own: Any,
 ) -> dict[str, list[Group]]:
-    """Layer groups under ``"both"``, or under ``"key"`` and ``"value"``."""
+    """Layer groups under ``"both"``, or under ``"key"`` and ``"value"``, if ``method`` can do what is asked."""
+    if not isinstance(frame_length, int) or frame_length < 1:
+        raise ValueError(f"frame_length must be an integer of at least 1, got {frame_length!r}")
+    found, size = METHODS[method], layer_group_size
     parts: tuple = size if isinstance(size, tuple) else (size, size)
     if size != "auto" and (len(parts) != 2 or any(not isinstance(part, int) or part < 1 for part in parts)):
         raise ValueError(f"layer_group_size must be 'auto', an integer of at least 1 or a pair of them, got {size!r}")
-    if joint is None:
-        joint = method == "fisher" and not isinstance(size, tuple) and _heads_alike(shape)
-    if joint and (method != "fisher" or isinstance(size, tuple) or not _heads_alike(shape)):
+    heads_alike = all(layer.key.heads == layer.value.heads for layer in shape.layers)
+    can_be_joint = found.joint and not isinstance(size, tuple) and heads_alike
+    if joint and not can_be_joint:
         raise ValueError(
-            f"joint=True needs method 'fisher', one layer_group_size for both sides and as many key as value heads, "
-            f"got method {method!r} and layer_group_size {size!r}"
+            f"joint=True needs method {_names_with('joint')}, one layer_group_size for both sides and as many key as "
+            f"value heads, got method {method!r} and layer_group_size {size!r}"
         )
-    sides = (BOTH,) if joint else SIDES
-    if size == "auto":
-        sizes = [auto_group_size(shape, side) if method == "fisher" else 1 for side in sides]
-    else:
-        sizes = [parts[0]] if joint else list(parts)
-    return {side: layer_groups(shape, side, part) for side, part in zip(sides, sizes, strict=True)}
-
-
-def _heads_alike(shape: ModelShape) -> bool:
-    return all(layer.key.heads == layer.value.heads for layer in shape.layers)
-
-
-def _check_options(method: str, frame_length: int, head_group_size: int) -> None:
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {sorted(METHODS)}, got {method!r}")
-    if not isinstance(frame_length, int) or frame_length < 1:
-        raise ValueError(f"frame_length must be an integer of at least 1, got {frame_length!r}")
-    if not isinstance(head_group_size, int) or head_group_size < 1:
-        raise ValueError(f"head_group_size must be an integer of at least 1, got {head_group_size!r}")
+    sides = (BOTH,) if joint or (joint is None and can_be_joint) else SIDES
+    sizes = [found.group_size(shape, side) for side in sides] if size == "auto" else parts[: len(sides)]
+    groups = {side: layer_groups(shape, side, part) for side, part in zip(sides, sizes, strict=True)}
+    found.check(groups, **own)
+    return groups
 
 
 def _weight_format(model: PreTrainedModel) -> str:

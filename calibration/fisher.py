@@ -8,11 +8,12 @@ model. Mathematics: docs/method.md, "The fisher basis".
 import torch
 from torch import Tensor
 
+from lowrank_cache.basis import Basis
+from lowrank_cache.calibration.api import Method, auto_group_size
 from lowrank_cache.calibration.moments import Moments
-from lowrank_cache.models import Group
-from lowrank_cache.projections import Basis
+from lowrank_cache.shapes import Group
 
-__all__ = ["fisher_bases", "weighted_basis"]
+__all__ = ["FISHER", "SENSITIVITY_FLOOR", "fisher_bases", "unit_variance", "weighted_basis"]
 
 # Relative floors. Directions without measured gradient still get a small weight, so that the basis is
 # complete; channels that never varied in calibration still get a scale, so that no latent explodes.
@@ -26,7 +27,7 @@ def fisher_bases(moments: Moments, groups: dict[str, list[Group]], frame_length:
     for side, side_groups in groups.items():
         for group in side_groups:
             second, mean, sensitivity = moments.of_group(side, group, frame_length)
-            heads = tuple(range(moments.shape.members(side, group)[0][2].heads))
+            heads = tuple(range(moments.side(side, group).heads))
             arrays = weighted_basis(second, mean, sensitivity)
             bases.append(Basis(side, group, heads, **arrays, rank_weight=None))
     return bases
@@ -52,10 +53,10 @@ def weighted_basis(second: Tensor, mean: Tensor, sensitivity: Tensor) -> dict[st
     return unit_variance(down, up, second, mean)
 
 
-def unit_variance(down: Tensor, up: Tensor, second: Tensor, mean: Tensor, price: float = 1.0) -> dict[str, Tensor]:
+def unit_variance(down: Tensor, up: Tensor, second: Tensor, mean: Tensor) -> dict[str, Tensor]:
     """Scale latents to unit variance and sort channels by what their error costs.
 
-    ``down`` and ``up`` are such that a squared latent error costs ``price`` before scaling.
+    ``down`` and ``up`` are such that a squared latent error costs 1 before scaling.
     """
     offset = mean @ down
     variance = ((second @ down) * down).sum(0) - offset.square()
@@ -63,11 +64,13 @@ def unit_variance(down: Tensor, up: Tensor, second: Tensor, mean: Tensor, price:
     order = variance.argsort(descending=True)
     scale = variance.sqrt()[order]
     down, up, offset = down[:, order] / scale, up[order] * scale[:, None], offset[order] / scale
-    loss = price * scale.square()
     return {
         "down_proj": down.float(),
         "up_proj": up.float(),
         "offset": offset.float(),
-        "loss": loss.float(),
+        "loss": scale.square().float(),
         "constant": torch.zeros(len(mean)),
     }
+
+
+FISHER = Method(fisher_bases, joint=True, group_size=auto_group_size)

@@ -8,12 +8,13 @@ cache sees, so no weight is needed. Source: Palu (arXiv:2407.21118), G-LRD.
 import torch
 from torch import Tensor
 
+from lowrank_cache.basis import Basis
+from lowrank_cache.calibration.api import Method
 from lowrank_cache.calibration.fisher import unit_variance
 from lowrank_cache.calibration.moments import Moments
-from lowrank_cache.models import Group, SideShape
-from lowrank_cache.projections import Basis
+from lowrank_cache.shapes import Group, SideShape
 
-__all__ = ["head_groups", "head_rows", "palu_bases", "principal_basis", "rank_weight"]
+__all__ = ["PALU", "check_head_group_size", "head_groups", "head_rows", "palu_bases", "principal_basis", "rank_weight"]
 
 
 def head_groups(heads: int, size: int) -> list[tuple[int, ...]]:
@@ -22,9 +23,9 @@ def head_groups(heads: int, size: int) -> list[tuple[int, ...]]:
 
 
 def palu_bases(
-    moments: Moments, groups: dict[str, list[Group]], frame_length: int, *, head_group_size: int = 4
+    moments: Moments, groups: dict[str, list[Group]], frame_length: int, *, head_group_size: int
 ) -> list[Basis]:
-    """One basis per head group, keys and values alike."""
+    """One basis per group of ``head_group_size`` adjacent KV heads, keys and values alike."""
     bases = []
     for side in ("key", "value"):
         for group in groups[side]:
@@ -62,3 +63,11 @@ def principal_basis(
     _, components = torch.linalg.eigh(second)
     arrays = unit_variance(components, components.T, second, mean)
     return Basis(side, group, heads, **arrays, rank_weight=weight * len(mean))
+
+
+def check_head_group_size(groups: dict[str, list[Group]], *, head_group_size: int) -> None:
+    if not isinstance(head_group_size, int) or head_group_size < 1:
+        raise ValueError(f"head_group_size must be an integer of at least 1, got {head_group_size!r}")
+
+
+PALU = Method(palu_bases, {"head_group_size": 4}, check_head_group_size)

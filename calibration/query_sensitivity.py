@@ -8,6 +8,7 @@ error of the attention output relative to the residual stream. See docs/method.m
 """
 
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -15,50 +16,78 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from lowrank_cache.calibration.moments import Moments, UsableTokens
 from lowrank_cache.kernels.rope import angle_tables, rotate
-from lowrank_cache.models import execution_device
+from lowrank_cache.probe import execution_device
+from lowrank_cache.shapes import RopeShape
 
-__all__ = ["QueryStatistics", "record_queries"]
+__all__ = ["QuerySensitivity", "output_gram", "record_queries"]
 
 _OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
+Seen = tuple[Tensor, nn.Module, float]  # of a layer: queries, its attention module, the scaling of scores
 
 
-class QueryStatistics:
-    """Sums over queries and residual norms of one model, per layer."""
+class QuerySensitivity:
+    """Sums over the queries and the residual stream of one model, per layer, and the sensitivities they give."""
 
     def __init__(self):
         self.modules: dict[int, nn.Module] = {}
         self.scaling: dict[int, float] = {}
         self.outer: dict[int, Tensor] = {}  # [kv_heads, head_dim, head_dim], sum of q qᵀ, pre-RoPE
-        self.tokens = 0
         self.residual: dict[int, float] = {}  # sum of squared norms of the residual stream
+        self.context = 0  # tokens of the longest sequence
 
-    def add_queries(self, layer_idx: int, queries: Tensor, kv_heads: int) -> None:
-        """``queries``: ``[tokens, q_heads, head_dim]`` pre-RoPE, of usable tokens."""
-        grouped = queries.float().unflatten(1, (kv_heads, -1))
-        outer = torch.einsum("tgqd,tgqe->gde", grouped, grouped).double().cpu()
-        self.outer[layer_idx] = self.outer.get(layer_idx, 0) + outer
+    def add(
+        self, moments: Moments, tokens: UsableTokens, seen: dict[int, Seen], hidden_states: tuple[Tensor, ...]
+    ) -> None:
+        """Add the usable tokens of one batch.
 
-    def key_sensitivity(
-        self, layer_idx: int, rope, inv_freq: Tensor | None, context: int, value_spread: float
-    ) -> Tensor:
-        """``[width, width]`` float64, block-diagonal over KV heads, per token."""
-        outer = self.outer[layer_idx] / self.tokens
-        if inv_freq is not None:
-            outer = _average_over_distances(outer, rope, inv_freq, context)
-        factor = self.scaling[layer_idx] ** 2 * value_spread / self.mean_residual(layer_idx)
-        return torch.block_diag(*outer) * factor
+        Args:
+            moments: Of the model; ``inv_freq`` as in this forward.
+            tokens: Those of the batch.
+            seen: What ``record_queries`` kept of its forward; emptied.
+            hidden_states: Of the forward: the embeddings, then what each layer gave, ``[batch, tokens, hidden_size]``.
 
-    def value_sensitivity(self, layer_idx: int, kv_heads: int, head_dim: int) -> Tensor:
-        """``[width, width]`` float64, block-diagonal over KV heads: ``W_oᵀ W_o`` summed over query heads."""
-        gram = _output_gram(self.modules[layer_idx], kv_heads, head_dim)
-        return torch.block_diag(*gram) / self.mean_residual(layer_idx)
+        Raises:
+            NotImplementedError: If a layer's queries were not seen, or are not of its keys' head_dim.
+        """
+        for layer in moments.shape.layers:
+            index, head_dim = layer.layer_idx, layer.key.head_dim
+            if index not in seen or seen[index][0].shape[3] != head_dim:
+                raise NotImplementedError(
+                    f"sensitivity='query' needs layer {index} to attend with queries of its keys' head_dim {head_dim} "
+                    "through transformers' attention interface; calibrate with sensitivity='gradient'"
+                )
+            queries, self.modules[index], self.scaling[index] = seen.pop(index)
+            rows = tokens.rows(queries, layer.key.rope, moments.inv_freq)
+            grouped = rows.unflatten(1, (layer.key.heads, -1, head_dim))
+            outer = torch.einsum("tgqd,tgqe->gde", grouped, grouped).double().cpu()
+            self.outer[index] = self.outer.get(index, 0) + outer
+            residual = hidden_states[index + 1]
+            norms = residual.float().square().sum(-1)[tokens.usable.to(residual.device)]
+            self.residual[index] = self.residual.get(index, 0.0) + norms.sum().item()
+        self.context = max(self.context, tokens.usable.shape[1])
 
-    def mean_residual(self, layer_idx: int) -> float:
-        return self.residual[layer_idx] / self.tokens
+    def finish(self, moments: Moments) -> None:
+        """Put the sensitivities of all keys and values into ``moments``, which hold the same tokens."""
+        for layer in moments.shape.layers:
+            index, module, rope = layer.layer_idx, self.modules[layer.layer_idx], layer.key.rope
+            residual = self.residual[index] / moments.tokens
+            value = torch.block_diag(*output_gram(module, layer.value.heads, layer.value.head_dim)) / residual
+            rows, recorded = moments.rows_of("value", (index,))
+            mean = moments.total[recorded][rows] / moments.tokens
+            spread = moments.second[recorded][rows][:, rows] / moments.tokens - torch.outer(mean, mean)
+            queries_per_head = int(module.num_key_value_groups)  # type: ignore[arg-type]  # nn.Module
+            value_spread = float((value * spread).sum()) * residual / (layer.key.heads * queries_per_head)
+            outer = self.outer[index] / moments.tokens
+            if rope is not None:
+                outer = _average_over_distances(outer, rope, moments.inv_freq[rope.source], self.context)
+            key = torch.block_diag(*outer) * (self.scaling[index] ** 2 * value_spread / residual)
+            moments.sensitivity["value", index] = value * moments.tokens
+            moments.sensitivity["key", index] = key * moments.tokens
 
 
-def _average_over_distances(outer: Tensor, rope, inv_freq: Tensor, context: int) -> Tensor:
+def _average_over_distances(outer: Tensor, rope: RopeShape, inv_freq: Tensor, context: int) -> Tensor:
     """Mean of ``R(d) outer R(d)ᵀ`` over distances ``0 ≤ d < context``, at most 256 of them."""
     distances = torch.linspace(0, context - 1, min(context, 256)).round()
     average = torch.zeros_like(outer)
@@ -69,10 +98,11 @@ def _average_over_distances(outer: Tensor, rope, inv_freq: Tensor, context: int)
     return average / len(distances)
 
 
-def _output_gram(module: nn.Module, kv_heads: int, value_dim: int) -> Tensor:
+def output_gram(module: nn.Module, kv_heads: int, value_dim: int) -> Tensor:
     """``[kv_heads, value_dim, value_dim]`` float64: ``W_oᵀ W_o`` of each query head, summed by KV head.
 
-    The weight is read by pushing unit vectors through the projection, which works for any weight format.
+    ``module`` is an attention layer. Its weight is read by pushing unit vectors through the projection, which works
+    for any weight format.
     """
     name = next((name for name in _OUTPUT_PROJECTIONS if hasattr(module, name)), None)
     if name is None:
@@ -94,12 +124,13 @@ def _output_gram(module: nn.Module, kv_heads: int, value_dim: int) -> Tensor:
 
 
 @contextmanager
-def record_queries(model: PreTrainedModel, seen: dict[int, tuple[Tensor, nn.Module, float]]):
-    """While active, put what each attention layer's function was given into ``seen`` by layer index.
+def record_queries(model: PreTrainedModel) -> Iterator[dict[int, Seen]]:
+    """Give a dict that, while active, gets what each attention layer's function was given, by layer index.
 
-    ``seen[layer] = (post-RoPE queries [batch, q_heads, tokens, head_dim], module, scaling)``. transformers'
-    attention interface is overridden for the implementation in use, and restored at the end.
+    Post-RoPE queries ``[batch, q_heads, tokens, head_dim]``, module and scaling. transformers' attention interface is
+    overridden for the implementation in use, and restored at the end.
     """
+    seen: dict[int, Seen] = {}
     name = model.config.get_text_config(decoder=True)._attn_implementation
     original = ALL_ATTENTION_FUNCTIONS.get(name)
     ours = set(model.modules())
@@ -112,6 +143,6 @@ def record_queries(model: PreTrainedModel, seen: dict[int, tuple[Tensor, nn.Modu
 
     ALL_ATTENTION_FUNCTIONS[name] = attend
     try:
-        yield
+        yield seen
     finally:
         del ALL_ATTENTION_FUNCTIONS[name]

@@ -11,12 +11,13 @@ from its released code: docs/method.md, "ReCalKV".
 import torch
 from torch import Tensor
 
+from lowrank_cache.basis import Basis
+from lowrank_cache.calibration.api import Method
 from lowrank_cache.calibration.moments import Moments
-from lowrank_cache.calibration.palu import head_groups, head_rows, principal_basis, rank_weight
-from lowrank_cache.models import Group
-from lowrank_cache.projections import Basis
+from lowrank_cache.calibration.palu import check_head_group_size, head_groups, head_rows, principal_basis, rank_weight
+from lowrank_cache.shapes import Group
 
-__all__ = ["calibrate_once", "group_similar_heads", "head_similarity", "recalkv_bases"]
+__all__ = ["RECALKV", "group_similar_heads", "head_similarity", "recalkv_bases"]
 
 
 def recalkv_bases(
@@ -24,8 +25,8 @@ def recalkv_bases(
     groups: dict[str, list[Group]],
     frame_length: int,
     *,
-    head_group_size: int = 4,
-    reorder: bool = True,
+    head_group_size: int,
+    reorder: bool,
     refitted: Moments | None = None,
 ) -> list[Basis]:
     """One basis per group of similar key heads, and one per layer for values.
@@ -38,13 +39,7 @@ def recalkv_bases(
         reorder: Group key heads by similarity (HSR), or adjacent ones.
         refitted: Moments of the values that the compressed stream produces (OVC); None: those of the
             model as it is.
-
-    Raises:
-        ValueError: If a layer group holds more than one layer.
     """
-    longest = max((group for side in ("key", "value") for group in groups[side]), key=len)
-    if len(longest) > 1:
-        raise ValueError(f"layer_group_size must be 1 or 'auto' for method 'recalkv', got the group {longest}")
     bases = []
     for group in groups["key"]:
         second, mean, sensitivity = moments.of_group("key", group, frame_length)
@@ -118,21 +113,11 @@ def group_similar_heads(similarity: Tensor, size: int) -> list[tuple[int, ...]]:
     return sorted(tuple(sorted(group)) for group in groups)
 
 
-def calibrate_once(down_proj: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """One step of the paper's value calibration: the best up-projection, then its best down-projection.
+def _check(groups: dict[str, list[Group]], *, head_group_size: int, reorder: bool) -> None:
+    check_head_group_size(groups, head_group_size=head_group_size)
+    longest = max((group for of_side in groups.values() for group in of_side), key=len)
+    if len(longest) > 1:
+        raise ValueError(f"layer_group_size must be 1 or 'auto' for method 'recalkv', got the group {longest}")
 
-    ``E|x D U - x|²`` is minimised over ``U`` for the given ``D``, then over ``D`` for that ``U``. After a whitened SVD
-    on the same data both are already optimal and nothing changes.
 
-    Args:
-        down_proj: ``[width, rank]`` float64, of full column rank.
-        second: ``[width, width]`` float64, second moment of the values.
-
-    Returns:
-        ``down_proj`` and ``up_proj`` ``[rank, width]``.
-
-    Source: ReCalKV, equations 7 and 8 (7 with the transpose it lacks in print), from Gram matrices instead of tokens.
-    """
-    projected = second @ down_proj
-    up_proj = torch.linalg.solve(down_proj.T @ projected, projected.T)
-    return torch.linalg.pinv(up_proj), up_proj
+RECALKV = Method(recalkv_bases, {"head_group_size": 4, "reorder": True}, _check, refit="calibrate_values")

@@ -1,80 +1,88 @@
-"""Which implementation serves an operation: Triton on GPUs, torch elsewhere."""
+"""The three operations over packed latents, and the one place that chooses who computes them.
 
+``encode``, ``reconstruct`` and ``latent_attention`` are specified in ``reference``, and computed by ``torch_ops`` or,
+on GPUs, by the ``triton_*`` files, which are imported when they are first used.
+"""
+
+import warnings
+from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lowrank_cache.kernels import reference, torch_decode
+from lowrank_cache.kernels import reference, torch_ops
 from lowrank_cache.kernels.packed import LatentSide, PackedTier, RotaryFrames
+from lowrank_cache.kernels.segments import attend, merge
 
-__all__ = ["IMPLEMENTATIONS", "MAX_KERNEL_QUERIES", "attend", "encode", "latent_decode", "merge", "triton_serves"]
+__all__ = ["CHECKED_CARDS", "IMPLEMENTATIONS", "MAX_KERNEL_QUERIES", "encode", "latent_attention", "reconstruct"]
 
 IMPLEMENTATIONS = ("auto", "torch", "triton", "reference")
-MAX_KERNEL_QUERIES = 16  # a longer query rebuilds keys and values tile by tile, where dense products are best
+MAX_KERNEL_QUERIES = 16  # longer queries reconstruct keys and values tile by tile, where dense products are best
+CHECKED_CARDS: frozenset[str] = frozenset()  # classes of GPUs on which the Triton kernels have passed their tests
 _TILE_TOKENS = 4096
 
-attend, merge = reference.attend, reference.merge  # of exact states: torch's own products on every device
+
+class _Operations(NamedTuple):
+    encode: Callable[..., tuple[PackedTier, ...]]
+    reconstruct: Callable[..., Tensor]
+    latent_attention: Callable[..., tuple[Tensor, Tensor]]
 
 
-def triton_serves(impl: str, device: torch.device, head_dims: set[int]) -> bool:
-    """Whether ``impl`` means the Triton kernels for heads of these sizes on this device.
+_REFERENCE = _Operations(reference.encode, reference.reconstruct, reference.latent_attention)
+_TORCH = _Operations(torch_ops.encode, torch_ops.reconstruct, torch_ops.latent_attention)
 
-    ``"auto"`` takes Triton on a GPU where it is installed and every head_dim is a multiple of 16 up to 256, else torch;
-    ``"triton"`` takes it on any device (on a CPU it needs ``TRITON_INTERPRET=1``).
+
+def _operations(impl: str, device: torch.device, *head_dims: int) -> _Operations:
+    """Who computes for heads of these sizes on this device.
+
+    ``"auto"`` takes Triton on a GPU of ``CHECKED_CARDS`` where it is installed and every head_dim is a multiple of 16
+    up to 256, and torch elsewhere; ``"triton"`` takes it on any device (on a CPU it needs ``TRITON_INTERPRET=1``).
 
     Raises:
         ValueError: If ``impl`` is none of ``IMPLEMENTATIONS``.
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {IMPLEMENTATIONS}, got {impl!r}")
-    fits = all(size % 16 == 0 and size <= 256 for size in head_dims)
-    return impl == "triton" or (impl == "auto" and device.type == "cuda" and fits and find_spec("triton") is not None)
+    if impl == "auto":
+        serves = device.type == "cuda" and all(map(_fits, head_dims)) and _triton_serves(device)
+        impl = "triton" if serves else "torch"
+    return {"torch": _TORCH, "reference": _REFERENCE}.get(impl) or _triton()
 
 
-def latent_decode(
-    query: Tensor,
-    key: LatentSide,
-    value: LatentSide,
-    *,
-    scaling: float,
-    mask: Tensor | None = None,
-    softcap: float | None = None,
-    impl: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """See ``reference.latent_decode``; ``impl`` as ``triton_serves`` takes it."""
-    if not triton_serves(impl, query.device, {key.up_proj.shape[2], value.up_proj.shape[2]}):
-        function = reference.latent_decode if impl == "reference" else torch_decode.latent_decode
-    elif query.shape[2] <= MAX_KERNEL_QUERIES:
-        from lowrank_cache.kernels import triton_decode  # needs triton, which CPU installations lack
-
-        function = triton_decode.latent_decode
-    else:
-        function = _rebuilt_decode
-    return function(query, key, value, scaling=scaling, mask=mask, softcap=softcap)
+def _fits(head_dim: int) -> bool:
+    return head_dim % 16 == 0 and head_dim <= 256
 
 
-def _rebuilt_decode(
-    query: Tensor,
-    key: LatentSide,
-    value: LatentSide,
-    *,
-    scaling: float,
-    mask: Tensor | None = None,
-    softcap: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """``latent_decode`` of many queries: keys and values are rebuilt by Triton, a tile of tokens at a time."""
-    from lowrank_cache.kernels.triton_reconstruct import reconstruct
+@cache
+def _triton_serves(device: torch.device) -> bool:
+    """Whether ``"auto"`` means Triton on a GPU; asked once for each."""
+    if find_spec("triton") is None:
+        return False
+    card = card_class(device)
+    if card not in CHECKED_CARDS:
+        warnings.warn(
+            f"the Triton kernels have not been checked on a GPU of class {card}, so plain torch computes there; "
+            "latent_attention(model, impl='triton') takes them all the same",
+            stacklevel=2,
+        )
+    return card in CHECKED_CARDS
 
-    frame = 1 if key.rope is None else key.rope.frame_length
-    tile = max(frame, _TILE_TOKENS // frame * frame)
-    parts = []
-    for start in range(0, key.tokens, tile):
-        stop = min(start + tile, key.tokens)
-        keys, values = (reconstruct(side.between(start, stop), query.dtype) for side in (key, value))
-        seen = mask if mask is None or mask.shape[-1] == 1 else mask[..., start:stop]
-        parts.append(attend(query, keys, values, scaling=scaling, mask=seen, softcap=softcap))
-    return merge(parts)
+
+def card_class(device: torch.device) -> str:
+    """What GPUs of one instruction set have in common: ``"sm_90"``, ``"gfx942"``."""
+    if torch.version.hip:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).partition(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+@cache
+def _triton() -> _Operations:
+    from lowrank_cache.kernels import triton_decode, triton_encode, triton_reconstruct  # CPU installations lack triton
+
+    return _Operations(triton_encode.encode, triton_reconstruct.reconstruct, triton_decode.latent_attention)
 
 
 def encode(
@@ -88,9 +96,40 @@ def encode(
     *,
     impl: str = "auto",
 ) -> tuple[PackedTier, ...]:
-    """See ``reference.encode``; ``impl`` as ``triton_serves`` takes it."""
-    if triton_serves(impl, states[0].device, {part.shape[3] for part in states}):
-        from lowrank_cache.kernels import triton_encode
+    """See ``reference.encode``; ``impl`` is one of ``IMPLEMENTATIONS``."""
+    if impl in ("auto", "triton") and not (down_proj.dim() == 2 and tiers):
+        impl = "torch"  # kernels take one basis for the whole batch
+    operations = _operations(impl, down_proj.device, *{part.shape[3] for part in states})
+    return operations.encode(states, constants, frames, down_proj, tiers, weight, latent_dtype)
 
-        return triton_encode.encode(states, constants, frames, down_proj, tiers, weight, latent_dtype)
-    return reference.encode(states, constants, frames, down_proj, tiers, weight, latent_dtype)
+
+def reconstruct(side: LatentSide, dtype: torch.dtype, *, impl: str = "auto") -> Tensor:
+    """See ``reference.reconstruct``; ``impl`` is one of ``IMPLEMENTATIONS``."""
+    if impl in ("auto", "triton") and not (side.up_proj.dim() == 3 and side.tiers and _fits(side.up_proj.shape[-1])):
+        impl = "torch"
+    return _operations(impl, side.up_proj.device, side.up_proj.shape[-1]).reconstruct(side, dtype)
+
+
+def latent_attention(
+    query: Tensor,
+    key: LatentSide,
+    value: LatentSide,
+    *,
+    scaling: float,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """See ``reference.latent_attention``; ``impl`` is one of ``IMPLEMENTATIONS``."""
+    operations = _operations(impl, query.device, key.up_proj.shape[2], value.up_proj.shape[2])
+    if operations in (_TORCH, _REFERENCE) or query.shape[2] <= MAX_KERNEL_QUERIES:
+        return operations.latent_attention(query, key, value, scaling=scaling, mask=mask, softcap=softcap)
+    frame = 1 if key.rope is None else key.rope.frame_length
+    tile = max(frame, _TILE_TOKENS // frame * frame)
+    parts = []
+    for start in range(0, key.tokens, tile):
+        stop = min(start + tile, key.tokens)
+        keys, values = (operations.reconstruct(side.between(start, stop), query.dtype) for side in (key, value))
+        seen = mask if mask is None or mask.shape[-1] == 1 else mask[..., start:stop]
+        parts.append(attend(query, keys, values, scaling=scaling, mask=seen, softcap=softcap))
+    return merge(parts)

@@ -1,24 +1,55 @@
-"""What the latent operations read: packed tiers, a side's up-projection, and its rotary frames.
+"""The format of stored latents, and what the operations over them take.
 
-Plain holders of tensors, shared by the reference, the torch path and the Triton kernels.
+A token's latent is a row of channels sorted into tiers by bit width. The 16-bit tier is stored in a floating dtype; the
+8, 4 and 2-bit tiers hold symmetric mid-rise levels packed into bytes, with one float16 step per token and tier.
+Everything here is eager torch on any device. Mathematics: docs/method.md, "The quantizer".
 """
 
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from lowrank_cache.kernels.rope import spread_tables
+from lowrank_cache.kernels.rope import rotate, spread_tables
 
-__all__ = ["ROW_BYTES", "LatentSide", "PackedTier", "RotaryFrames", "padded_channels"]
+__all__ = [
+    "BIT_WIDTHS",
+    "QUANTIZED_BITS",
+    "ROW_BYTES",
+    "STEP_BYTES",
+    "STEP_FRACTIONS",
+    "LatentSide",
+    "PackedTier",
+    "RotaryFrames",
+    "dequantize",
+    "pack",
+    "pack_latents",
+    "padded_channels",
+    "quantize",
+    "read_latents",
+    "row_length",
+    "unpack",
+]
 
+BIT_WIDTHS = (16, 8, 4, 2)
+QUANTIZED_BITS = BIT_WIDTHS[1:]
+STEP_BYTES = 2  # one float16 step per token and quantized tier
 ROW_BYTES = 16  # a row of codes that starts on a multiple of it can be loaded 16 bytes at a time
+
+# Trial steps as fractions of the step at which nothing is clipped: coarse tiers gain from clipping.
+STEP_FRACTIONS = {8: (1.0,), 4: (0.6, 0.7, 0.8, 0.9, 1.0), 2: (0.45, 0.55, 0.65, 0.75, 0.85, 1.0)}
 
 
 def padded_channels(bits: int, channels: int) -> int:
     """Channels of a tier after padding its row to ``ROW_BYTES``; a 16-bit tier counts two bytes a channel."""
     granule = ROW_BYTES * 8 // bits
     return -(-channels // granule) * granule
+
+
+def row_length(bits: int, channels: int) -> int:
+    """Elements of ``PackedTier.codes`` a token: numbers at 16 bits, bytes below."""
+    return padded_channels(bits, channels) // (1 if bits == 16 else 8 // bits)
 
 
 @dataclass(frozen=True)
@@ -28,7 +59,7 @@ class PackedTier:
     Attributes:
         bits: 16, 8, 4 or 2.
         channels: In use; a row may be longer, padded to 16 bytes.
-        codes: ``[batch, tokens, row]``: uint8 as ``reference.pack`` lays them out, or floating at 16 bits. Rows are
+        codes: ``[batch, tokens, row]``: uint8 as ``pack`` lays them out, or floating at 16 bits. Rows are
             contiguous; batch and tokens may be strided (a view of a growing buffer).
         steps: ``[batch, tokens]`` float16, one a token; None at 16 bits.
 
@@ -43,8 +74,8 @@ class PackedTier:
     steps: Tensor | None
 
     def __post_init__(self):
-        if self.bits not in (16, 8, 4, 2):
-            raise ValueError(f"bits of a tier must be one of (16, 8, 4, 2), got {self.bits!r}")
+        if self.bits not in BIT_WIDTHS:
+            raise ValueError(f"bits of a tier must be one of {BIT_WIDTHS}, got {self.bits!r}")
         codes, steps = self.codes, self.steps
         per_row = 1 if self.bits == 16 else 8 // self.bits
         if codes.dim() != 3 or not 0 < self.channels <= codes.shape[2] * per_row:
@@ -85,18 +116,42 @@ class RotaryFrames:
     sin: Tensor
     frame_length: int
     layout: str
-    _spread: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
+    _made: dict[str | int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
 
     def spread(self, head_dim: int) -> tuple[Tensor, Tensor]:
         """``rope.spread_tables`` as ``[1 or batch, frames, 1, head_dim]``, made once for all layers of a forward."""
-        if head_dim not in self._spread:
+        if head_dim not in self._made:
             cos, sin = spread_tables(self.cos, self.sin, head_dim, self.layout)
-            self._spread[head_dim] = cos[:, :, None], sin[:, :, None]
-        return self._spread[head_dim]
+            self._made[head_dim] = cos[:, :, None], sin[:, :, None]
+        return self._made[head_dim]
+
+    def by_token(self) -> tuple[Tensor, Tensor]:
+        """Cosine and sine ``[1 or batch, 1, frames * frame_length, rotary_dim / 2]``, made once: one row a token."""
+        if "token" not in self._made:
+            cos, sin = (
+                table if self.frame_length == 1 else table.repeat_interleave(self.frame_length, dim=1)
+                for table in (self.cos, self.sin)
+            )
+            self._made["token"] = cos[:, None], sin[:, None]
+        return self._made["token"]
+
+    def rotated_into(self, states: Tensor, start: int = 0) -> Tensor:
+        """``states`` of tokens from ``start`` on, rotated from their positions into their frames.
+
+        Args:
+            states: ``[batch, heads, tokens, head_dim]`` float32, post-RoPE.
+        """
+        cos, sin = (table[:, :, start : start + states.shape[2]] for table in self.by_token())
+        return rotate(states, cos, sin, self.layout, inverse=True)
+
+    def rotated_out(self, states: Tensor) -> Tensor:
+        """``states`` of the first tokens, rotated from their frames to their positions; undoes ``rotated_into``."""
+        cos, sin = (table[:, :, : states.shape[2]] for table in self.by_token())
+        return rotate(states, cos, sin, self.layout)
 
     def tables(self) -> list[Tensor]:
         """Every tensor that is held."""
-        return [self.cos, self.sin, *(table for pair in self._spread.values() for table in pair)]
+        return [self.cos, self.sin, *(table for pair in self._made.values() for table in pair)]
 
 
 @dataclass(frozen=True)
@@ -105,15 +160,22 @@ class LatentSide:
 
     Attributes:
         tiers: The latent's channels in order. Keys and values that share a latent hold the same tiers.
-        up_proj: ``[rank, heads, head_dim]``, float32 or half precision.
-        constant: ``[heads, head_dim]`` float32, the calibrated mean.
+        up_proj: ``[rank, heads, head_dim]``, float32 or half precision; ``[batch, rank, heads, head_dim]`` where every
+            batch element has a basis of its own.
+        constant: ``[heads, head_dim]`` or ``[batch, heads, head_dim]`` float32, the mean of the states.
         rope: None for values and for keys without a rotary embedding.
+        scale: ``[batch, 1, 1]`` float32: what latents are multiplied with; None for 1.
+        size: Batch elements and tokens, where no channel is stored and ``tiers`` cannot tell.
+        shared: What reading the tiers gave, kept for the other sides that are given the same dict.
     """
 
     tiers: tuple[PackedTier, ...]
     up_proj: Tensor
     constant: Tensor
     rope: RotaryFrames | None = None
+    scale: Tensor | None = None
+    size: tuple[int, int] = (0, 0)
+    shared: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def between(self, start: int, stop: int) -> "LatentSide":
         """A view of tokens ``start`` to ``stop``; ``start`` must be the first of a frame."""
@@ -127,8 +189,149 @@ class LatentSide:
         if rope is not None:
             frames = slice(start // rope.frame_length, -(-stop // rope.frame_length))
             rope = RotaryFrames(rope.cos[:, frames], rope.sin[:, frames], rope.frame_length, rope.layout)
-        return replace(self, tiers=tiers, rope=rope)
+        return replace(self, tiers=tiers, rope=rope, size=(self.size[0], stop - start), shared={})
 
     @property
     def tokens(self) -> int:
-        return self.tiers[0].codes.shape[1] if self.tiers else 0
+        return self.tiers[0].codes.shape[1] if self.tiers else self.size[1]
+
+    def read(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The latents, dequantized: ``[batch, tokens, rank]`` in ``dtype``."""
+        if not self.tiers:
+            return self.up_proj.new_zeros(*self.size, 0, dtype=dtype)
+        latents = read_latents(self.tiers, dtype)
+        return latents if self.scale is None else latents * self.scale.to(dtype)
+
+    def read_once(self) -> Tensor:
+        """``read`` in float32, kept in ``shared``."""
+        if "latents" not in self.shared:
+            self.shared["latents"] = self.read()
+        return self.shared["latents"]
+
+
+def pack_latents(
+    latents: Tensor, tiers: tuple[tuple[int, int], ...], weight: Tensor, latent_dtype: torch.dtype
+) -> tuple[PackedTier, ...]:
+    """Quantize and pack every tier. A 16-bit tier is cut off at the largest number of its dtype.
+
+    Args:
+        latents: ``[batch, tokens, rank]`` float32.
+        tiers: ``(bits, channels)`` in the order of the channels.
+        weight: ``[rank]`` float32: what a squared error in each channel costs.
+        latent_dtype: Floating dtype of a 16-bit tier.
+
+    Raises:
+        ValueError: If a latent is not finite.
+    """
+    if not bool(torch.isfinite(latents).all()):
+        raise ValueError("states must be finite, got NaN or infinity: the forward overflowed")
+    packed, start = [], 0
+    for bits, channels in tiers:
+        tier = latents[..., start : start + channels]
+        padding = (0, padded_channels(bits, channels) - channels)
+        if bits == 16:
+            limit = min(torch.finfo(latent_dtype).max, torch.finfo(tier.dtype).max)
+            packed.append(PackedTier(bits, channels, pad(tier.clamp(-limit, limit).to(latent_dtype), padding), None))
+        else:
+            levels, steps = quantize(tier, bits, weight[start : start + channels])
+            packed.append(PackedTier(bits, channels, pack(pad(levels, padding), bits), steps))
+        start += channels
+    return tuple(packed)
+
+
+def quantize(latents: Tensor, bits: int, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize each token's channels with one step, chosen to minimise the weighted squared error.
+
+    Level ``q`` in ``[0, 2**bits)`` stands for ``(q - 2**(bits-1) + 0.5) * step`` (mid-rise: zero is
+    not a level, so two bits give four useful ones).
+
+    Args:
+        latents: ``[batch, tokens, channels]``, float32, finite, about unit variance per channel.
+        bits: 8, 4 or 2.
+        weight: ``[channels]``, float32, non-negative: what a squared error in each channel costs.
+
+    Returns:
+        ``codes``: ``[batch, tokens, channels]`` uint8, and ``steps``: ``[batch, tokens]`` float16.
+
+    Raises:
+        ValueError: If ``bits`` is not a quantized width.
+    """
+    if bits not in QUANTIZED_BITS:
+        raise ValueError(f"bits must be one of {QUANTIZED_BITS}, got {bits}")
+    half_levels = 2 ** (bits - 1)
+    weight = weight / weight.amax(-1, keepdim=True).clamp(min=1e-30)  # only ratios matter; tiny ones would underflow
+    # A step below float16's smallest normal number would round to zero and make every level zero.
+    unclipped = (latents.abs().amax(-1) / half_levels).clamp_(min=2**-14)
+    best_steps, best_error = unclipped, torch.full_like(unclipped, torch.inf)
+    for fraction in STEP_FRACTIONS[bits]:
+        steps = unclipped * fraction
+        levels = _nearest_level(latents, steps, half_levels)
+        if len(STEP_FRACTIONS[bits]) == 1:
+            best_steps = steps
+            break
+        # The least-squares step for these levels, then the error with it.
+        weighted = levels * weight
+        fitted = (weighted * latents).sum(-1) / (weighted * levels).sum(-1).clamp_(min=1e-12)
+        fitted = fitted.clamp_(min=2**-14)
+        error = ((levels * fitted[..., None] - latents).square_() * weight).sum(-1)
+        better = error < best_error
+        best_steps = torch.where(better, fitted, best_steps)
+        best_error = torch.where(better, error, best_error)
+    stored_steps = best_steps.clamp(max=torch.finfo(torch.float16).max).to(torch.float16)
+    levels = _nearest_level(latents, stored_steps.float(), half_levels)
+    return (levels + (half_levels - 0.5)).to(torch.uint8), stored_steps
+
+
+def _nearest_level(latents: Tensor, steps: Tensor, half_levels: int) -> Tensor:
+    levels = torch.floor_(latents / steps[..., None]).add_(0.5)
+    return levels.clamp_(min=0.5 - half_levels, max=half_levels - 0.5)
+
+
+def dequantize(codes: Tensor, steps: Tensor, bits: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The values that ``quantize`` stored: ``[batch, tokens, channels]`` in ``dtype``."""
+    offset = 2 ** (bits - 1) - 0.5
+    return codes.to(dtype).sub_(offset).mul_(steps[..., None].to(dtype))
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack ``bits``-wide codes into bytes, planar within a row.
+
+    Byte ``j`` of a row of ``n`` bytes holds channels ``j, j + n, j + 2n, ...`` from its lowest bits
+    up, so that unpacking is one shift and mask per plane and each plane is contiguous.
+
+    Args:
+        codes: ``[..., channels]`` uint8, each below ``2**bits``; ``channels`` divisible by ``8/bits``.
+        bits: 8, 4 or 2.
+
+    Returns:
+        ``[..., channels * bits / 8]`` uint8.
+    """
+    planes = 8 // bits
+    if planes == 1:
+        return codes
+    codes = codes.unflatten(-1, (planes, -1))
+    packed = codes[..., 0, :].clone()
+    for plane in range(1, planes):
+        packed |= codes[..., plane, :] << (plane * bits)
+    return packed
+
+
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    """Undo ``pack``: ``[..., bytes]`` uint8 → ``[..., bytes * 8 / bits]`` uint8."""
+    planes = 8 // bits
+    if planes == 1:
+        return packed
+    mask = 2**bits - 1
+    return torch.cat([(packed >> (plane * bits)) & mask for plane in range(planes)], dim=-1)
+
+
+def read_latents(tiers: tuple[PackedTier, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Unpack and dequantize all tiers: ``[batch, tokens, rank]`` in ``dtype``."""
+    parts = []
+    for tier in tiers:
+        if tier.steps is None:
+            parts.append(tier.codes[..., : tier.channels].to(dtype))
+        else:
+            codes = unpack(tier.codes, tier.bits)[..., : tier.channels]
+            parts.append(dequantize(codes, tier.steps, tier.bits, dtype))
+    return torch.cat(parts, dim=-1)

@@ -1,8 +1,8 @@
-"""Attention over packed latents on GPUs: the same function as ``reference.latent_decode``, in Triton kernels.
+"""Attention over packed latents on GPUs: the same function as ``reference.latent_attention``, in Triton kernels.
 
 Five steps: absorb the queries, once per rotary frame; scores; softmax-weighted sums of value latents by chunk of
 channels and split of the tokens; combine the splits; up-project. Where a frame holds too few tokens to pay for the
-absorption, keys are rebuilt tile by tile instead. Codes are unpacked in registers; keys and values never exist in
+absorption, keys are reconstructed tile by tile instead. Codes are unpacked in registers; keys and values never exist in
 memory.
 
 Numbers: float32 queries are computed in float32 throughout. Otherwise products take float16 operands (those with an
@@ -21,10 +21,11 @@ import triton.language as tl
 from torch import Tensor
 
 from lowrank_cache.kernels.packed import LatentSide
-from lowrank_cache.kernels.triton_scores import absorb, absorbed_scores, rebuilt_scores
+from lowrank_cache.kernels.triton_scores import absorb, absorbed_scores, reconstructed_scores
 from lowrank_cache.kernels.triton_tiers import (
     TierArguments,
     block,
+    check_side,
     dot_dtype,
     precision,
     tier_arguments,
@@ -33,7 +34,7 @@ from lowrank_cache.kernels.triton_tiers import (
 )
 from lowrank_cache.kernels.triton_values import combine, project, weigh
 
-__all__ = ["latent_decode"]
+__all__ = ["latent_attention"]
 
 _CHUNK = 128  # positions of a latent that are unpacked at once
 _SMALL_CHUNK = 64  # where a tile of the up-projection has to lie beside it
@@ -105,7 +106,7 @@ class _Wave:
         }
 
 
-def latent_decode(
+def latent_attention(
     query: Tensor,
     key: LatentSide,
     value: LatentSide,
@@ -129,7 +130,8 @@ def latent_decode(
         both float32. A query that sees no token has output 0 and log-sum-exp -inf.
 
     Raises:
-        ValueError: If shapes do not fit together, or rows of codes are not padded and aligned to 16 bytes.
+        ValueError: If shapes do not fit together, matrices differ by batch element, or rows of codes are not padded and
+            aligned to 16 bytes.
     """
     batch, q_heads, q_tokens, _ = query.shape
     _check(query, key, value)
@@ -153,11 +155,13 @@ def latent_decode(
         softcap=softcap is not None,
     )
     with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
-        _decode(step, output, lse)
+        _attend(step, output, lse)
     return output, lse
 
 
 def _check(query: Tensor, key: LatentSide, value: LatentSide) -> None:
+    for name, side in (("key", key), ("value", value)):
+        check_side(name, side)
     heads, head_dim = key.up_proj.shape[1:]
     if query.shape[1] % heads or query.shape[3] != head_dim:
         raise ValueError(
@@ -168,12 +172,6 @@ def _check(query: Tensor, key: LatentSide, value: LatentSide) -> None:
             f"value must have {heads} heads and {key.tokens} tokens like key, "
             f"got {value.up_proj.shape[1]} and {value.tokens}"
         )
-    for name, side in (("key", key), ("value", value)):
-        rank = sum(tier.channels for tier in side.tiers)
-        if side.up_proj.shape[0] != rank:
-            raise ValueError(f"up_proj of {name} must have {rank} rows like its tiers, got {side.up_proj.shape[0]}")
-        if side.up_proj.shape[2] % 16 or side.up_proj.shape[2] > 256:
-            raise ValueError(f"head_dim of {name} must be a multiple of 16 up to 256, got {side.up_proj.shape[2]}")
 
 
 def _mask_arguments(mask: Tensor | None, query: Tensor, tokens: int) -> dict[str, Any]:
@@ -191,14 +189,14 @@ def _mask_arguments(mask: Tensor | None, query: Tensor, tokens: int) -> dict[str
     }
 
 
-def _decode(step: _Step, output: Tensor, lse: Tensor) -> None:
+def _attend(step: _Step, output: Tensor, lse: Tensor) -> None:
     rope, tokens = step.key.rope, step.key.tokens
     heads = step.key.up_proj.shape[1]
-    # Absorbing costs as much per frame as rebuilding costs per token, times a head's queries.
-    rebuild = rope is not None and rope.frame_length <= step.rows // heads
+    # Absorbing costs as much per frame as reconstructing costs per token, times a head's queries.
+    reconstructed = rope is not None and rope.frame_length <= step.rows // heads
     if rope is None:
         waves = [_Wave(0, 1, tokens, block(tokens, 16, 64))]
-    elif rebuild:
+    elif reconstructed:
         # The wider the tile, the less often the up-projection is read.
         waves = [_Wave(0, 1, tokens, block(tokens, 16, 128 if step.query.shape[3] <= 128 else 64))]
     else:
@@ -215,8 +213,8 @@ def _decode(step: _Step, output: Tensor, lse: Tensor) -> None:
     done = 0
     for wave, count in zip(waves, splits, strict=True):
         scores = step.query.new_empty(step.batch, step.rows, wave.slots, dtype=torch.float32)
-        if rebuild:
-            _rebuilt_scores(step, wave, scores)
+        if reconstructed:
+            _reconstructed_scores(step, wave, scores)
         else:
             _absorbed_scores(step, wave, scores)
         row_blocks = triton.cdiv(step.rows, rows)
@@ -225,6 +223,7 @@ def _decode(step: _Step, output: Tensor, lse: Tensor) -> None:
             maxima=maxima,
             sums=sums,
             scores=scores,
+            tiers=step.values.tiers,
             rows=step.rows,
             row_blocks=row_blocks,
             tokens=tokens,
@@ -240,7 +239,6 @@ def _decode(step: _Step, output: Tensor, lse: Tensor) -> None:
             num_warps=warps(128 if rows == 32 else 256),
             num_stages=2,
             **wave.arguments(),
-            **step.values.read,
         )
         done += count
     _combine(step, partial, maxima, sums, output, lse)
@@ -270,6 +268,7 @@ def _absorbed_scores(step: _Step, wave: _Wave, scores: Tensor) -> None:
     absorb[(columns, triton.cdiv(row_blocks, steps), step.batch * up["heads"])](
         absorbed=absorbed,
         bias=bias,
+        tiers=step.keys.tiers,
         query=step.query,
         head_rows=head_rows,
         frames=wave.frames,
@@ -281,13 +280,11 @@ def _absorbed_scores(step: _Step, wave: _Wave, scores: Tensor) -> None:
         ROWS=rows,
         CHUNK=_SMALL_CHUNK,
         LATENT_CHUNK=_CHUNK,
-        UNIT=step.keys.unit,
         DOT=tl.float32 if step.exact else dot_dtype(up["up_proj"].dtype),
         PRECISION=precision(step.exact),
         num_warps=warps(128),
         num_stages=1,
         **up,
-        **step.keys.layout,
     )
     rows = block(step.rows, 16, 64 if step.exact else 128)  # float32 tiles take twice the shared memory
     # So many threads that each loads 8 bytes of codes or more.
@@ -296,6 +293,7 @@ def _absorbed_scores(step: _Step, wave: _Wave, scores: Tensor) -> None:
         out=scores,
         absorbed=absorbed,
         bias=bias,
+        tiers=step.keys.tiers,
         rows=step.rows,
         tokens=step.key.tokens,
         frames=wave.frames,
@@ -310,17 +308,17 @@ def _absorbed_scores(step: _Step, wave: _Wave, scores: Tensor) -> None:
         num_stages=2,
         **wave.arguments(),
         **step.mask,
-        **step.keys.read,
     )
 
 
-def _rebuilt_scores(step: _Step, wave: _Wave, scores: Tensor) -> None:
+def _reconstructed_scores(step: _Step, wave: _Wave, scores: Tensor) -> None:
     up = up_proj_arguments(step.key)
     head_rows = step.rows // up["heads"]
     assert step.key.rope is not None
-    rebuilt_scores[(wave.slots // wave.tile, up["heads"], step.batch)](
+    reconstructed_scores[(wave.slots // wave.tile, up["heads"], step.batch)](
         out=scores,
         query=step.query,
+        tiers=step.keys.tiers,
         head_rows=head_rows,
         tokens=step.key.tokens,
         frame_length=step.key.rope.frame_length,
@@ -339,7 +337,6 @@ def _rebuilt_scores(step: _Step, wave: _Wave, scores: Tensor) -> None:
         num_stages=2,
         **up,
         **step.mask,
-        **(step.keys.layout | step.keys.read),
     )
 
 
@@ -366,17 +363,16 @@ def _combine(step: _Step, partial: Tensor, maxima: Tensor, sums: Tensor, output:
         out=output,
         latents=latents,
         lse=lse,
+        tiers=step.values.tiers,
         head_rows=head_rows,
         chunks=partial.shape[3] // _SMALL_CHUNK,
         COLUMNS=columns,
         ROWS=rows,
         CHUNK=_SMALL_CHUNK,
         LATENT_CHUNK=_CHUNK,
-        UNIT=step.values.unit,
         DOT=tl.float32 if step.exact else dot_dtype(up["up_proj"].dtype),
         PRECISION=precision(step.exact),
         num_warps=warps(128),
         num_stages=2,
         **{name: up[name] for name in ("up_proj", "up_rank", "up_head", "constant", "heads", "HEAD_DIM")},
-        **step.values.layout,
     )

@@ -8,6 +8,7 @@ is near that of float32.
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import triton
@@ -16,18 +17,26 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lowrank_cache.kernels.packed import PackedTier, RotaryFrames, padded_channels
-from lowrank_cache.kernels.triton_rebuild import pair_columns
-from lowrank_cache.kernels.triton_tiers import block, rotary_arguments, three_part_precision, warps
+from lowrank_cache.kernels.triton_reconstruct import pair_columns
+from lowrank_cache.kernels.triton_tiers import (
+    TIER_BITS,
+    block,
+    plain,
+    rotary_arguments,
+    three_part_precision,
+    unspecialised,
+    warps,
+)
 
 __all__ = ["encode"]
 
 _ALIGNMENT = 16  # channels of the buffer of latents; every tier starts on a multiple of it
-_MOST_TIERS = 4
+_BEYOND = 2**29  # a channel that no latent has
 
 
 @triton.jit(
     do_not_specialize=["heads", "tokens", "batch_stride", "head_stride", "token_stride", "frame_length", "cos_batch"]
-    + ["rank", "down_stride", "row", "start1", "start2", "start3", "shift1", "shift2", "shift3"]
+    + ["rank", "down_stride", "row"]
 )
 def _project_down(
     latents,  # [batch, tokens, row] float32
@@ -40,8 +49,7 @@ def _project_down(
     frame_length, cos_batch, rank,
     down_stride,  # in units of 8 elements
     row,  # in units of 16 elements
-    start1, start2, start3,  # first channels of the second and later tiers
-    shift1, shift2, shift3,  # columns that stay empty before them
+    gaps,  # of the second and later tiers, unspecialised: the first channel, columns that stay empty before it
     HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, ADD: tl.constexpr,
     TILE: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -86,8 +94,9 @@ def _project_down(
         rows_at = down + (second[:, None] * (down_stride * 8) + channel[None, :])
         part = tl.load(rows_at, mask=used, other=0.0).to(tl.float32)
         product = tl.dot(two, part, product, input_precision=PRECISION)
-    column = channel + tl.where(channel >= start1, shift1, 0) + tl.where(channel >= start2, shift2, 0)
-    column += tl.where(channel >= start3, shift3, 0)
+    column = channel
+    for number in tl.static_range(len(gaps)):
+        column += tl.where(channel >= plain(gaps[number][0]), plain(gaps[number][1]), 0)
     target = latents + (batch * tokens + token)[:, None] * (row * 16) + column[None, :]
     stored = valid[:, None] & (channel < rank)[None, :]
     if ADD:
@@ -183,15 +192,12 @@ class _Columns:
     columns: list[int]
     row: int
 
-    def arguments(self) -> dict[str, int]:
-        given: dict[str, int] = {}
-        for number in range(1, _MOST_TIERS):
-            here = number < len(self.starts)
-            # The columns that stay empty between the tier before and this one; a start that no channel reaches.
-            shift = self.columns[number] - self.starts[number] if here else 0
-            before = self.columns[number - 1] - self.starts[number - 1] if here else 0
-            given |= {f"start{number}": self.starts[number] if here else 2**31 - 1, f"shift{number}": shift - before}
-        return given
+    def gaps(self) -> tuple[tuple[int, int], ...]:
+        """By tier after the first: its first channel, and the columns that stay empty before it, for the kernel."""
+        shifts = [column - start for start, column in zip(self.starts, self.columns, strict=True)]
+        gaps = list(zip(self.starts[1:], [after - before for before, after in pairwise(shifts)], strict=True))
+        gaps += [(_BEYOND, 0)] * (len(TIER_BITS) - len(self.starts))
+        return tuple((unspecialised(start), unspecialised(empty)) for start, empty in gaps)
 
 
 def _columns(tiers: tuple[tuple[int, int], ...]) -> _Columns:
@@ -235,8 +241,14 @@ def encode(
     if down_proj.shape != (width, rank) or len({bits for bits, _ in tiers}) < len(tiers) or not tiers:
         raise ValueError(
             f"down_proj must be [{width}, {rank}] for these states and tiers of distinct widths, "
-            f"got {tuple(down_proj.shape)} and {tiers}"
+            f'got {list(down_proj.shape)} and {tiers}; impl="torch" takes a matrix for each batch element'
         )
+    for member, constant in zip(states, constants, strict=True):
+        if constant.shape != (member.shape[1], member.shape[3]):
+            raise ValueError(
+                f"constants must be [{member.shape[1]}, {member.shape[3]}] like heads and head_dim of their states, "
+                f'the same for all batch elements, got {list(constant.shape)}; impl="torch" takes one for each'
+            )
     device = states[0].device
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         columns = _columns(tiers)
@@ -291,6 +303,7 @@ def _latents(
             rank=rank,
             down_stride=down_proj.stride(0) // 8,
             row=columns.row // _ALIGNMENT,
+            gaps=columns.gaps(),
             HEAD_DIM=head_dim,
             PAIRS=block(head_dim // 2, 16, 64),
             ADD=number > 0,
@@ -300,7 +313,6 @@ def _latents(
             num_warps=warps(256),
             num_stages=2,
             **rotary_arguments(rope, constant),
-            **columns.arguments(),
         )
         start += heads * head_dim
     return latents

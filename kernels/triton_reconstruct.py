@@ -1,4 +1,8 @@
-"""Keys or values from packed latents on GPUs: the same function as ``reference.reconstruct``, in one Triton kernel."""
+"""Keys or values from packed latents on GPUs: the same function as ``reference.reconstruct``, in Triton kernels.
+
+``reconstruct_pair`` makes one head's states of a tile of tokens in registers, for the kernels that store or score them.
+Numbers of a head that rotate together are kept in two tiles, so that rotating is elementwise.
+"""
 
 from contextlib import nullcontext
 
@@ -8,37 +12,132 @@ import triton.language as tl
 from torch import Tensor
 
 from lowrank_cache.kernels.packed import LatentSide
-from lowrank_cache.kernels.triton_scores import REBUILD_INTEGERS, pair_columns, rebuild_pair
 from lowrank_cache.kernels.triton_tiers import (
     block,
+    check_side,
+    chunk_count,
     dot_dtype,
+    half_steps,
     interpreted,
-    layout_names,
-    make_tiers,
+    load_levels,
+    plain,
     precision,
     tier_arguments,
-    tier_names,
     up_proj_arguments,
     warps,
 )
 
-__all__ = ["reconstruct"]
+__all__ = ["RECONSTRUCT_INTEGERS", "pair_columns", "reconstruct", "reconstruct_pair"]
+
+# Arguments of kernels that reconstruct which Triton must not specialise on.
+RECONSTRUCT_INTEGERS = ["heads", "tokens", "frame_length", "cos_batch", "up_rank", "up_head"]
 
 
-@triton.jit(do_not_specialize=[*REBUILD_INTEGERS, *tier_names(), *layout_names()])
+@triton.jit
+def pair_columns(start, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, PAIRS: tl.constexpr):
+    """Columns of a head that rotate together, ``[PAIRS]`` each from pair ``start`` on, and which of them exist.
+
+    Columns beyond the rotation are paired too, and then not rotated. Without ``INTERLEAVED`` both halves are runs.
+    """
+    pair = start + tl.arange(0, PAIRS)
+    if INTERLEAVED:
+        first, second = 2 * pair, 2 * pair + 1
+    else:
+        REST: tl.constexpr = HEAD_DIM // 2 - HALF
+        first = tl.where(pair < HALF, pair, pair + HALF)
+        second = tl.where(pair < HALF, pair + HALF, pair + HALF + REST)
+        if HALF % 8 == 0 and REST % 8 == 0:
+            # Runs of eight stay together, which the compiler cannot see.
+            first = tl.max_contiguous(tl.multiple_of(first, 8), 8)
+            second = tl.max_contiguous(tl.multiple_of(second, 8), 8)
+    return first, second, pair < HEAD_DIM // 2
+
+
+@triton.jit
+def _add_pair(
+    one, two, tier, batch, token, valid, first, second, in_pairs, up_proj, up_rank,
+    HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
+    TILE: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add a tier's share of the states of one head to ``[TILE, PAIRS]`` twice, the members of pairs apart.
+
+    ``up_proj`` points to the head.
+    """
+    chunks = chunk_count(tier, CHUNK)
+    BITS: tl.constexpr = tier.bits
+    PLANES: tl.constexpr = 8 // BITS if BITS < 16 else 1
+    UNIT: tl.constexpr = 128 // tier.codes.dtype.element_ty.primitive_bitwidth
+    if chunks > 0:
+        if BITS < 16:
+            scale = half_steps(tier, batch, token, valid)
+            one, two = one / scale[:, None], two / scale[:, None]
+        for chunk in tl.range(0, chunks):
+            levels = load_levels(tier, batch, token, valid, chunk, TILE, CHUNK, DOT)
+            local = tl.arange(0, CHUNK)
+            column = chunk * (CHUNK // PLANES) + local // PLANES
+            channel = local % PLANES * (plain(tier.row) * UNIT) + column
+            stored = ((column < plain(tier.row) * UNIT) & (channel < plain(tier.channels)))[:, None]
+            at = up_proj + (plain(tier.start) + channel).to(tl.int64)[:, None] * (up_rank * 8)
+            if INTERLEAVED:
+                # One contiguous load that is split in registers.
+                dims = tl.arange(0, 2 * PAIRS)
+                up = tl.load(at + dims[None, :], mask=stored & (dims < HEAD_DIM)[None, :], other=0.0).to(DOT)
+                up_one, up_two = tl.split(tl.reshape(up, (CHUNK, PAIRS, 2)))
+            else:
+                up_one = tl.load(at + first[None, :], mask=stored & in_pairs[None, :], other=0.0).to(DOT)
+                up_two = tl.load(at + second[None, :], mask=stored & in_pairs[None, :], other=0.0).to(DOT)
+            one = tl.dot(levels, up_one, one, input_precision=PRECISION)
+            two = tl.dot(levels, up_two, two, input_precision=PRECISION)
+        if BITS < 16:
+            one, two = one * scale[:, None], two * scale[:, None]
+    return one, two
+
+
+@triton.jit
+def _rotate_pair(one, two, token, valid, cos, sin, frame_length, HALF: tl.constexpr, PAIRS: tl.constexpr):
+    """Rotate pairs ``[TILE, PAIRS]`` by their token's frame; ``cos`` and ``sin`` point to the row of the batch."""
+    pair = tl.arange(0, PAIRS)
+    offset = (token // frame_length).to(tl.int64)[:, None] * HALF + pair[None, :]
+    inside = valid[:, None] & (pair < HALF)[None, :]
+    c, s = tl.load(cos + offset, mask=inside, other=1.0), tl.load(sin + offset, mask=inside, other=0.0)
+    return one * c - two * s, two * c + one * s
+
+
+@triton.jit
+def reconstruct_pair(
+    tiers, batch, token, valid, up_proj, up_rank, constant, cos, sin, frame_length,
+    HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
+    TILE: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One head's states of some tokens, rotated: two tiles ``[TILE, PAIRS]`` float32, in columns of ``pair_columns``.
+
+    ``up_proj`` and ``constant`` point to the head, ``cos`` and
+    ``sin`` to the row of the batch.
+    """
+    first, second, in_pairs = pair_columns(0, HEAD_DIM, HALF, INTERLEAVED, PAIRS)
+    one, two = tl.zeros((TILE, PAIRS), tl.float32), tl.zeros((TILE, PAIRS), tl.float32)
+    for number in tl.static_range(len(tiers)):
+        one, two = _add_pair(
+            one, two, tiers[number], batch, token, valid, first, second, in_pairs, up_proj, up_rank,
+            HEAD_DIM, PAIRS, INTERLEAVED, TILE, CHUNK, DOT, PRECISION,
+        )  # fmt: skip
+    one += tl.load(constant + first, mask=in_pairs, other=0.0)[None, :]
+    two += tl.load(constant + second, mask=in_pairs, other=0.0)[None, :]
+    if HALF > 0:
+        one, two = _rotate_pair(one, two, token, valid, cos, sin, frame_length, HALF, PAIRS)
+    return one, two
+
+
+@triton.jit(do_not_specialize=RECONSTRUCT_INTEGERS)
 def _reconstruct(
     out,  # [batch, heads, tokens, HEAD_DIM]
     up_proj,  # [rank, heads, HEAD_DIM]
     constant,  # [heads, HEAD_DIM]
     cos, sin,  # [1 or batch, frames, HALF]
-    codes16, codes8, codes4, codes2, steps8, steps4, steps2,
+    tiers,
     heads, tokens, frame_length,
     cos_batch,
     up_rank, up_head,  # strides in units of 8 elements
-    row16, codes_batch16, codes_token16, start16, channels16,
-    row8, codes_batch8, codes_token8, steps_batch8, steps_token8, start8, channels8,
-    row4, codes_batch4, codes_token4, steps_batch4, steps_token4, start4, channels4,
-    row2, codes_batch2, codes_token2, steps_batch2, steps_token2, start2, channels2,
     HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
     TILE: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -46,16 +145,8 @@ def _reconstruct(
     tile, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     token = tile * TILE + tl.arange(0, TILE)
     valid = token < tokens
-    tiers = make_tiers(
-        batch, codes16, codes8, codes4, codes2, steps8, steps4, steps2,
-        row16, codes_batch16, codes_token16,
-        row8, codes_batch8, codes_token8, steps_batch8, steps_token8,
-        row4, codes_batch4, codes_token4, steps_batch4, steps_token4,
-        row2, codes_batch2, codes_token2, steps_batch2, steps_token2,
-        channels16, channels8, channels4, channels2, CHUNK,
-    )  # fmt: skip
-    one, two = rebuild_pair(
-        tiers, (start16, start8, start4, start2), token, valid,
+    one, two = reconstruct_pair(
+        tiers, batch, token, valid,
         up_proj + head.to(tl.int64) * (up_head * 8), up_rank, constant + head * HEAD_DIM,
         cos + batch * cos_batch, sin + batch * cos_batch, frame_length,
         HEAD_DIM, PAIRS, HALF, INTERLEAVED, TILE, CHUNK, DOT, PRECISION,
@@ -80,9 +171,11 @@ def reconstruct(side: LatentSide, dtype: torch.dtype = torch.float32) -> Tensor:
     sums and float32 rotations.
 
     Raises:
-        ValueError: If rows of codes are not padded and aligned to 16 bytes.
+        ValueError: If matrices do not fit the tiers or differ by batch element, head_dim is not a multiple of 16 up to
+            256, or rows of codes are not padded and aligned to 16 bytes.
     """
-    arguments, up = tier_arguments(side.tiers), up_proj_arguments(side)
+    check_side("side", side)
+    tiers, up = tier_arguments(side.tiers).tiers, up_proj_arguments(side)
     batch, tokens, _ = side.tiers[0].codes.shape
     # The interpreter cuts numbers off at bfloat16 instead of rounding.
     stored = torch.float32 if dtype == torch.bfloat16 and interpreted() else dtype
@@ -94,6 +187,7 @@ def reconstruct(side: LatentSide, dtype: torch.dtype = torch.float32) -> Tensor:
     with torch.cuda.device(states.device) if states.is_cuda else nullcontext():
         _reconstruct[(triton.cdiv(tokens, tile), up["heads"], batch)](
             out=states,
+            tiers=tiers,
             tokens=tokens,
             frame_length=1 if side.rope is None else side.rope.frame_length,
             PAIRS=block(up["HEAD_DIM"] // 2, 16, 128),
@@ -104,6 +198,5 @@ def reconstruct(side: LatentSide, dtype: torch.dtype = torch.float32) -> Tensor:
             num_warps=warps(256),
             num_stages=2,
             **up,
-            **(arguments.layout | arguments.read),
         )
     return states.to(dtype)

@@ -1,4 +1,4 @@
-"""Triton kernels for the scores of queries against packed keys: absorbed by frame, or with the keys rebuilt.
+"""Triton kernels for the scores of queries against packed keys: absorbed by frame, or with keys reconstructed.
 
 Scores leave these kernels in units of log 2, masked, one row per query head and query token. Tokens are cut into tiles
 that never cross a frame; a tile's unused slots hold -inf. ``slot_tokens`` finds the token of a slot.
@@ -7,10 +7,10 @@ that never cross a frame; a tile's unused slots hold -inf. ``slot_tokens`` finds
 import triton
 import triton.language as tl
 
-from lowrank_cache.kernels.triton_rebuild import REBUILD_INTEGERS, pair_columns, rebuild_pair
-from lowrank_cache.kernels.triton_tiers import channel_of, half_steps, layout_names, load_levels, make_tiers, tier_names
+from lowrank_cache.kernels.triton_reconstruct import RECONSTRUCT_INTEGERS, pair_columns, reconstruct_pair
+from lowrank_cache.kernels.triton_tiers import all_chunks, channel_of, chunk_count, half_steps, load_levels
 
-__all__ = ["absorb", "absorbed_scores", "rebuilt_scores", "slot_tokens"]
+__all__ = ["absorb", "absorbed_scores", "reconstructed_scores", "slot_tokens"]
 
 _ABSORB_INTEGERS = ["head_rows", "heads", "frames", "first_frame", "cos_batch", "up_rank", "up_head", "chunks", "steps"]
 _SCORE_INTEGERS = ["rows", "tokens", "frames", "first_frame", "frame_length", "frame_tiles", "tiles", "q_tokens"]
@@ -48,7 +48,7 @@ def _finish(
     return scores
 
 
-@triton.jit(do_not_specialize=[*_ABSORB_INTEGERS, *layout_names()])
+@triton.jit(do_not_specialize=_ABSORB_INTEGERS)
 def absorb(
     absorbed,  # [batch, frames, heads * head_rows, positions]
     bias,  # [batch, frames, heads * head_rows] float32: the constant's share of every score of a frame
@@ -63,13 +63,13 @@ def absorb(
     chunks,  # of CHUNK positions
     steps,  # blocks of rows for each program
     scaling,
-    row16, start16, channels16, row8, start8, channels8, row4, start4, channels4, row2, start2, channels2,
+    tiers,
     HEAD_DIM: tl.constexpr, HEAD_BLOCK: tl.constexpr,
     HALF: tl.constexpr,  # 0 without a rotary embedding
     INTERLEAVED: tl.constexpr,
     ROWS: tl.constexpr, CHUNK: tl.constexpr,
     LATENT_CHUNK: tl.constexpr,  # of the positions' numbering; a multiple of CHUNK
-    UNIT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Rotate the queries into every frame and multiply them with the up-projection of their head."""
     chunk = tl.program_id(0)
@@ -78,11 +78,7 @@ def absorb(
     in_head = dims < HEAD_DIM
     position = chunk * CHUNK + tl.arange(0, CHUNK)
     positions = chunks * CHUNK
-    channel = channel_of(
-        position,
-        row16, start16, channels16, row8, start8, channels8, row4, start4, channels4, row2, start2, channels2,
-        UNIT, LATENT_CHUNK,
-    )  # fmt: skip
+    channel = channel_of(position, tiers, LATENT_CHUNK)
     up_offset = channel.to(tl.int64) * (up_rank * 8) + head.to(tl.int64) * (up_head * 8)
     up_mask = (channel >= 0)[:, None] & in_head[None, :]
     up = tl.load(up_proj + up_offset[:, None] + dims[None, :], mask=up_mask, other=0.0).to(DOT)
@@ -122,41 +118,37 @@ def absorb(
 
 @triton.jit
 def _add_scores(
-    scores, absorbed, in_rows, token, valid, tier,
-    BITS: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    scores, absorbed, in_rows, tier, batch, token, valid,
+    TILE: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add one tier's share to scores ``[TILE, ROWS]``; ``absorbed`` points to each row's first position of the tier."""
-    chunks = tier[6]
+    chunks = chunk_count(tier, CHUNK)
     if chunks > 0:
-        if BITS < 16:
+        if tier.bits < 16:
             # In units of this tier's steps, so that one accumulator serves all tiers.
-            scale = half_steps(tier, token, valid)
+            scale = half_steps(tier, batch, token, valid)
             scores = scores / scale[:, None]
         for chunk in tl.range(0, chunks):
-            levels = load_levels(tier, token, valid, chunk, BITS, TILE, CHUNK, DOT)
+            levels = load_levels(tier, batch, token, valid, chunk, TILE, CHUNK, DOT)
             column = chunk * CHUNK + tl.arange(0, CHUNK)
             part = tl.load(absorbed[:, None] + column[None, :], mask=in_rows[:, None], other=0.0)
             scores = tl.dot(levels, tl.trans(part.to(DOT)), scores, input_precision=PRECISION)
-        if BITS < 16:
+        if tier.bits < 16:
             scores = scores * scale[:, None]
     return scores
 
 
-@triton.jit(do_not_specialize=[*_SCORE_INTEGERS, *_MASK_INTEGERS, *tier_names()])
+@triton.jit(do_not_specialize=[*_SCORE_INTEGERS, *_MASK_INTEGERS])
 def absorbed_scores(
     out,  # [batch, rows, tiles * TILE] float32
     absorbed,  # [batch, frames, rows, positions]
     bias,  # [batch, frames, rows] float32
     mask,
-    codes16, codes8, codes4, codes2, steps8, steps4, steps2,
+    tiers,
     rows,  # query heads times query tokens
     tokens, frames, first_frame, frame_length, frame_tiles, tiles, q_tokens,
     mask_batch, mask_query, mask_token,
     factor,
-    row16, codes_batch16, codes_token16, channels16,
-    row8, codes_batch8, codes_token8, steps_batch8, steps_token8,
-    row4, codes_batch4, codes_token4, steps_batch4, steps_token4,
-    row2, codes_batch2, codes_token2, steps_batch2, steps_token2,
     ROWS: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -166,24 +158,12 @@ def absorbed_scores(
     token, valid = slot_tokens(slot, tiles * TILE, tokens, first_frame, frame_length, frame_tiles, TILE)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     in_rows = row < rows
-    tier16, tier8, tier4, tier2 = make_tiers(
-        batch, codes16, codes8, codes4, codes2, steps8, steps4, steps2,
-        row16, codes_batch16, codes_token16,
-        row8, codes_batch8, codes_token8, steps_batch8, steps_token8,
-        row4, codes_batch4, codes_token4, steps_batch4, steps_token4,
-        row2, codes_batch2, codes_token2, steps_batch2, steps_token2,
-        channels16, 0, 0, 0, CHUNK,
-    )  # fmt: skip
     line = (batch * frames + tile // frame_tiles) * rows + row
-    at = absorbed + line * ((tier16[6] + tier8[6] + tier4[6] + tier2[6]) * CHUNK)
+    at = absorbed + line * (all_chunks(tiers, CHUNK) * CHUNK)
     scores = tl.zeros((TILE, ROWS), tl.float32)
-    scores = _add_scores(scores, at, in_rows, token, valid, tier16, 16, TILE, CHUNK, DOT, PRECISION)
-    at += tier16[6] * CHUNK
-    scores = _add_scores(scores, at, in_rows, token, valid, tier8, 8, TILE, CHUNK, DOT, PRECISION)
-    at += tier8[6] * CHUNK
-    scores = _add_scores(scores, at, in_rows, token, valid, tier4, 4, TILE, CHUNK, DOT, PRECISION)
-    at += tier4[6] * CHUNK
-    scores = _add_scores(scores, at, in_rows, token, valid, tier2, 2, TILE, CHUNK, DOT, PRECISION)
+    for number in tl.static_range(len(tiers)):
+        scores = _add_scores(scores, at, in_rows, tiers[number], batch, token, valid, TILE, CHUNK, DOT, PRECISION)
+        at += chunk_count(tiers[number], CHUNK) * CHUNK
     scores += tl.load(bias + line, mask=in_rows, other=0.0)[None, :]
     mask += batch * mask_batch
     scores = _finish(scores, row, token, valid, mask, mask_query, mask_token, q_tokens, factor, MASK, SOFTCAP)
@@ -191,17 +171,15 @@ def absorbed_scores(
     tl.store(target, scores, mask=in_rows[None, :])
 
 
-@triton.jit(
-    do_not_specialize=["head_rows", "q_tokens", *REBUILD_INTEGERS, *_MASK_INTEGERS, *tier_names(), *layout_names()]
-)
-def rebuilt_scores(
+@triton.jit(do_not_specialize=["head_rows", "q_tokens", *RECONSTRUCT_INTEGERS, *_MASK_INTEGERS])
+def reconstructed_scores(
     out,  # [batch, heads * head_rows, tiles * TILE] float32
     query,  # [batch, heads * head_rows, HEAD_DIM]
     up_proj,  # [rank, heads, HEAD_DIM]
     constant,  # [heads, HEAD_DIM]
     cos, sin,  # [1 or batch, frames, HALF]
     mask,
-    codes16, codes8, codes4, codes2, steps8, steps4, steps2,
+    tiers,
     head_rows,  # query heads of a KV head times query tokens
     heads, tokens, frame_length,
     cos_batch,
@@ -209,28 +187,16 @@ def rebuilt_scores(
     q_tokens,
     mask_batch, mask_query, mask_token,
     scaling, factor,
-    row16, codes_batch16, codes_token16, start16, channels16,
-    row8, codes_batch8, codes_token8, steps_batch8, steps_token8, start8, channels8,
-    row4, codes_batch4, codes_token4, steps_batch4, steps_token4, start4, channels4,
-    row2, codes_batch2, codes_token2, steps_batch2, steps_token2, start2, channels2,
     HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
     ROWS: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
     UP_DOT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Rebuild one head's keys of one tile of tokens, rotate them, and score all of the head's queries."""
+    """Reconstruct one head's keys of one tile of tokens, rotate them, and score all of the head's queries."""
     tile, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     slot = tile * TILE + tl.arange(0, TILE)
     valid = slot < tokens
-    tiers = make_tiers(
-        batch, codes16, codes8, codes4, codes2, steps8, steps4, steps2,
-        row16, codes_batch16, codes_token16,
-        row8, codes_batch8, codes_token8, steps_batch8, steps_token8,
-        row4, codes_batch4, codes_token4, steps_batch4, steps_token4,
-        row2, codes_batch2, codes_token2, steps_batch2, steps_token2,
-        channels16, channels8, channels4, channels2, CHUNK,
-    )  # fmt: skip
-    one, two = rebuild_pair(
-        tiers, (start16, start8, start4, start2), slot, valid,
+    one, two = reconstruct_pair(
+        tiers, batch, slot, valid,
         up_proj + head.to(tl.int64) * (up_head * 8), up_rank, constant + head * HEAD_DIM,
         cos + batch * cos_batch, sin + batch * cos_batch, frame_length,
         HEAD_DIM, PAIRS, HALF, INTERLEAVED, TILE, CHUNK, UP_DOT, PRECISION,

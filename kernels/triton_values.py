@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from lowrank_cache.kernels.triton_scores import slot_tokens
-from lowrank_cache.kernels.triton_tiers import channel_of, half_steps, layout_names, load_levels, make_tiers, tier_names
+from lowrank_cache.kernels.triton_tiers import all_chunks, channel_of, chunk_count, half_steps, load_levels
 
 __all__ = ["combine", "project", "weigh"]
 
@@ -30,12 +30,15 @@ _WEIGH_INTEGERS = [
 
 @triton.jit
 def _weigh_tier(
-    tier, chunk, chunk_at, positions, write_sums, partial, maxima, sums, scores, slots, row, in_rows,
-    first_slot, last_slot, tokens, first_frame, frame_length, frame_tiles,
-    BITS: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    tier, batch, chunk, chunk_at, common,
+    TILE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Weigh one chunk of a tier by online softmax over ``first_slot`` to ``last_slot``, and store it."""
+    (
+        positions, write_sums, partial, maxima, sums, scores, slots, row, in_rows, first_slot, last_slot,
+        tokens, first_frame, frame_length, frame_tiles,
+    ) = common  # fmt: skip
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     accumulated = tl.zeros((ROWS, CHUNK), tl.float32)
@@ -50,9 +53,9 @@ def _weigh_tier(
         decay = tl.exp2(top - base)
         total = total * decay + tl.sum(weights, 1)
         top = above
-        levels = load_levels(tier, token, valid, chunk, BITS, BLOCK, CHUNK, DOT)
-        if BITS < 16:
-            scale = half_steps(tier, token, valid)
+        levels = load_levels(tier, batch, token, valid, chunk, BLOCK, CHUNK, DOT)
+        if tier.bits < 16:
+            scale = half_steps(tier, batch, token, valid)
             unit = tl.max(tl.where(valid, scale, 0.0), 0)
             unit = tl.where(unit > 0, unit, 1.0)
             weights = weights * (scale / unit * _WEIGHT_SCALE)[None, :]
@@ -69,19 +72,15 @@ def _weigh_tier(
         tl.store(sums + row, total, mask=in_rows)
 
 
-@triton.jit(do_not_specialize=[*_WEIGH_INTEGERS, *tier_names()])
+@triton.jit(do_not_specialize=_WEIGH_INTEGERS)
 def weigh(
     partial,  # [batch, splits, rows, positions] float32
     maxima, sums,  # [batch, splits, rows] float32
     scores,  # [batch, rows, tiles * TILE] float32
-    codes16, codes8, codes4, codes2, steps8, steps4, steps2,
+    tiers,
     rows, row_blocks, tokens, first_frame, frame_length, frame_tiles, tiles,
     split_blocks,  # blocks of BLOCK slots in a split
     first_split, splits,
-    row16, codes_batch16, codes_token16, channels16,
-    row8, codes_batch8, codes_token8, steps_batch8, steps_token8,
-    row4, codes_batch4, codes_token4, steps_batch4, steps_token4,
-    row2, codes_batch2, codes_token2, steps_batch2, steps_token2,
     ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -90,136 +89,29 @@ def weigh(
     batch = (tl.program_id(2) // row_blocks).to(tl.int64)
     row = tl.program_id(2) % row_blocks * ROWS + tl.arange(0, ROWS)
     in_rows = row < rows
-    tier16, tier8, tier4, tier2 = make_tiers(
-        batch, codes16, codes8, codes4, codes2, steps8, steps4, steps2,
-        row16, codes_batch16, codes_token16,
-        row8, codes_batch8, codes_token8, steps_batch8, steps_token8,
-        row4, codes_batch4, codes_token4, steps_batch4, steps_token4,
-        row2, codes_batch2, codes_token2, steps_batch2, steps_token2,
-        channels16, 0, 0, 0, CHUNK,
-    )  # fmt: skip
-    end16 = tier16[6]
-    end8 = end16 + tier8[6]
-    end4 = end8 + tier4[6]
-    positions = (end4 + tier2[6]) * CHUNK
+    positions = all_chunks(tiers, CHUNK) * CHUNK
     slots = tiles * TILE
     scores += batch * rows * slots
     line = (batch * splits + first_split + split) * rows
     partial, maxima, sums = partial + line * positions, maxima + line, sums + line
     first_slot = split * split_blocks * BLOCK
     last_slot = tl.minimum(first_slot + split_blocks * BLOCK, slots)
+    common = (
+        positions, chunk == 0, partial, maxima, sums, scores, slots, row, in_rows, first_slot, last_slot,
+        tokens, first_frame, frame_length, frame_tiles,
+    )  # fmt: skip
+    end16 = chunk_count(tiers[0], CHUNK)
+    end8 = end16 + chunk_count(tiers[1], CHUNK)
+    end4 = end8 + chunk_count(tiers[2], CHUNK)
+    # A ladder and no loop over tiers: with branches one after another ptxas takes a quarter more registers.
     if chunk < end16:
-        _weigh_tier(
-            tier16,
-            chunk,
-            chunk,
-            positions,
-            chunk == 0,
-            partial,
-            maxima,
-            sums,
-            scores,
-            slots,
-            row,
-            in_rows,
-            first_slot,
-            last_slot,
-            tokens,
-            first_frame,
-            frame_length,
-            frame_tiles,
-            16,
-            TILE,
-            ROWS,
-            BLOCK,
-            CHUNK,
-            DOT,
-            PRECISION,
-        )
+        _weigh_tier(tiers[0], batch, chunk, chunk, common, TILE, ROWS, BLOCK, CHUNK, DOT, PRECISION)
     elif chunk < end8:
-        _weigh_tier(
-            tier8,
-            chunk - end16,
-            chunk,
-            positions,
-            chunk == 0,
-            partial,
-            maxima,
-            sums,
-            scores,
-            slots,
-            row,
-            in_rows,
-            first_slot,
-            last_slot,
-            tokens,
-            first_frame,
-            frame_length,
-            frame_tiles,
-            8,
-            TILE,
-            ROWS,
-            BLOCK,
-            CHUNK,
-            DOT,
-            PRECISION,
-        )
+        _weigh_tier(tiers[1], batch, chunk - end16, chunk, common, TILE, ROWS, BLOCK, CHUNK, DOT, PRECISION)
     elif chunk < end4:
-        _weigh_tier(
-            tier4,
-            chunk - end8,
-            chunk,
-            positions,
-            chunk == 0,
-            partial,
-            maxima,
-            sums,
-            scores,
-            slots,
-            row,
-            in_rows,
-            first_slot,
-            last_slot,
-            tokens,
-            first_frame,
-            frame_length,
-            frame_tiles,
-            4,
-            TILE,
-            ROWS,
-            BLOCK,
-            CHUNK,
-            DOT,
-            PRECISION,
-        )
+        _weigh_tier(tiers[2], batch, chunk - end8, chunk, common, TILE, ROWS, BLOCK, CHUNK, DOT, PRECISION)
     else:
-        _weigh_tier(
-            tier2,
-            chunk - end4,
-            chunk,
-            positions,
-            chunk == 0,
-            partial,
-            maxima,
-            sums,
-            scores,
-            slots,
-            row,
-            in_rows,
-            first_slot,
-            last_slot,
-            tokens,
-            first_frame,
-            frame_length,
-            frame_tiles,
-            2,
-            TILE,
-            ROWS,
-            BLOCK,
-            CHUNK,
-            DOT,
-            PRECISION,
-        )
+        _weigh_tier(tiers[3], batch, chunk - end4, chunk, common, TILE, ROWS, BLOCK, CHUNK, DOT, PRECISION)
 
 
 @triton.jit(do_not_specialize=["rows", "splits", "chunks"])
@@ -260,7 +152,7 @@ def combine(
         tl.store(lse + batch * rows + row, tl.where(whole > 0, nats, float("-inf")))
 
 
-@triton.jit(do_not_specialize=["head_rows", "heads", "chunks", "up_rank", "up_head", *layout_names()])
+@triton.jit(do_not_specialize=["head_rows", "heads", "chunks", "up_rank", "up_head"])
 def project(
     out,  # [batch, heads * head_rows, HEAD_DIM] float32
     latents,  # [batch, heads * head_rows, positions] float32
@@ -270,9 +162,9 @@ def project(
     head_rows, heads,
     chunks,  # of CHUNK positions
     up_rank, up_head,  # strides in units of 8 elements
-    row16, start16, channels16, row8, start8, channels8, row4, start4, channels4, row2, start2, channels2,
+    tiers,
     HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
-    LATENT_CHUNK: tl.constexpr, UNIT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    LATENT_CHUNK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Up-project the attended latents of one head."""
     batch, head = (tl.program_id(2) // heads).to(tl.int64), tl.program_id(2) % heads
@@ -285,11 +177,7 @@ def project(
     product = tl.zeros((ROWS, COLUMNS), tl.float32)
     for chunk in tl.range(0, chunks):
         position = chunk * CHUNK + tl.arange(0, CHUNK)
-        channel = channel_of(
-            position,
-            row16, start16, channels16, row8, start8, channels8, row4, start4, channels4, row2, start2, channels2,
-            UNIT, LATENT_CHUNK,
-        )  # fmt: skip
+        channel = channel_of(position, tiers, LATENT_CHUNK)
         at = latents + line[:, None] * (chunks * CHUNK) + position[None, :]
         part = tl.load(at, mask=in_rows[:, None], other=0.0)  # finite at positions without a channel, too
         if DOT == tl.float16:

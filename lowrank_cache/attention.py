@@ -15,14 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lowrank_cache.attended import Attended, attach_view, set_attended, view_of
 from lowrank_cache.kernels.api import IMPLEMENTATIONS
-from lowrank_cache.models import decoder_of, model_shape, one_token_forward
-from lowrank_cache.view import LatentView
+from lowrank_cache.latent_view import Attended, LatentView, attach_view, set_attended, view_of
+from lowrank_cache.probe import SpyCache, decoder_of, model_shape, one_token_forward
 
 __all__ = ["LatentAttention", "latent_attention"]
 
@@ -40,7 +39,8 @@ def latent_attention(model: PreTrainedModel, *, impl: str = "auto") -> "LatentAt
 
     Args:
         model: A model that ``LowRankCache`` supports, in any weight format.
-        impl: Kernels to use, see ``kernels.api.latent_decode``.
+        impl: Who computes for the model's caches, attention included: ``"auto"``, ``"torch"``, ``"triton"`` or
+            ``"reference"``, see ``kernels.api``.
 
     Raises:
         NotImplementedError: If the model's cache cannot be compressed, its attention does not go through
@@ -142,8 +142,8 @@ def _unregister_if_unused() -> None:
 
 
 def _model_died() -> None:
-    # The garbage collector calls this at any point of any thread, so it must not wait; who holds the lock looks after
-    # the registration himself when he switches back.
+    # The garbage collector calls this at any point of any thread, so it must not wait; the lock holder unregisters when
+    # it switches back.
     if _LOCK.acquire(blocking=False):
         try:
             _unregister_if_unused()
@@ -157,20 +157,6 @@ class _Probe:
     def __init__(self, values: Tensor):
         self.values: Tensor = values
         self.arrivals = 0
-
-
-class _MarkingCache(DynamicCache):
-    """A stock cache that marks what it returns."""
-
-    def __init__(self, config):
-        super().__init__(config=config)
-        self.probes: dict[int, _Probe] = {}
-
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        self.probes[layer_idx] = _Probe(values)
-        attach_view(keys, self.probes[layer_idx])
-        return keys, values
 
 
 _DIRECT: "weakref.WeakKeyDictionary[PreTrainedModel, frozenset[int]]" = weakref.WeakKeyDictionary()
@@ -187,13 +173,16 @@ def _probe(model: PreTrainedModel) -> frozenset[int]:
     shape = model_shape(model)
     if "dummy" in shape.layer_types:  # layers that reuse others' keys (Gemma 3n)
         return frozenset()
-    cache = _MarkingCache(model.config.get_text_config(decoder=True))
-    one_token_forward(model, cache)
-    return frozenset(
-        layer.layer_idx
-        for layer in shape.layers
-        if layer.layer_idx in cache.probes and cache.probes[layer.layer_idx].arrivals == 1
-    )
+    probes: dict[int, _Probe] = {}
+
+    def mark(layer_idx: int, given: tuple, returned: tuple) -> None:
+        keys, values = returned
+        probes[layer_idx] = _Probe(values)
+        attach_view(keys, probes[layer_idx])
+
+    one_token_forward(model, SpyCache(model, mark))
+    layers = [layer.layer_idx for layer in shape.layers]
+    return frozenset(layer for layer in layers if layer in probes and probes[layer].arrivals == 1)
 
 
 def _attend_over_sdpa(module, query, key, value, attention_mask, **kwargs) -> tuple[Tensor, Tensor | None]:

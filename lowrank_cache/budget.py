@@ -1,24 +1,45 @@
-"""Spend a byte budget on latent channels: which channels are stored, and in how many bits.
+"""Spend a byte budget: which latent channels are stored, and in how many bits, for every method.
 
-Stores (a layer group's keys, values or both) compete for one budget over the whole model. Each store's
-channels are sorted by what losing them costs, so a choice is four counts: how many channels get 16,
-8, 4 and 2 bits; the rest get none. Costs are bytes per token as they are really stored: rows padded
-to 16 bytes per tier, and one float16 step per quantized tier. See docs/method.md, "Spending bits".
+Latents (of a layer group's keys, values or both) compete for one budget over the whole model. Methods whose channels
+carry a predicted loss are served by ``spend``: each latent's channels are sorted by what losing them costs, so a choice
+is four counts, how many channels get 16, 8, 4 and 2 bits; the rest get none. Methods that set ranks by projection
+(Palu, xKV) share the budget by weight. Costs are bytes per token as they are really stored: padded to 16 bytes per
+tier, and one float16 step per quantized tier. See docs/method.md, "Spending bits".
 """
 
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from lowrank_cache.kernels.packed import ROW_BYTES, padded_channels
+from lowrank_cache.basis import Basis
+from lowrank_cache.kernels.packed import BIT_WIDTHS, ROW_BYTES, STEP_BYTES, padded_channels
+from lowrank_cache.shapes import BOTH, SIDES, Group, ModelShape
 
-__all__ = ["DISTORTION", "ChannelCosts", "TierCounts", "spend", "tier_bytes"]
+__all__ = [
+    "DISTORTION",
+    "ChannelCosts",
+    "GroupPlan",
+    "Ranks",
+    "TierCounts",
+    "check_compression_ratio",
+    "full_bytes_per_token",
+    "plan_groups",
+    "prompt_ranks",
+    "spend",
+    "tier_bytes",
+]
 
-# Mean squared error of a unit-variance channel, by bits: kernels.reference.quantize on normal latents in
+Ranks = int | Mapping[int, tuple[int, int]]
+
+# Mean squared error of a unit-variance channel, by bits: kernels.packed.quantize on normal latents in
 # tiers of 64 to 128 channels (tests/kernels/test_reference.py measures it). 16 bits are float16.
 DISTORTION = {16: 1e-7, 8: 4e-5, 4: 0.0095, 2: 0.115, 0: 1.0}
-STEP_BYTES = 2  # one float16 step per token and quantized tier
 _MAX_CHOICES = 300_000
+_PROMPT_WEIGHTS = (1.0, 1.5)  # of key and value ranks of xKV, as in its paper
 
 
 @dataclass(frozen=True)
@@ -65,6 +86,288 @@ class ChannelCosts:
         return loss + float(self.dropped[start:].sum())
 
 
+@dataclass(frozen=True)
+class GroupPlan:
+    """What is stored of one latent.
+
+    Attributes:
+        bases: What the latent consists of.
+        tiers: ``(bits, channels)``, most bits first; ``channels`` index the channels of ``bases`` laid end to end.
+    """
+
+    bases: tuple[Basis, ...]
+    tiers: tuple[tuple[int, tuple[int, ...]], ...]
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one token's latents, padding and steps included, 16-bit tier at two bytes."""
+        return sum(tier_bytes(bits, len(channels)) for bits, channels in self.tiers)
+
+    @property
+    def channels(self) -> list[int]:
+        """The channels that are stored, in the order of the tiers."""
+        return [channel for _, channels in self.tiers for channel in channels]
+
+    def ranks(self) -> list[int]:
+        """How many channels of each basis are stored: its first ones, whatever the method."""
+        ranks, start = [], 0
+        for basis in self.bases:
+            ranks.append(sum(start <= channel < start + basis.rank for channel in self.channels))
+            start += basis.rank
+        return ranks
+
+    def predicted_loss(self) -> float:
+        """Predicted loss per token, in nats, of storing these tiers and nothing else."""
+        loss = _loss(self.bases).double()
+        kept = set(self.channels)
+        rest = [channel for channel in _sorted_channels(self.bases).tolist() if channel not in kept]
+        variance = loss[torch.tensor(self.channels + rest, dtype=torch.long)].numpy()
+        counts = {bits: len(channels) for bits, channels in self.tiers}
+        return ChannelCosts(variance, variance).loss(TierCounts(*(counts.get(bits, 0) for bits in BIT_WIDTHS)))
+
+
+def full_bytes_per_token(shape: ModelShape) -> int:
+    """Bytes of one token in all compressed layers of the full cache, at 16 bits a number."""
+    return 2 * sum(layer.key.width + layer.value.width for layer in shape.layers)
+
+
+def plan_groups(
+    groups: Sequence[tuple[Basis, ...]],
+    shape: ModelShape,
+    compression_ratio: float = 8.0,
+    ranks: Ranks | None = None,
+    bits: int | None = None,
+    least_ratio: float = 1.0,
+) -> list[GroupPlan]:
+    """What is stored of each of ``groups``.
+
+    Args:
+        groups: The bases of a model by latent, channels sorted by predicted loss.
+        shape: Of the model.
+        compression_ratio: Full bytes per token over latent bytes per token, at least 1. Ignored if
+            ``ranks`` is given.
+        ranks: Channels to keep: for every basis alike, or ``{layer: (key_rank, value_rank)}`` naming
+            the first layer of each layer group; keys and values in one latent keep the sum of both.
+        bits: One width for all kept channels; None lets the budget mix 16, 8, 4, 2 and 0 bits (16
+            with ``ranks``, and for methods that set ranks by projection).
+        least_ratio: The ratio for which the bases were truncated.
+
+    Raises:
+        ValueError: If an argument is out of range or the ratio cannot be reached.
+        TypeError: If an argument has the wrong type.
+    """
+    _check_bits(bits)
+    if ranks is not None:
+        _check_ranks(ranks, sorted({basis.layers[0] for bases in groups for basis in bases}))
+        return [_uniform_plan(bases, [_rank_of(basis, ranks) for basis in bases], bits or 16) for bases in groups]
+    check_compression_ratio(compression_ratio)
+    if compression_ratio < least_ratio:
+        raise ValueError(
+            f"compression_ratio must be at least {least_ratio:g}, for which these projections were truncated, got "
+            f"{compression_ratio:g}; load them at full rank"
+        )
+    full = full_bytes_per_token(shape)
+    budget = full / compression_ratio
+    if compression_ratio == 1:
+        # Keep everything: the row padding of odd widths must not push a channel out.
+        return [_uniform_plan(bases, [basis.rank for basis in bases], bits or 16) for bases in groups]
+    if any(basis.rank_weight is not None for bases in groups for basis in bases):
+        plans = _plan_by_weight(groups, budget, bits or 16)
+    else:
+        levels = BIT_WIDTHS if bits is None else (bits,)
+        counts = spend([_costs(bases) for bases in groups], budget, levels)
+        plans = [_loss_plan(bases, count) for bases, count in zip(groups, counts, strict=True)]
+    if all(not plan.tiers for plan in plans):
+        largest = math.floor(full / _least_bytes(groups, bits) * 100) / 100
+        raise ValueError(
+            f"compression_ratio {compression_ratio:g} leaves {budget:.1f} bytes per token, which stores nothing; "
+            f"the largest reachable ratio is {largest}"
+        )
+    return plans
+
+
+def check_compression_ratio(compression_ratio: float) -> None:
+    """Raise unless it is a number of at least 1; a fraction removed is recognised."""
+    if not isinstance(compression_ratio, int | float) or isinstance(compression_ratio, bool):
+        raise TypeError(f"compression_ratio must be a number, got {compression_ratio!r}")
+    if not compression_ratio >= 1:
+        hint = ""
+        if 0 < compression_ratio < 1:
+            hint = f"; if this is a fraction removed (kvpress's convention), pass {1 / (1 - compression_ratio):.3g}"
+        raise ValueError(f"compression_ratio must be at least 1, got {compression_ratio}{hint}")
+
+
+def _check_bits(bits: int | None) -> None:
+    if bits is not None and (not isinstance(bits, int) or bits not in BIT_WIDTHS):
+        raise ValueError(f"bits must be one of {BIT_WIDTHS} or None, got {bits!r}")
+
+
+def _check_ranks(ranks: Ranks, firsts: list[int]) -> None:
+    """Raise unless ``ranks`` is a number, or holds a pair for each of ``firsts``, the groups' first layers."""
+    if isinstance(ranks, int) and not isinstance(ranks, bool):
+        return
+    if not isinstance(ranks, Mapping):
+        raise TypeError(f"ranks must be an integer or a mapping {{layer: (key_rank, value_rank)}}, got {ranks!r}")
+    if set(ranks) != set(firsts):
+        raise ValueError(f"ranks must name the first layer of each layer group, {firsts}, got {list(ranks)}")
+    for layer, pair in ranks.items():
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise ValueError(f"ranks[{layer}] must be a pair (key_rank, value_rank), got {pair!r}")
+        if any(not isinstance(rank, int) or isinstance(rank, bool) or rank < 0 for rank in pair):
+            raise ValueError(f"ranks[{layer}] must be a pair of integers of at least 0, got {pair!r}")
+
+
+def _within(rank: int, name: str, least: int, most: int) -> int:
+    if not least <= rank <= most:
+        raise ValueError(f"ranks: {name} allows ranks {least} to {most}, got {rank!r}")
+    return rank
+
+
+def _rank_of(basis: Basis, ranks: Ranks) -> int:
+    if isinstance(ranks, Mapping):
+        pair = ranks[basis.layers[0]]
+        rank = {"key": pair[0], "value": pair[1], BOTH: sum(pair)}[basis.side]
+    else:
+        rank = min(ranks, basis.rank)
+    return _within(rank, basis.name, 0, basis.rank)
+
+
+def _ranks_by_weight(
+    weights: Sequence[float], caps: Sequence[int], fits: Callable[[list[int]], bool], *, whole: bool = False
+) -> list[int]:
+    """The largest ranks in proportion to ``weights``, each at most its cap, that fit; by bisection on the factor.
+
+    Args:
+        whole: Try whole factors only.
+    """
+
+    def ranks(factor: float) -> list[int]:
+        return [min(cap, round(factor * weight)) for weight, cap in zip(weights, caps, strict=True)]
+
+    low, high = 0.0, float(max(caps)) / min(weight for weight in weights if weight) + 1
+    for _ in range(60):
+        middle = (low + high) // 2 if whole else (low + high) / 2
+        if fits(ranks(middle)):
+            low = middle
+        else:
+            high = middle
+    return ranks(low)
+
+
+def _plan_by_weight(groups: Sequence[tuple[Basis, ...]], budget: float, bits: int) -> list[GroupPlan]:
+    """Ranks in proportion to ``rank_weight``, capped at full rank, the excess shared again."""
+    bases = [basis for group in groups for basis in group]
+
+    def plans(kept: list[int]) -> list[GroupPlan]:
+        rank = iter(kept)
+        return [_uniform_plan(group, [next(rank) for _ in group], bits) for group in groups]
+
+    def fits(kept: list[int]) -> bool:
+        return sum(plan.bytes_per_token for plan in plans(kept)) <= budget
+
+    return plans(_ranks_by_weight([basis.rank_weight or 0.0 for basis in bases], [b.rank for b in bases], fits))
+
+
+def _least_bytes(groups: Sequence[tuple[Basis, ...]], bits: int | None) -> int:
+    """Bytes per token of the smallest plan that stores anything."""
+    weights = [basis.rank_weight for bases in groups for basis in bases if basis.rank_weight is not None]
+    if not weights:
+        return min(tier_bytes(width, 1) for width in (BIT_WIDTHS if bits is None else (bits,)))
+    # By weight, the heaviest bases get their first channel, all at once.
+    heaviest = max(weights)
+    counts = [len([basis for basis in bases if basis.rank_weight == heaviest]) for bases in groups]
+    return sum(tier_bytes(bits or 16, count) for count in counts)
+
+
+def _loss(bases: tuple[Basis, ...]) -> Tensor:
+    return torch.cat([basis.loss for basis in bases])
+
+
+def _sorted_channels(bases: tuple[Basis, ...]) -> Tensor:
+    return _loss(bases).argsort(descending=True, stable=True)
+
+
+def _costs(bases: tuple[Basis, ...]) -> ChannelCosts:
+    # A channel that is not stored is read as its mean, so dropping it costs its variance alone.
+    loss = _loss(bases)[_sorted_channels(bases)].double().numpy()
+    return ChannelCosts(variance=loss, dropped=loss)
+
+
+def _loss_plan(bases: tuple[Basis, ...], counts: TierCounts) -> GroupPlan:
+    channels = _sorted_channels(bases).tolist()
+    tiers, start = [], 0
+    for bits, count in counts.items():
+        tiers.append((bits, tuple(channels[start : start + count])))
+        start += count
+    return GroupPlan(bases, tuple(tiers))
+
+
+def _uniform_plan(bases: tuple[Basis, ...], kept: list[int], bits: int) -> GroupPlan:
+    channels: list[int] = []
+    start = 0
+    for basis, rank in zip(bases, kept, strict=True):
+        channels.extend(range(start, start + rank))
+        start += basis.rank
+    return GroupPlan(bases, ((bits, tuple(channels)),) if channels else ())
+
+
+def prompt_ranks(
+    shape: ModelShape,
+    groups: Sequence[Group],
+    compression_ratio: float = 8.0,
+    ranks: Ranks | None = None,
+    bits: int | None = None,
+) -> list[tuple[int, int]]:
+    """Key and value rank of each layer group of xKV, whose bases come from prompts; a rank of 0 keeps a side exactly.
+
+    Without ``ranks``, each group gets its own layers' share of the bytes per token: the largest key rank with a
+    value rank of one and a half times it, both at most the group's width. Values that are rotated (MLA models hand
+    over their rotary key as values) stay exact, as in the paper, and take their bytes from the latents.
+
+    Raises:
+        ValueError: If an argument is out of range or the ratio cannot be reached.
+        TypeError: If an argument has the wrong type.
+    """
+    _check_bits(bits)
+    if ranks is None:
+        check_compression_ratio(compression_ratio)
+    else:
+        _check_ranks(ranks, [group[0] for group in groups])
+    chosen = []
+    for group in groups:
+        full = [shape.layer(group[0]).side(side).width * len(group) for side in SIDES]
+        exact = [side == "value" and shape.layer(group[0]).side(side).rope is not None for side in SIDES]
+        caps = [0 if kept else width for kept, width in zip(exact, full, strict=True)]
+        if ranks is not None:
+            pair = ranks[group[0]] if isinstance(ranks, Mapping) else [min(ranks, cap) for cap in caps]
+            for side, rank, cap in zip(SIDES, pair, caps, strict=True):
+                note = "" if cap else " (MLA's rotary key, kept exactly)"
+                _within(rank, f"{side} states of layers {group}{note}", min(1, cap), cap)
+        elif compression_ratio == 1:
+            pair = caps
+        else:
+            pair = _prompt_pair(group, full, caps, compression_ratio, bits or 16)
+        chosen.append((pair[0], pair[1]))
+    return chosen
+
+
+def _prompt_pair(group: Group, full: list[int], caps: list[int], compression_ratio: float, bits: int) -> list[int]:
+    exact = 2 * sum(width for width, cap in zip(full, caps, strict=True) if not cap)
+    budget = 2 * sum(full) / compression_ratio - exact
+
+    def cost(pair: Sequence[int]) -> int:
+        return sum(tier_bytes(bits, rank) for rank in pair)
+
+    pair = _ranks_by_weight(_PROMPT_WEIGHTS, caps, lambda pair: cost(pair) <= budget, whole=True)
+    if not any(pair):
+        least = exact + cost([min(rank, cap) for rank, cap in zip((1, 2), caps, strict=True)])
+        raise ValueError(
+            f"compression_ratio {compression_ratio:g} leaves nothing to store for layers {group}; the largest "
+            f"reachable ratio is {int(2 * sum(full) / least * 100) / 100}"
+        )
+    return pair
+
+
 def tier_bytes(bits: int, channels: int) -> int:
     """Bytes per token of a tier, padding and step included."""
     if channels == 0:
@@ -72,7 +375,7 @@ def tier_bytes(bits: int, channels: int) -> int:
     return padded_channels(bits, channels) * bits // 8 + (STEP_BYTES if bits < 16 else 0)
 
 
-def spend(costs: list[ChannelCosts], budget: float, levels: tuple[int, ...] = (16, 8, 4, 2)) -> list[TierCounts]:
+def spend(costs: list[ChannelCosts], budget: float, levels: tuple[int, ...] = BIT_WIDTHS) -> list[TierCounts]:
     """Choose tiers for every store so that the predicted loss is least within ``budget``.
 
     Each store offers the lower convex hull of (bytes, loss) over all its choices; the steps of all
@@ -129,7 +432,7 @@ def _spend_rest(fronts: list, chosen: list[int], remaining: float) -> None:
 def _front(cost: ChannelCosts, levels: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, list[TierCounts]]:
     """Choices of one store that no cheaper choice beats: sizes (ascending), losses, counts."""
     channels = len(cost.variance)
-    granules = {bits: ROW_BYTES * 8 // bits for bits in (16, 8, 4, 2)}
+    granules = {bits: ROW_BYTES * 8 // bits for bits in BIT_WIDTHS}
     stride = {bits: 1 for bits in granules}
 
     def options(bits: int) -> np.ndarray:

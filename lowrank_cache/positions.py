@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_cache.growing import GrowingTensor
+from lowrank_cache.artefact import SavedTensors, integer
 from lowrank_cache.kernels.packed import RotaryFrames
 from lowrank_cache.kernels.rope import angle_tables
-from lowrank_cache.models import RopeShape, rope_buffer
-from lowrank_cache.saved_tensors import SavedTensors, whole_number
+from lowrank_cache.latents import GrowingTensor
+from lowrank_cache.probe import rope_buffer
+from lowrank_cache.shapes import RopeShape
 
 __all__ = ["PositionTrack"]
 
@@ -48,7 +49,7 @@ class PositionTrack:
 
     @property
     def slots(self) -> int:
-        return self._positions.rows
+        return self._positions.length
 
     @property
     def batch(self) -> int | None:
@@ -211,11 +212,11 @@ class PositionTrack:
                 segments.pop()
 
     def save(self, into: SavedTensors) -> dict[str, Any]:
-        """Put down positions and frequencies; returns the slots from which each set of frequencies holds."""
-        into.put("positions", self._positions.view())
+        """Add positions and frequencies; returns the slots from which each set of frequencies holds."""
+        into.add("positions", self._positions.view())
         for source, segments in self._segments.items():
             for nth, (_, inv_freq) in enumerate(segments):
-                into.put(f"frequencies.{source}.{nth}", inv_freq)
+                into.add(f"frequencies.{source}.{nth}", inv_freq)
         return {source: [start for start, _ in segments] for source, segments in self._segments.items()}
 
     def load(
@@ -227,7 +228,7 @@ class PositionTrack:
         ropes: Iterable[RopeShape],
         device: torch.device,
     ) -> None:
-        """Take up what ``save`` put down.
+        """Take what ``save`` added.
 
         Args:
             segments: What ``save`` returned.
@@ -248,7 +249,7 @@ class PositionTrack:
         if set(segments) != set(widths):
             raise ValueError(f"frequencies must be of {sorted(widths)}, got {sorted(segments)}")
         for source, starts in segments.items():
-            starts = [whole_number(start, f"frequencies.{source}", 0, slots - 1) for start in starts]
+            starts = [integer(start, f"frequencies.{source}", 0, slots - 1) for start in starts]
             if not starts or starts[0] or any(later <= earlier for earlier, later in pairwise(starts)):
                 raise ValueError(f"frequencies.{source} must begin at slot 0 and change in rising slots, got {starts}")
             self._segments[source] = [

@@ -1,19 +1,56 @@
-"""What a saved cache consists of: facts for the JSON, and named tensors, from a cache's parts and back into them."""
+"""A cache's tokens to a folder and back: the facts of its JSON, and named tensors of all its parts.
 
-from collections.abc import Mapping, Sequence
+Layers that are not compressed are transformers' own. Each kind of them has state of its own, so only kinds that are
+known here are saved; others are refused by name.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, cache_utils
+from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionLayer
 
-from lowrank_cache.models import ModelShape
-from lowrank_cache.other_layers import check_savable, load_layer, save_layer
+from lowrank_cache.artefact import Artefact, SavedTensors, integer
 from lowrank_cache.positions import PositionTrack
-from lowrank_cache.saved_tensors import SavedTensors, whole_number
+from lowrank_cache.probe import input_device, one_token_cache
+from lowrank_cache.shapes import ModelShape
 from lowrank_cache.store import LatentStore
 
-__all__ = ["check_owner", "fill", "gather", "owner_facts", "settings_from_json", "settings_to_json"]
+__all__ = ["SavedCache", "gather", "owner_facts", "push", "reading", "write"]
+
+_ARTEFACT = Artefact(
+    name="saved cache",
+    damaged="a damaged cache",
+    config_file="lowrank_cache.json",
+    tensor_file="lowrank_cache-*.safetensors",
+    version=1,
+    remedy="make the cache again",
+)
+_README = """---
+library_name: lowrank-cache
+tags:
+- kv-cache
+---
+
+# A compressed prompt
+
+The KV cache of {tokens} tokens in {batch} row(s), {megabytes:.2f} MB, for {base_model} ({model_type}).
+
+```python
+from lowrank_cache import LowRankCache
+
+cache = LowRankCache.from_pretrained("{repository}", model{projections})
+```
+"""
+_KINDS: tuple[type, ...] = (DynamicSlidingWindowLayer, LinearAttentionLayer)
+if hasattr(cache_utils, "DummyLayer"):  # since transformers 5.23: layers without attention
+    _KINDS += (cache_utils.DummyLayer,)
 
 
 def owner_facts(config: Any, shape: ModelShape) -> dict[str, Any]:
@@ -26,22 +63,21 @@ def owner_facts(config: Any, shape: ModelShape) -> dict[str, Any]:
     }
 
 
-def check_owner(folder: str, facts: Mapping[str, Any], owner: Mapping[str, Any]) -> None:
-    """Raise ValueError unless a saved cache belongs to a model of this structure."""
-    if facts["model_fingerprint"] != owner["model_fingerprint"]:
-        raise ValueError(
-            f"{folder} does not belong to this model: {facts['base_model']} ({facts['model_type']}) made it, whose "
-            f"cached layers differ from those of {owner['base_model']} ({owner['model_type']})"
-        )
-
-
 def gather(
-    track: PositionTrack, stores: Sequence[LatentStore], others: Mapping[int, Any]
+    facts: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    track: PositionTrack,
+    stores: Sequence[LatentStore],
+    others: Mapping[int, Any],
+    full_bytes: int,
 ) -> tuple[dict[str, Any], SavedTensors]:
     """Facts and tensors of all tokens of a cache, between forwards.
 
     Args:
+        facts: What else the JSON shall say.
+        settings: Arguments that make an equal cache.
         others: Layers that are not compressed, by index.
+        full_bytes: Of the full cache of the same tokens.
 
     Raises:
         ValueError: If there are no tokens.
@@ -50,65 +86,125 @@ def gather(
     if not track.slots:
         raise ValueError("a cache must hold at least one token to be saved, got an empty cache")
     for index, layer in others.items():
-        check_savable(layer, index, track.slots)
+        _check_savable(layer, index, track.slots)
     tensors = SavedTensors()
-    facts = {
+    parts = {
         "batch": track.batch,
         "tokens": track.slots,
         "frequencies": track.save(tensors),
         "layer_groups": _layer_groups(stores),
         "stores": [store.save(tensors, f"store.{index}") for index, store in enumerate(stores)],
-        "other_layers": {str(index): save_layer(layer, tensors, f"layer.{index}") for index, layer in others.items()},
+        "other_layers": {str(index): _save_layer(layer, tensors, f"layer.{index}") for index, layer in others.items()},
     }
-    return facts, tensors
+    described = {"settings": _settings_to_json(settings), "compression_ratio": full_bytes / tensors.nbytes}
+    return {"library_version": version("lowrank-cache"), **parts, **facts, **described}, tensors
 
 
-def fill(
-    track: PositionTrack,
-    stores: Sequence[LatentStore],
-    others: Mapping[int, Any],
-    facts: Mapping[str, Any],
-    saved: SavedTensors,
-    likes: Sequence[Any],
-    device: torch.device,
-) -> None:
-    """Take up, into the parts of an empty cache, what ``gather`` gave.
+def write(folder: str | Path, facts: Mapping[str, Any], tensors: SavedTensors) -> None:
+    """Write what ``gather`` gave, see ``Artefact.write``."""
+    _ARTEFACT.write(folder, facts, tensors.all())
+
+
+def push(repo_id: str, facts: Mapping[str, Any], tensors: SavedTensors, **options: Any) -> str:
+    """Write what ``gather`` gave, with a README, to a repository on the hub, see ``Artefact.push``."""
+    readme = _README.format(
+        repository=repo_id,
+        megabytes=tensors.nbytes / 1e6,
+        projections=", projections" if facts["projections_fingerprint"] else "",
+        **{name: facts[name] for name in ("tokens", "batch", "base_model", "model_type")},
+    )
+    with TemporaryDirectory() as folder:
+        _ARTEFACT.write(folder, facts, tensors.all(), readme)
+        return _ARTEFACT.push(folder, repo_id, **options)
+
+
+@contextmanager
+def reading(name_or_path: str | Path, **download: Any) -> Iterator["SavedCache"]:
+    """What ``write`` wrote, see ``Artefact.read``; damage that shows while it is used is named as such."""
+    folder, facts, tensors = _ARTEFACT.read(name_or_path, **download)
+    with _ARTEFACT.damage_named(folder):
+        yield SavedCache(folder, facts, SavedTensors(tensors))
+
+
+class SavedCache:
+    """A cache as a folder holds it.
 
     Args:
-        likes: The layers of the model's ``one_token_cache``.
-        device: Where positions are kept.
-
-    Raises:
-        ValueError: If anything is missing, left over, or does not fit.
+        folder: For messages.
+        facts: Its JSON.
+        tensors: Everything else.
     """
-    batch, slots = (whole_number(facts[name], name, 1) for name in ("batch", "tokens"))
-    groups = _layer_groups(stores)
-    if facts.get("layer_groups", groups) != groups:  # absent from caches of older versions
-        raise ValueError(
-            f"the layer groups of the saved cache, {facts['layer_groups']}, must be those of this model's, {groups}: "
-            "xkv's end where the model goes on on another device, so load it under the device_map it was made with"
-        )
-    ropes = {shape.rope for store in stores for shape in store.coder.shapes if shape.rope is not None}
-    track.load(saved, facts["frequencies"], batch, slots, ropes, device)
-    if len(facts["stores"]) != len(stores) or set(facts["other_layers"]) != {str(index) for index in others}:
-        raise ValueError("stores and other_layers must be those of the model's cache")
-    for index, (store, part) in enumerate(zip(stores, facts["stores"], strict=True)):
-        states: list[Tensor] = [
-            getattr(likes[layer], "keys" if side == "key" else "values") for layer, side in store.coder.members
-        ]
-        store.load(saved, f"store.{index}", part, states)
-    for index, layer in others.items():
-        name = f"layer.{index}"
-        load_layer(layer, saved, name, facts["other_layers"][str(index)], batch, slots, likes[index])
-    saved.finish()
+
+    def __init__(self, folder: Path, facts: Mapping[str, Any], tensors: SavedTensors):
+        self._folder, self._facts, self._tensors = folder, facts, tensors
+        self.settings = _settings_from_json(facts["settings"])  # arguments of the cache to fill
+
+    def check_owner(self, owner: Mapping[str, Any], projections: object) -> None:
+        """Raise ValueError unless a model of this structure made the cache, with projections if there are any."""
+        facts = self._facts
+        if facts["model_fingerprint"] != owner["model_fingerprint"]:
+            raise ValueError(
+                f"{self._folder} does not belong to this model: {facts['base_model']} ({facts['model_type']}) made it, "
+                f"whose cached layers differ from those of {owner['base_model']} ({owner['model_type']})"
+            )
+        made_with = facts["projections_fingerprint"]
+        if (made_with is None) != (projections is None):
+            expected = "None, for xkv made this cache" if made_with is None else "those that made this cache"
+            raise ValueError(f"projections must be {expected}, got {projections!r}")
+
+    def check_bases(self, fingerprint: str | None) -> None:
+        """Raise ValueError unless these bases made the cache."""
+        if fingerprint != self._facts["projections_fingerprint"]:
+            raise ValueError(
+                f"projections must be those that made the cache in {self._folder}; with these, which differ, its "
+                "latents would be read wrongly"
+            )
+
+    def fill(
+        self,
+        track: PositionTrack,
+        stores: Sequence[LatentStore],
+        others: Mapping[int, Any],
+        model: PreTrainedModel,
+    ) -> None:
+        """Take into the parts of an empty cache what ``gather`` was given.
+
+        Raises:
+            ValueError: If anything is missing, left over, or does not fit.
+        """
+        facts, saved = self._facts, self._tensors
+        templates = one_token_cache(model).layers  # shapes, dtypes and devices of what the model hands to a cache
+        batch, slots = (integer(facts[name], name, 1) for name in ("batch", "tokens"))
+        groups = _layer_groups(stores)
+        if facts.get("layer_groups", groups) != groups:  # absent from caches of older versions
+            raise ValueError(
+                f"the layer groups of the saved cache, {facts['layer_groups']}, must be those of this model's, "
+                f"{groups}: xkv's end where the model goes on on another device, so load it under the device_map it "
+                "was made with"
+            )
+        members = [member for store in stores for member in store.coder.members]
+        ropes = {member.shape.rope for member in members if member.shape.rope is not None}
+        track.load(saved, facts["frequencies"], batch, slots, ropes, input_device(model))
+        if len(facts["stores"]) != len(stores) or set(facts["other_layers"]) != {str(index) for index in others}:
+            raise ValueError("stores and other_layers must be those of the model's cache")
+        for index, (store, part) in enumerate(zip(stores, facts["stores"], strict=True)):
+            states: list[Tensor] = [
+                getattr(templates[member.layer], "keys" if member.side == "key" else "values")
+                for member in store.coder.members
+            ]
+            store.load(saved, f"store.{index}", part, states)
+        for index, layer in others.items():
+            name = f"layer.{index}"
+            _load_layer(layer, saved, name, facts["other_layers"][str(index)], batch, slots, templates[index])
+        saved.check_empty()
 
 
 def _layer_groups(stores: Sequence[LatentStore]) -> list[list[int]]:
     """By store, the layers whose tokens it holds, as JSON holds them."""
-    return [sorted({layer for layer, _ in store.coder.members}) for store in stores]
+    return [sorted({member.layer for member in store.coder.members}) for store in stores]
 
 
-def settings_to_json(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _settings_to_json(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of ``LowRankCache`` as JSON holds them: dtypes by name, rank pairs as lists."""
     dtype, ranks = settings["latent_dtype"], settings["ranks"]
     return {
@@ -118,11 +214,108 @@ def settings_to_json(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def settings_from_json(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Undo ``settings_to_json``; what is no valid argument is left to ``LowRankCache`` to refuse."""
+def _settings_from_json(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Undo ``_settings_to_json``; what is no valid argument is left to ``LowRankCache`` to refuse."""
     dtype, ranks = settings["latent_dtype"], settings["ranks"]
     named = {str(known).removeprefix("torch."): known for known in (torch.float16, torch.bfloat16, torch.float32)}
     named["float64"] = torch.float64
     if isinstance(ranks, list):
         ranks = {layer: (key, value) for layer, key, value in ranks}
     return {**settings, "latent_dtype": None if dtype is None else named[dtype], "ranks": ranks}
+
+
+def _check_savable(layer: object, layer_idx: int, slots: int) -> None:
+    """Raise NotImplementedError, before anything is written, unless ``_save_layer`` keeps all of a layer's state."""
+    known = type(layer) in _KINDS
+    if isinstance(layer, DynamicSlidingWindowLayer) and isinstance(layer.keys, Tensor):
+        known = known and layer.get_seq_length() == slots and layer.keys.shape[2] >= _kept(layer, slots)
+    if isinstance(layer, LinearAttentionLayer):
+        known = known and all(
+            states is None or states.shape[-1] >= (layer.conv_kernel_size[index] or 0)
+            for index, states in layer.conv_states.items()
+        )
+    if not known:
+        raise NotImplementedError(f"layer {layer_idx} is a {type(layer).__name__} in a state that cannot be saved")
+
+
+def _save_layer(layer: Any, into: SavedTensors, name: str) -> dict[str, Any]:
+    """Add a layer's tensors; what it kept for undoing speculative tokens is left out."""
+    facts: dict[str, Any] = {"kind": type(layer).__name__}
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        facts["filled"] = layer.is_initialized
+        if layer.is_initialized:
+            kept = _kept(layer, layer.get_seq_length())
+            for part in ("keys", "values"):
+                states = getattr(layer, part)
+                into.add(f"{name}.{part}", states[:, :, states.shape[2] - kept :])
+    elif isinstance(layer, LinearAttentionLayer):
+        held = _linear_states(layer)
+        for part, states in held.items():
+            kind, index = part.split(".")
+            size = layer.conv_kernel_size[int(index)] if kind == "conv" else None
+            into.add(f"{name}.{part}", states if size is None else states[..., states.shape[-1] - size :])
+        facts["states"] = sorted(held)
+        facts["seen"] = [index for index, seen in layer.has_previous_state.items() if seen]
+    return facts
+
+
+def _load_layer(
+    layer: Any, saved: SavedTensors, name: str, facts: dict[str, Any], batch: int, slots: int, template: Any
+):
+    """Take into an empty layer what ``_save_layer`` added.
+
+    Args:
+        template: The same layer of a cache that holds one token: its shapes, dtypes and devices.
+
+    Raises:
+        ValueError: If the layer is of another kind, or a tensor is missing or does not fit.
+    """
+    if facts["kind"] != type(layer).__name__ or type(layer) not in _KINDS:
+        raise ValueError(f"{name} must be a {type(layer).__name__}, got {facts['kind']!r}")
+    if isinstance(layer, DynamicSlidingWindowLayer) and facts["filled"] is True:
+        taken = []
+        for part in ("keys", "values"):
+            model = _of(template, part, name)
+            size = (batch, model.shape[1], _kept(layer, slots), model.shape[3])
+            taken.append(saved.take(f"{name}.{part}", size, model.dtype, model.device))
+        layer.lazy_initialization(*taken)
+        layer.keys, layer.values = taken
+        layer.cumulative_length = slots
+    elif isinstance(layer, LinearAttentionLayer):
+        present = _linear_states(template)
+        if sorted(present) != facts["states"]:
+            raise ValueError(f"{name} must have the states {sorted(present)}, got {facts['states']}")
+        for part, model in present.items():
+            kind, index = part.split(".")
+            states = saved.take(f"{name}.{part}", (batch, *model.shape[1:]), model.dtype, model.device)
+            if kind == "conv":
+                layer.lazy_initialization(conv_states=states, state_idx=int(index))
+            else:
+                layer.lazy_initialization(recurrent_states=states, state_idx=int(index))
+            _linear_states(layer)[part].copy_(states)
+        seen = facts["seen"]
+        if not all(index in layer.has_previous_state for index in seen):
+            raise ValueError(f"{name}.seen must name states of the layer, got {seen}")
+        layer.has_previous_state.update(dict.fromkeys(seen, True))
+
+
+def _kept(layer: DynamicSlidingWindowLayer, slots: int) -> int:
+    """Tokens that later forwards can see."""
+    return min(slots, layer.sliding_window - 1)
+
+
+def _linear_states(layer: LinearAttentionLayer) -> dict[str, Tensor]:
+    held = {"conv": layer.conv_states, "recurrent": layer.recurrent_states}
+    return {
+        f"{kind}.{index}": state
+        for kind, states in held.items()
+        for index, state in states.items()
+        if state is not None
+    }
+
+
+def _of(template: Any, part: str, name: str) -> Tensor:
+    tensor = getattr(template, part)
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"{name} holds tokens, but this model gives the layer none")
+    return tensor

@@ -1,30 +1,27 @@
-"""Keys, values or both of one layer group in the cache: sinks, latents and window.
+"""The tokens of one layer group's keys, values or both: sinks, latents and window.
 
 Slots of every layer lie in three parts: slots before ``num_sink_tokens`` exist only as exact sink
 tokens, slots up to ``encoded_end`` as latents shared by the group, the rest exactly in each layer's
-window. In a padded row the sinks are its first real tokens, wherever they stand; they are kept
+window. In a padded sequence the sinks are its first real tokens, wherever they stand; they are kept
 beside the latents and overlay them on reading. See docs/cache_contract.md, "Slots".
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowrank_cache.growing import GrowingTensor, is_read_only
-from lowrank_cache.kernels.api import encode, triton_serves
-from lowrank_cache.kernels.packed import LatentSide, PackedTier
-from lowrank_cache.kernels.rope import rotate
-from lowrank_cache.latents import Coder, PackedLatents
+from lowrank_cache.artefact import SavedTensors, integer
+from lowrank_cache.coder import Coder
+from lowrank_cache.kernels.api import encode, reconstruct
+from lowrank_cache.kernels.packed import STEP_BYTES, LatentSide, PackedTier, RotaryFrames, row_length
+from lowrank_cache.latent_view import StoredSide
+from lowrank_cache.latents import GrowingTensor, PackedLatents, is_read_only
 from lowrank_cache.positions import PositionTrack
-from lowrank_cache.saved_tensors import SavedTensors, whole_number
-from lowrank_cache.view import StoredSide
 
 __all__ = ["LatentStore", "StoreOptions"]
-
-_ENCODE_TOKENS = 1024  # encode a long prompt in pieces: their float32 copies stay smaller than the prompt's states
 
 
 @dataclass(frozen=True)
@@ -36,15 +33,24 @@ class StoreOptions:
     block_size: int
     latent_dtype: torch.dtype | None
 
+    def __post_init__(self):
+        for name, least in (("residual_length", 0), ("num_sink_tokens", 0), ("block_size", 1)):
+            size = getattr(self, name)
+            if not isinstance(size, int) or isinstance(size, bool) or size < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {size!r}")
+        dtype = self.latent_dtype
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"latent_dtype must be a floating torch.dtype or None, got {dtype!r}")
+
 
 class LatentStore:
-    """The states of a layer group's keys, values or both, all rows of a batch.
+    """The states of a layer group's keys, values or both, of a whole batch.
 
     A member is the keys or the values of one layer; ``coder.members`` numbers them in the order in which
     a forward updates them.
 
     Args:
-        coder: Their truncated bases.
+        coder: Their bases.
         track: The cache's positions.
         options: Sizes.
     """
@@ -56,21 +62,28 @@ class LatentStore:
         self.clear()
 
     def clear(self) -> None:
+        """Forget all tokens, and bases that belong to them."""
         members = len(self.coder.members)
+        self.coder.forget()
         self.encoded_end = self.options.num_sink_tokens
         self.lengths = [0] * members
         self.sinks: list[Tensor | None] = [None] * members
         self.windows = [self._new_window() for _ in range(members)]
         self.pending: list[Tensor | None] = [None] * members  # window and new states of a group that will encode
         self.latents: PackedLatents | None = None
-        self._read: Tensor | None = None  # latents as read in the current forward, until its last member
-        # Views of the latents, for the current forward; copies for layers that lie on other devices than the last.
-        self._tiers: dict[torch.device, tuple[PackedTier, ...]] = {}
-        self._impl = "torch"
+        # For the current forward, by device: views of the latents (copies where they lie elsewhere), and what is shared
+        # by the members that read them.
+        self._views: dict[torch.device, tuple[tuple[PackedTier, ...], dict[str, Tensor]]] = {}
+        self._impl = "auto"
         self._before: tuple | None = None  # state before the current forward, for `rollback`
 
     def _new_window(self) -> GrowingTensor:
         return GrowingTensor(axis=2, min_room=self.options.block_size)
+
+    @property
+    def attendable(self) -> bool:
+        """Whether ``extend`` can take the place of ``update``: latents have channels, and one basis for all."""
+        return self.coder.one_basis and bool(self.coder.tiers)
 
     def update(self, member: int, states: Tensor) -> Tensor:
         """Take in new states of one member and return all of its states.
@@ -83,31 +96,28 @@ class LatentStore:
             ``[batch, heads, tokens, head_dim]``, dtype of ``states``: past tokens as they are stored,
             new ones exact.
         """
+        self.coder = self.coder.on(member, states.device)
         everything = states if self.lengths[member] == 0 else self._assemble(member, states)
         self._take_in(member, states)
         self._encode_if_last(member)
         return everything
 
     def extend(self, member: int, states: Tensor) -> StoredSide:
-        """``update`` that rebuilds nothing: past tokens come back as they are stored."""
+        """``update`` that reconstructs nothing: past tokens come back as they are stored."""
+        self.coder = self.coder.on(member, states.device)
         latents = self._latent_side(member, states.device)
         self._take_in(member, states)
         pending, window, sinks = self.pending[member], self.windows[member], self.sinks[member]
         if pending is not None:
             tail = pending
         else:
-            tail = window.view() if window.rows else states[:, :, :0]
+            tail = window.view() if window.length else states[:, :, :0]
         kept = states[:, :, :0] if sinks is None else sinks[:, :, : self.lengths[member]]
         self._encode_if_last(member)
         return StoredSide(kept, latents, tail)
 
-    @property
-    def attendable(self) -> bool:
-        """Whether ``extend`` can take the place of ``update``: latents have channels, and one basis for all rows."""
-        return self.coder.rank > 0
-
     def sink_slots(self, device: torch.device) -> Tensor | None:
-        """``[batch, num_sink_tokens]``, the slot of every row's sinks; None if those are all rows' first slots."""
+        """``[batch, num_sink_tokens]``, the slots of each sequence's sinks; None if they are all first ones."""
         first_real = self.track.first_real
         if first_real is None or self.options.num_sink_tokens == 0:
             return None
@@ -119,55 +129,52 @@ class LatentStore:
         self._keep_sinks(member, states, past)
         inside = states[:, :, max(0, self.options.num_sink_tokens - past) :]
         window = self.windows[member]
-        if not self._encodes(window.rows + inside.shape[2]):
+        if not self._encodes(window.length + inside.shape[2]):
             if inside.shape[2]:
                 window.append(inside)
         else:
-            self.pending[member] = torch.cat([window.view(), inside], dim=2) if window.rows else inside
+            self.pending[member] = torch.cat([window.view(), inside], dim=2) if window.length else inside
         self.lengths[member] = past + states.shape[2]
+
+    def _encodes(self, waiting: int) -> bool:
+        """Whether a window of ``waiting`` tokens, new ones included, gives away its oldest block."""
+        return waiting >= self.options.residual_length + self.options.block_size and self.coder.encodes(waiting)
 
     def _encode_if_last(self, member: int) -> None:
         """When every member of the forward is there, encode what waits."""
         if member == len(self.lengths) - 1:
-            self._read = None
+            self._views = {}
             if self.pending[member] is not None:
-                self._encode_pending()
+                self._encode_pending([dense for dense in self.pending if dense is not None])
 
-    def _latent_side(self, member: int, device: torch.device) -> LatentSide | None:
-        """The latents and what reads one member of them, on the device of that member's layer."""
-        if self.latents is None or not self.latents.tokens:
-            return None
-        self.coder.to(self.latents.codes[0].view().device)
-        if device not in self._tiers:  # every member of the forward reads the same latents
-            self._tiers[device] = tuple(tier.to(device) for tier in self.latents.views())
-        rope = self.coder.shapes[member].rope
-        frames = None
-        if rope is not None:
-            frames = self.track.frames(rope, self.options.num_sink_tokens, self.encoded_end, device)
-        up_proj, constant = self.coder.reading(member, device)
-        return LatentSide(self._tiers[device], up_proj, constant, frames)
-
-    def _encodes(self, waiting: int) -> bool:
-        """Whether a window of ``waiting`` tokens, new ones included, gives away its oldest block."""
-        return waiting >= self.options.residual_length + self.options.block_size
-
-    def _last_encoding(self) -> bool:
-        """Whether no tokens will be encoded after those that are now."""
-        return False
-
-    def _encode_pending(self) -> None:
-        options = self.options
-        pending = [dense for dense in self.pending if dense is not None]  # of every member
-        waiting = pending[0].shape[2]
-        # While the window holds residual_length + block_size tokens, its oldest block_size are encoded.
+    def _encode_pending(self, pending: list[Tensor]) -> None:
+        """While the window holds ``residual_length + block_size`` tokens, its oldest ``block_size`` are encoded."""
+        options, waiting, home = self.options, pending[0].shape[2], pending[-1].device
         encoded = (waiting - options.residual_length) // options.block_size * options.block_size
+        start, stop = self.encoded_end, self.encoded_end + encoded
+        if not self.coder.fitted:
+            used = self.track.real_after_sinks(start, start + waiting, options.num_sink_tokens)
+            self.coder.fit(pending, self._frames(start, start + waiting, home), used)
         if self.latents is None:
             dtype = options.latent_dtype or pending[0].dtype
             self.latents = PackedLatents(self.coder.tiers, dtype, options.block_size)
-        self.latents.reserve(self.latents.tokens + encoded, final=self._last_encoding())
-        for start in range(0, encoded, _ENCODE_TOKENS):
-            stop = min(start + _ENCODE_TOKENS, encoded)
-            self._encode(self.latents, self._gathered(pending, start, stop))
+        matrices = self.coder.encoding(home)
+        try:
+            tiers = encode(
+                [dense[:, :, :encoded] for dense in pending],
+                matrices.constants,
+                self._frames(start, stop, home),
+                matrices.down_proj,
+                self.coder.tiers,
+                matrices.weight,
+                self.latents.latent_dtype,
+                impl=self._impl,
+            )
+        except ValueError as error:
+            raise ValueError(f"{self.coder.name}: {error}") from error
+        self.latents.reserve(self.latents.tokens + encoded, final=self.coder.last)
+        self.latents.append(tiers, encoded)
+        self.encoded_end = stop
         for member, dense in enumerate(pending):
             # A new window, not a shifted one: `rollback` still needs the old one.
             self.windows[member] = self._new_window()
@@ -175,49 +182,24 @@ class LatentStore:
                 self.windows[member].append(dense[:, :, encoded:])
         self.pending = [None] * len(self.pending)
 
-    @staticmethod
-    def _gathered(pending: list[Tensor], start: int, stop: int) -> list[Tensor]:
-        """Tokens of every member as float32, on the device of the last one: latents of a group lie in one place."""
-        return [dense[:, :, start:stop].to(pending[-1].device, torch.float32) for dense in pending]
+    def _frames(self, start: int, stop: int, device: torch.device) -> list[RotaryFrames | None]:
+        """By member, how slots ``start`` to ``stop`` are rotated."""
+        ropes = [member.shape.rope for member in self.coder.members]
+        return [None if rope is None else self.track.frames(rope, start, stop, device) for rope in ropes]
 
-    def _encode(self, latents: PackedLatents, states: list[Tensor]) -> None:
-        """Append the latents of the next slots: by member ``[batch, heads, tokens, head_dim]`` float32, post-RoPE."""
-        stop = self.encoded_end + states[0].shape[2]
-        self.coder.to(states[0].device)
-        if self.attendable and triton_serves(self._impl, states[0].device, {part.shape[3] for part in states}):
-            down_proj = self.coder.only_down_proj
-            if down_proj is not None:
-                latents.extend(self._encoded_by_kernels(states, down_proj, latents.latent_dtype, stop))
-                self.encoded_end = stop
-                return
-        encoded = self.coder.encode(self._framed(states, self.encoded_end))
-        if not bool(torch.isfinite(encoded).all()):
-            raise ValueError(f"{self.coder.name} must be finite, got NaN or infinity: the forward overflowed")
-        latents.append(encoded, self.coder.weight)
-        self.encoded_end = stop
-
-    def _encoded_by_kernels(
-        self, states: list[Tensor], down_proj: Tensor, dtype: torch.dtype, stop: int
-    ) -> tuple[PackedTier, ...]:
-        frames = [
-            None if shape.rope is None else self.track.frames(shape.rope, self.encoded_end, stop, states[0].device)
-            for shape in self.coder.shapes
-        ]
-        coder = self.coder
-        try:
-            return encode(states, coder.constants, frames, down_proj, coder.tiers, coder.weight, dtype, impl=self._impl)
-        except ValueError as error:
-            raise ValueError(f"{coder.name}: {error}") from error
-
-    def _framed(self, states: list[Tensor], start: int) -> list[Tensor]:
-        """States of the slots from ``start`` on, by member, rotated from their positions into their frames."""
-        framed = []
-        for part, shape in zip(states, self.coder.shapes, strict=True):
-            if shape.rope is not None:
-                cos, sin = self.track.rotation(shape.rope, start, start + part.shape[2], part.device)
-                part = rotate(part, cos, sin, shape.rope.layout, inverse=True)
-            framed.append(part)
-        return framed
+    def _latent_side(self, member: int, device: torch.device) -> LatentSide | None:
+        """The latents and what reads one member of them, on the device of that member's layer; None without latents."""
+        if self.latents is None or not self.latents.tokens:
+            return None
+        if device not in self._views:
+            self._views[device] = tuple(tier.to(device) for tier in self.latents.views()), {}
+        tiers, shared = self._views[device]
+        rope = self.coder.members[member].shape.rope
+        frames = None
+        if rope is not None:
+            frames = self.track.frames(rope, self.options.num_sink_tokens, self.encoded_end, device)
+        up_proj, constant, scale = self.coder.reading(member, device)
+        return LatentSide(tiers, up_proj, constant, frames, scale, (self.track.batch or 0, self.latents.tokens), shared)
 
     def _assemble(self, member: int, states: Tensor) -> Tensor:
         """Past states as they are stored, then ``states``, in one new tensor."""
@@ -225,10 +207,11 @@ class LatentStore:
         batch, heads, tokens, head_dim = states.shape
         everything = states.new_empty(batch, heads, past + tokens, head_dim)
         everything[:, :, past:] = states
-        if self.windows[member].rows:
+        if self.windows[member].length:
             everything[:, :, self.encoded_end : past] = self.windows[member].view()
-        if self.latents is not None and self.latents.tokens:
-            everything[:, :, sinks : self.encoded_end] = self._reconstruct(self.latents, member, states)
+        latents = self._latent_side(member, states.device)
+        if latents is not None:
+            everything[:, :, sinks : self.encoded_end] = reconstruct(latents, states.dtype, impl=self._impl)
         kept, slots = self.sinks[member], self.sink_slots(states.device)
         if kept is None:  # there are no sink tokens
             return everything
@@ -239,30 +222,6 @@ class LatentStore:
             row, nth, slot = self._sinks_between(slots, 0, past)
             everything[row, :, slot] = kept[row, :, nth]
         return everything
-
-    def _reconstruct(self, packed: PackedLatents, member: int, new: Tensor, start: int = 0) -> Tensor:
-        """Encoded tokens of one member from ``start`` on, ``[batch, heads, tokens, head_dim]`` float32, post-RoPE.
-
-        They come on the device of the latents.
-
-        ``new``: the states of the forward; bfloat16 ones, and float16 ones on a GPU, lend their dtype to the
-        product.
-        """
-        if self._read is None:  # every member of the forward reads the same latents
-            if packed.codes:
-                self.coder.to(packed.codes[0].view().device)
-            if self.coder.rank:
-                self._read = packed.read(start)
-            else:  # nothing is stored: every token is read as the calibration mean
-                self._read = self.coder.weight.new_empty(new.shape[0], packed.tokens - start, 0)
-        fast = new.dtype == torch.bfloat16 or (new.dtype == torch.float16 and new.is_cuda)
-        states = self.coder.decode(self._read, member, new.dtype if fast else torch.float32)
-        rope = self.coder.shapes[member].rope
-        if rope is not None:
-            begin = self.options.num_sink_tokens + start
-            cos, sin = self.track.rotation(rope, begin, self.encoded_end, states.device)
-            states = rotate(states, cos, sin, rope.layout)
-        return states
 
     def _keep_sinks(self, member: int, states: Tensor, past: int) -> None:
         sinks = self.options.num_sink_tokens
@@ -289,31 +248,34 @@ class LatentStore:
         row, nth = ((slots >= start) & (slots < stop)).nonzero(as_tuple=True)
         return row, nth, slots[row, nth]
 
-    def begin(self, impl: str = "torch") -> None:
-        """Note the state before a forward, so that `rollback` can return to it; ``impl``: kernels that encode."""
+    def begin(self, impl: str = "auto") -> None:
+        """Note the state before a forward, so that `rollback` can return to it; ``impl``: see ``kernels.api``."""
         self._impl = impl
-        self._read, self._tiers = None, {}
-        windows = [(window, window.rows) for window in self.windows]
+        self._views = {}
+        windows = [(window, window.length) for window in self.windows]
         tokens = 0 if self.latents is None else self.latents.tokens
-        self._before = (list(self.lengths), self.encoded_end, tokens, windows)
+        self._before = (list(self.lengths), self.encoded_end, tokens, windows, self.coder.fitted)
 
     def commit(self) -> None:
         """The forward ended well: let go of what `rollback` would need."""
-        self._before, self._tiers = None, {}
+        self._before, self._views = None, {}
 
     def rollback(self) -> None:
         """Undo the current forward. Sinks need no undoing: those past the length are written again."""
-        self._read, self._tiers = None, {}
+        self._views = {}
         if self._before is None:
             return
-        self.lengths, self.encoded_end, tokens, windows = self._before
+        self.lengths, self.encoded_end, tokens, windows, fitted = self._before
         if self.lengths[0] == 0:
             self.clear()  # the next forward may bring another batch or dtype
             return
-        for window, rows in windows:
-            window.truncate(rows)
+        for window, length in windows:
+            window.truncate(length)
         self.windows = [window for window, _ in windows]
         self.pending = [None] * len(self.pending)
+        if not fitted:
+            self.coder.forget()
+            self.latents = None
         if self.latents is not None:
             self.latents.truncate(tokens)
         self._before = None
@@ -331,59 +293,73 @@ class LatentStore:
             self.latents.truncate(self.encoded_end - self.options.num_sink_tokens)
         self.lengths = [min(length, tokens) for length in self.lengths]
 
-    def save(self, into: SavedTensors, name: str) -> dict[str, Any]:
-        """Put down what is stored, between forwards; returns how many tokens are latents."""
-        for member, (sinks, window) in enumerate(zip(self.sinks, self.windows, strict=True)):
-            if sinks is not None:
-                into.put(f"{name}.sinks.{member}", sinks)
-            if window.rows:
-                into.put(f"{name}.window.{member}", window.view())
-        if self.latents is not None:
-            self.latents.save(into, name)
-        return {"encoded": self.encoded_end - self.options.num_sink_tokens}
-
-    def load(self, saved: SavedTensors, name: str, facts: Mapping[str, Any], likes: list[Tensor]) -> None:
-        """Take up what ``save`` put down, after the track has its positions.
-
-        Args:
-            likes: By member, a tensor of the dtype and on the device of the states it is given.
-
-        Raises:
-            ValueError: If a tensor is missing, or numbers, shapes or dtypes do not fit this store.
-        """
-        batch, slots, sinks = self.track.batch or 0, self.track.slots, self.options.num_sink_tokens
-        encoded = whole_number(facts["encoded"], f"{name}.encoded", most=max(0, slots - sinks))
-        self.encoded_end, self.lengths = sinks + encoded, [slots] * len(self.lengths)
-        waiting = max(0, slots - self.encoded_end)
-        for member, (shape, like) in enumerate(zip(self.coder.shapes, likes, strict=True)):
-            for part, tokens in (("sinks", sinks), ("window", waiting)):
-                if tokens:
-                    size = (batch, shape.heads, tokens, shape.head_dim)
-                    states = saved.take(f"{name}.{part}.{member}", size, like.dtype, like.device)
-                    if part == "sinks":
-                        self.sinks[member] = states
-                    else:
-                        self.windows[member].adopt(states)
-        if encoded:
-            dtype = self.options.latent_dtype or likes[0].dtype
-            self.latents = PackedLatents(self.coder.tiers, dtype, self.options.block_size)
-            self.latents.load(saved, name, batch, encoded, likes[-1].device)
-
-    def map_batch(self, function) -> None:
-        """Apply a change of the batch axis, e.g. ``lambda rows: rows[indices]``, to everything stored."""
+    def map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Apply a change of the batch axis, e.g. ``lambda states: states[indices]``, to everything stored."""
         self.sinks = [None if sink is None else function(sink) for sink in self.sinks]
         for window in self.windows:
             window.map_batch(function)
         if self.latents is not None:
             self.latents.map_batch(function)
+        self.coder.map_batch(function)
+
+    def save(self, into: SavedTensors, name: str) -> dict[str, Any]:
+        """Add what is stored, between forwards; returns how many tokens are latents, and facts of the coder."""
+        for member, (sinks, window) in enumerate(zip(self.sinks, self.windows, strict=True)):
+            if sinks is not None:
+                into.add(f"{name}.sinks.{member}", sinks)
+            if window.length:
+                into.add(f"{name}.window.{member}", window.view())
+        if self.latents is not None:
+            self.latents.save(into, name)
+        return {"encoded": self.encoded_end - self.options.num_sink_tokens, **self.coder.save(into, name)}
+
+    def load(self, saved: SavedTensors, name: str, facts: Mapping[str, Any], templates: list[Tensor]) -> None:
+        """Take what ``save`` added, after the track has its positions.
+
+        Args:
+            templates: By member, a tensor of the dtype and on the device of the states it is given.
+
+        Raises:
+            ValueError: If a tensor is missing, or numbers, shapes or dtypes do not fit this store.
+        """
+        batch, slots, sinks = self.track.batch or 0, self.track.slots, self.options.num_sink_tokens
+        encoded = integer(facts["encoded"], f"{name}.encoded", most=max(0, slots - sinks))
+        self.coder.load(saved, name, facts, batch, templates[-1].device)
+        if encoded and not self.coder.fitted:
+            raise ValueError(f"{name} holds latents without the bases that read them")
+        self.encoded_end, self.lengths = sinks + encoded, [slots] * len(self.lengths)
+        waiting = max(0, slots - self.encoded_end)
+        for member, (held, template) in enumerate(zip(self.coder.members, templates, strict=True)):
+            for part, tokens in (("sinks", sinks), ("window", waiting)):
+                if tokens:
+                    size = (batch, held.shape.heads, tokens, held.shape.head_dim)
+                    states = saved.take(f"{name}.{part}.{member}", size, template.dtype, template.device)
+                    if part == "sinks":
+                        self.sinks[member] = states
+                    else:
+                        self.windows[member].adopt(states)
+        if encoded:
+            dtype = self.options.latent_dtype or templates[0].dtype
+            self.latents = PackedLatents(self.coder.tiers, dtype, self.options.block_size)
+            self.latents.load(saved, name, batch, encoded, templates[-1].device)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one token's latent, padding and steps included."""
+        held = self.latents.latent_dtype if self.latents is not None else self.options.latent_dtype or torch.float16
+        return sum(
+            row_length(bits, channels) * (held.itemsize if bits == 16 else 1) + (STEP_BYTES if bits < 16 else 0)
+            for bits, channels in self.coder.tiers
+        )
 
     @property
     def nbytes(self) -> int:
-        """Bytes of latents, sinks and windows, unused room included."""
+        """Bytes of latents, sinks, windows and bases of the cache's own, unused room included."""
         sinks = sum(sink.numel() * sink.element_size() for sink in self.sinks if sink is not None)
         held = {id(window): window for window in self.windows}
         if self._before is not None:  # inside a forward, or after one that failed
             held.update((id(window), window) for window, _ in self._before[3])
         windows = sum(window.nbytes for window in held.values())
         pending = sum(dense.numel() * dense.element_size() for dense in self.pending if dense is not None)
-        return sinks + windows + pending + (0 if self.latents is None else self.latents.nbytes)
+        latents = 0 if self.latents is None else self.latents.nbytes
+        return sinks + windows + pending + latents + self.coder.nbytes

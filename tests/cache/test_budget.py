@@ -8,8 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowrank_cache.allocation import full_bytes_per_token, plan_stores
-from lowrank_cache.budget import ChannelCosts, TierCounts, spend, tier_bytes
+from lowrank_cache.budget import ChannelCosts, TierCounts, full_bytes_per_token, spend, tier_bytes
 from lowrank_cache.calibration import calibrate
 from lowrank_cache.kernels.packed import padded_channels
 from lowrank_cache.latents import PackedLatents
@@ -129,21 +128,21 @@ def test_counted_bytes_are_those_of_packed_latents(counts, seed):
 def test_plans_keep_to_the_ratio(method, bits, ratio):
     size = 1 if method == "recalkv" else 3
     made = calibrate(tiny_model("llama"), [random_tokens(4, 20)], method=method, layer_group_size=size, progress=False)
-    plans = plan_stores(made, ratio, bits=bits)
+    plans = made.plan(ratio, bits=bits)
     stored = sum(plan.bytes_per_token for plan in plans)
-    assert 0 < stored <= full_bytes_per_token(made) / ratio
-    for store, plan in zip(made.stores(), plans, strict=True):
+    assert 0 < stored <= full_bytes_per_token(made.shape) / ratio
+    for store, plan in zip(made.groups(), plans, strict=True):
         channels = [channel for _, tier in plan.tiers for channel in tier]
         assert len(set(channels)) == len(channels) <= sum(basis.rank for basis in store)
 
 
 def test_ratio_one_keeps_every_channel():
     made = full_rank_projections("llama")
-    for store, plan in zip(made.stores(), plan_stores(made, 1.0), strict=True):
+    for store, plan in zip(made.groups(), made.plan(1.0), strict=True):
         assert plan.tiers == ((16, tuple(range(store[0].rank))),)
 
 
 def test_a_higher_ratio_never_stores_more():
     made = full_rank_projections("llama")
-    sizes = [sum(plan.bytes_per_token for plan in plan_stores(made, ratio)) for ratio in (1, 1.5, 2, 3, 4, 6, 8)]
+    sizes = [sum(plan.bytes_per_token for plan in made.plan(ratio)) for ratio in (1, 1.5, 2, 3, 4, 6, 8)]
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == len(sizes)

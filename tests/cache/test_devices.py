@@ -1,4 +1,7 @@
-"""Models that lie on several devices or are offloaded: same tokens, nothing mixed, and a warning where it costs."""
+"""A property of many rooms: models on several devices, or offloaded, give the same tokens.
+
+Nothing is mixed, and a warning is given where it costs.
+"""
 
 import contextlib
 import copy
@@ -12,8 +15,9 @@ from transformers import PreTrainedModel
 
 from lowrank_cache import LowRankCache, latent_attention
 from lowrank_cache.kernels.packed import LatentSide, PackedTier
-from lowrank_cache.models import layer_devices, model_shape
+from lowrank_cache.probe import layer_devices, model_shape
 from tests.oracle.fake_devices import FIRST, SECOND, FakeDevices
+from tests.oracle.inside import devices_of_latents, devices_of_windows, prompt_bases
 from tests.oracle.models import SMALL_SIZES, full_rank_projections, random_tokens, tiny_model
 
 OPTIONS = {"compression_ratio": 2, **SMALL_SIZES}
@@ -70,10 +74,10 @@ def test_tokens_are_those_of_one_device(devices, family, group, first_layers, la
         cache = LowRankCache(model, projections, **OPTIONS)
     with latent_attention(model) if latent else contextlib.nullcontext():
         assert torch.equal(generate(model, cache, FIRST), expected)
-    for store in cache._stores:
-        places = {window.view().device for window in store.windows}
-        assert len(places) == 1 + (len({layer < first_layers for layer, _ in store.coder.members}) > 1)
-        assert {buffer.view().device for buffer in store.latents.buffers()} == {store.windows[-1].view().device}
+    places = zip(cache.groups(), devices_of_windows(cache), devices_of_latents(cache), strict=True)
+    for group, windows, latents in places:
+        assert len(set(windows)) == 1 + (len({layer < first_layers for layer, _ in group.members}) > 1)
+        assert latents == {windows[-1]}
 
 
 def test_latents_of_a_crossing_group_are_copied_packed(devices):
@@ -87,8 +91,9 @@ def test_latents_of_a_crossing_group_are_copied_packed(devices):
         model(tokens[:, 120:121].to(FIRST), past_key_values=cache)
         devices.moved_bytes.clear()
         model(tokens[:, 121:].to(FIRST), past_key_values=cache)
-    (store,) = cache._stores
-    packed = sum(buffer.view().numel() * buffer.view().element_size() for buffer in store.latents.buffers())
+    (group,) = cache.groups()
+    packed = group.tokens * cache.latent_bytes_per_token()
+    assert packed > 0
     back = devices.moved_bytes["privateuseone:1", "privateuseone:0"]
     logits = 4 * tiny_model("llama").config.vocab_size
     assert packed <= back <= packed + logits
@@ -99,9 +104,9 @@ def test_groups_of_a_prompt_end_at_borders(devices):
     with pytest.warns(UserWarning, match=r"split where layers lie on different devices: \[\(0, 1\), \(2,\)\]"):
         cache = LowRankCache(model, method="xkv", layer_group_size=3, **OPTIONS)
     assert generate(model, cache, FIRST).shape == (2, 24)
-    assert [{layer for layer, _ in store.coder.members} for store in cache._stores] == [{0, 1}, {0, 1}, {2}, {2}]
-    for store in cache._stores:
-        assert len({tensor.device for tensor in store.coder.tensors()}) == 1
+    assert [{layer for layer, _ in group.members} for group in cache.groups()] == [{0, 1}, {0, 1}, {2}, {2}]
+    for bases in prompt_bases(cache):
+        assert len({tensor.device for tensor in bases}) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         LowRankCache(model, method="xkv", layer_group_size=1, ranks=4, **SMALL_SIZES)
@@ -198,7 +203,7 @@ def test_kernels_are_launched_under_their_tensors_device(monkeypatch, operation)
             if isinstance(kernel, triton.runtime.jit.JITFunction | triton.runtime.interpreter.InterpretedFunction):
                 monkeypatch.setattr(part, name, noted)
     if operation == "decode":
-        module.latent_decode(torch.zeros(1, 1, 1, 16), side, side, scaling=1.0)
+        module.latent_attention(torch.zeros(1, 1, 1, 16), side, side, scaling=1.0)
     elif operation == "reconstruct":
         module.reconstruct(side, torch.float32)
     else:

@@ -6,9 +6,10 @@ import torch
 from lowrank_cache import LowRankCache
 from lowrank_cache.calibration import calibrate
 from lowrank_cache.hadamard import channel_mixing, hadamard_blocks
-from lowrank_cache.kernels.reference import dequantize, quantize
-from tests.oracle.memory import held_bytes
+from lowrank_cache.kernels.packed import dequantize, quantize
+from tests.oracle.memory import base_tensors, held_bytes
 from tests.oracle.models import SMALL_SIZES, random_tokens, tiny_model
+from tests.oracle.states import latent_states, unrotated
 
 RANKS = [1, 7, 16, 24, 48, 100, 176]
 
@@ -70,29 +71,42 @@ def calibrated(method: str):
 @pytest.mark.parametrize("method", ["recalkv", "palu"])
 def test_uniform_bits_store_what_they_claim_and_read_back_near_the_truth(method, bits):
     model = tiny_model("qwen2")
-    cache = LowRankCache(model, calibrated(method), compression_ratio=1, bits=bits, **SMALL_SIZES)
+    projections = calibrated(method)
+    cache = LowRankCache(model, projections, compression_ratio=1, bits=bits, **SMALL_SIZES)
     tokens = random_tokens(2, 40, seed=3)
     model(tokens, past_key_values=cache)
     assert cache.stored_bytes() == held_bytes(cache)
-    exact = LowRankCache(model, calibrated(method), compression_ratio=1, latent_dtype=None, **SMALL_SIZES)
+    exact = LowRankCache(model, projections, compression_ratio=1, latent_dtype=None, **SMALL_SIZES)
     model(tokens, past_key_values=exact)
     # Step errors of unit-variance channels (budget.DISTORTION), with room for tiny tiers.
     allowed = {8: 1e-3, 4: 0.06, 2: 0.5}[bits]
-    for ours, theirs in zip(cache._stores, exact._stores, strict=True):
-        assert [width for width, _ in ours.coder.tiers] == [bits]
-        members = range(len(ours.coder.members))
-        read = theirs.coder.encode([ours.coder.decode(ours.latents.read(), member) for member in members])
-        truth = theirs.latents.read()
-        price = theirs.coder.weight  # what a squared error in each channel costs
-        error = ((read - truth).square() * price).sum() / (truth.square() * price).sum()
-        assert float(error) < allowed
+    read, truth = (latent_states(model, each, 2) for each in (cache, exact))
+    for group, bases in zip(cache.groups(), projections.groups(), strict=True):
+        assert [width for width, _ in group.tiers] == [bits]
+        (member,) = group.members
+        errors = sizes = 0.0
+        for basis in bases:
+            assert basis.layers == (member[0],) and basis.side == member[1]
+            ours, theirs = (_rows(model, states[member], basis) for states in (read, truth))
+            latents = (theirs - basis.constant) @ basis.down_proj - basis.offset
+            # `loss` is what a squared error in each channel costs.
+            errors += float((((ours - theirs) @ basis.down_proj).square() * basis.loss).sum())
+            sizes += float((latents.square() * basis.loss).sum())
+        assert errors / sizes < allowed
+
+
+def _rows(model, states, basis):
+    """What a basis projects: ``[batch, heads, tokens, head_dim]`` → ``[batch, tokens, width]``, before rotation."""
+    states = unrotated(model, states, SMALL_SIZES["num_sink_tokens"]) if basis.side == "key" else states
+    return states[:, list(basis.heads)].transpose(1, 2).flatten(2)
 
 
 def test_sixteen_bits_are_not_rotated():
     model, projections = tiny_model("llama"), calibrated_llama()
     plain, sixteen = (LowRankCache(model, projections, compression_ratio=2, bits=bits) for bits in (None, 16))
-    for one, other in zip(plain._stores, sixteen._stores, strict=True):
-        assert torch.equal(one.coder.weight, other.coder.weight)
+    ours, theirs = (base_tensors(each) for each in (plain, sixteen))
+    assert len(ours) == len(theirs) > 0
+    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
 
 
 def calibrated_llama():

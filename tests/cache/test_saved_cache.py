@@ -18,10 +18,11 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicIndexedLayer
 
 from lowrank_cache import LowRankCache, Projections, latent_attention
-from lowrank_cache.artefact_config import config_digest
-from lowrank_cache.saved_folder import CONFIG_FILE
+from lowrank_cache.artefact import CONFIG_FILE, config_digest
 from tests.cache.test_projections import mutate, mutations
+from tests.oracle.inside import first_real
 from tests.oracle.models import SMALL_SIZES, full_rank_projections, random_tokens, tiny_model
+from tests.oracle.states import saved_facts, saved_tensors
 
 PROMPT, MORE = 26, 5
 
@@ -75,7 +76,7 @@ def test_goes_on_as_the_original_would(tmp_path, family):
     cache = make(model, family)
     tokens, mask = prompt()
     tokens, _ = read(model, cache, tokens, mask, new=3)
-    assert all(store.latents.tokens for store in cache._stores)
+    assert all(group.tokens for group in cache.groups())
     cache.save_pretrained(tmp_path)
     assert_goes_on_alike((model, cache), load(tmp_path, family), tokens, mask)
 
@@ -88,7 +89,7 @@ def test_bases_of_a_prompt_are_saved_with_it(tmp_path, family, options):
     cache = make(model, family, "xkv", **options)
     tokens, mask = prompt()
     tokens, _ = read(model, cache, tokens, mask)
-    assert any(store.coder.fitted for store in cache._stores)
+    assert any(group.tokens for group in cache.groups())
     cache.save_pretrained(tmp_path)
     assert_goes_on_alike((model, cache), load(tmp_path, family, "xkv"), tokens, mask)
 
@@ -105,7 +106,7 @@ def test_every_setting_is_kept(tmp_path, options, dtype):
     tokens, _ = read(model, cache, tokens, mask)
     cache.save_pretrained(tmp_path)
     loaded = load(tmp_path, "llama", model=tiny_model("llama", dtype))
-    assert loaded[1]._settings == cache._settings
+    assert saved_facts(loaded[1])["settings"] == saved_facts(cache)["settings"]
     assert loaded[1].target_compression_ratio == cache.target_compression_ratio
     assert_goes_on_alike((model, cache), loaded, tokens, mask)
 
@@ -160,7 +161,7 @@ def test_a_row_that_is_padding_so_far(tmp_path):
         model(tokens, attention_mask=mask, past_key_values=cache, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
     cache.save_pretrained(tmp_path)
     other = load(tmp_path, "llama")
-    assert torch.equal(other[1]._track.first_real, cache._track.first_real)
+    assert torch.equal(first_real(other[1]), first_real(cache))
     assert_goes_on_alike((model, cache), other, tokens, mask)
 
 
@@ -233,7 +234,7 @@ def test_small_enough_to_ship(saved):
     files = {path.name: path.stat().st_size for path in saved.folder.iterdir()}
     assert len(files) == 2 and CONFIG_FILE in files
     payload = sum(size for name, size in files.items() if name != CONFIG_FILE)
-    used = saved.cache._gather()[1].nbytes
+    used = sum(tensor.nbytes for tensor in saved_tensors(saved.cache).values())
     assert used < payload < used + 8192
     assert used < 0.9 * saved.cache.stored_bytes()
 
@@ -243,7 +244,8 @@ def test_facts_say_what_it_is(saved):
     assert facts["format_version"] == 1 and facts["library_version"]
     assert (facts["batch"], facts["tokens"], facts["model_type"]) == (3, saved.cache.get_seq_length(), "llama")
     assert facts["settings"]["compression_ratio"] == 3 and facts["settings"]["latent_dtype"] == "float16"
-    assert facts["compression_ratio"] == saved.cache.full_bytes() / saved.cache._gather()[1].nbytes
+    used = sum(tensor.nbytes for tensor in saved_tensors(saved.cache).values())
+    assert facts["compression_ratio"] == saved.cache.full_bytes() / used
 
 
 # What is refused
@@ -475,7 +477,7 @@ def test_no_mutation_loads_another_cache(saved, copied, config, signed, steps):
     else:
         assert config or signed or mutated == original
         if not signed:
-            one, other = (cache._gather()[1].all() for cache in (loaded[1], saved.cache))
+            one, other = (saved_tensors(cache) for cache in (loaded[1], saved.cache))
             assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     finally:
         shutil.rmtree(copied)

@@ -1,4 +1,4 @@
-"""Random sequences of cache operations against ``DynamicCache``, which is fed the same states.
+"""A property of many rooms: random sequences of cache operations against ``DynamicCache``, fed the same states.
 
 The model runs with the cache under test; whatever a layer hands to ``update`` also goes to the
 oracle, and what both return is compared at once, layer by layer, on every real token. So an error
@@ -16,8 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from transformers import DynamicCache
 
 from lowrank_cache import LowRankCache
-from lowrank_cache.prompt_svd import PromptStore
-from tests.oracle.memory import held_bytes
+from tests.oracle.memory import held_bytes, reachable_tensors
 from tests.oracle.models import exact_cache, full_rank_projections, random_tokens, tiny_model
 from tests.oracle.tolerance import FLOAT32_ROUNDING, noise_gain
 
@@ -226,7 +225,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.oracle = copy.deepcopy(self.oracle)
         # Whichever goes on, the other is wiped: tokens shared between them would be missed in the next comparison.
         self.cache, other = (original, copied) if keep_original else (copied, original)
-        for tensor in _token_tensors(other):
+        for tensor in reachable_tensors(other):
             tensor.fill_(1)
         other.reset()
         self._forward(*forward)
@@ -264,14 +263,6 @@ class CacheMachine(RuleBasedStateMachine):
             assert self.cache.compression_ratio() == 1.0
         else:
             assert self.cache.compression_ratio() == self.cache.full_bytes() / held_bytes(self.cache)
-
-
-def _token_tensors(cache: LowRankCache) -> list[torch.Tensor]:
-    bases = [part for store in cache._stores if isinstance(store, PromptStore) for part in store.coder.tensors()]
-    buffers = [window for store in cache._stores for window in store.windows]
-    buffers += [buffer for store in cache._stores if store.latents is not None for buffer in store.latents.buffers()]
-    sinks = [sink for store in cache._stores for sink in store.sinks]
-    return [tensor for tensor in [*(buffer.buffer for buffer in buffers), *sinks, *bases] if tensor is not None]
 
 
 class Frames(CacheMachine):

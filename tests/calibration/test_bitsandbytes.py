@@ -6,8 +6,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausa
 
 from lowrank_cache import LowRankCache, Projections
 from lowrank_cache.calibration import calibrate
-from lowrank_cache.calibration.moments import NoGradientError, collect_moments
-from lowrank_cache.models import layer_groups, model_shape
+from lowrank_cache.calibration.collect import NoGradientError, collect_moments
+from lowrank_cache.probe import model_shape
+from lowrank_cache.shapes import layer_groups
 from tests.oracle.models import SMALL_SIZES, random_tokens, tiny_model
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -26,6 +27,7 @@ def saved(tmp_path_factory):
     config = tiny_model("llama").config
     config.intermediate_size = 128
     folder = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
@@ -82,11 +84,12 @@ def test_gradients_are_right_or_refused(saved, kind, dtype):
     except NoGradientError as error:
         assert "calibrate with sensitivity='query'" in str(error)
         return
-    reference = collect_moments(load(saved, None), batches(), groups)
+    # Of the weights that the model really has: 4 bits change gradients more than a wrong derivative might.
+    reference = collect_moments(load(saved, kind, dtype).dequantize().float(), batches(), groups)
     for where, sensitivity in ours.sensitivity.items():
         expected = reference.sensitivity[where]
-        assert torch.nn.functional.cosine_similarity(sensitivity.flatten(), expected.flatten(), dim=0) > 0.9, where
-        assert 0.5 < float(sensitivity.trace() / expected.trace()) < 2, where
+        assert torch.nn.functional.cosine_similarity(sensitivity.flatten(), expected.flatten(), dim=0) > 0.98, where
+        assert 0.8 < float(sensitivity.trace() / expected.trace()) < 1.25, where
     check_cache(model, calibrate(model, batches(), progress=False))
 
 

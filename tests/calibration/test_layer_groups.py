@@ -7,7 +7,8 @@ from transformers import DynamicCache
 from lowrank_cache import LowRankCache
 from lowrank_cache.calibration.api import MAX_GROUP_LAYERS, MAX_GROUP_WIDTH, auto_group_size
 from lowrank_cache.evaluation.prefill import prefill_peak
-from lowrank_cache.models import LayerShape, ModelShape, SideShape, layer_groups, model_shape
+from lowrank_cache.probe import model_shape
+from lowrank_cache.shapes import LayerShape, ModelShape, SideShape, layer_groups
 from tests.cache.test_generation import compare
 from tests.oracle.memory import reachable_tensors
 from tests.oracle.models import exact_cache, full_rank_projections, random_tokens, tiny_model

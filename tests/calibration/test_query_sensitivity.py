@@ -5,7 +5,7 @@ import torch
 
 from lowrank_cache import LowRankCache
 from lowrank_cache.calibration import calibrate
-from lowrank_cache.calibration.query_sensitivity import _output_gram, record_queries
+from lowrank_cache.calibration.query_sensitivity import output_gram, record_queries
 from tests.oracle.models import random_tokens, tiny_model
 
 
@@ -32,27 +32,26 @@ def test_an_error_in_the_forward_restores_the_attention_interface():
 
     model = tiny_model("llama")
     before = dict(ALL_ATTENTION_FUNCTIONS)
-    with pytest.raises(KeyError), record_queries(model, {}):
+    with pytest.raises(KeyError), record_queries(model):
         raise KeyError
     assert dict(ALL_ATTENTION_FUNCTIONS) == before
 
 
 def test_other_models_are_not_recorded():
     model, other = tiny_model("llama"), tiny_model("llama")
-    seen: dict = {}
-    with torch.no_grad(), record_queries(model, seen):
+    with torch.no_grad(), record_queries(model) as seen:
         other(random_tokens(1, 5))
         assert not seen
         model(random_tokens(1, 5))
     assert sorted(seen) == [0, 1, 2]
 
 
-def test_the_output_gram_is_that_of_the_weight():
+def test_theoutput_gram_is_that_of_the_weight():
     module = tiny_model("llama").model.layers[0].self_attn
     weight = module.o_proj.weight.double()  # [hidden, q_heads * head_dim]
     heads = weight.view(weight.shape[0], 4, 16)
     expected = torch.einsum("hqd,hqe->qde", heads, heads).view(2, 2, 16, 16).sum(1)
-    torch.testing.assert_close(_output_gram(module, kv_heads=2, value_dim=16), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(output_gram(module, kv_heads=2, value_dim=16), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_mla_is_refused_by_name():

@@ -7,11 +7,11 @@ from importlib.metadata import version
 
 import pytest
 import torch
+from lowrank_cache.allocation import full_bytes_per_token
 from transformers import BatchEncoding, DynamicCache
 from typer.testing import CliRunner
 
 from lowrank_cache import LowRankCache, Projections, cli
-from lowrank_cache.allocation import full_bytes_per_token
 from lowrank_cache.calibration import calibrate
 from lowrank_cache.calibration.moments import Moments
 from lowrank_cache.evaluation.demo import generate_timed

@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from lowrank_cache.models import layer_groups, model_shape
 from transformers import DynamicCache
 from typer.testing import CliRunner
 
@@ -23,7 +24,6 @@ from lowrank_cache.evaluation.perplexity import stream, windows_of
 from lowrank_cache.evaluation.plots import plot_evaluation
 from lowrank_cache.evaluation.report import metrics_of, report_markdown
 from lowrank_cache.evaluation.text_source import load_text
-from lowrank_cache.models import layer_groups, model_shape
 from tests.evaluation.test_ruler import prose
 from tests.oracle.character_tokenizer import character_tokenizer
 from tests.oracle.models import random_tokens, tiny_model, wide_llama

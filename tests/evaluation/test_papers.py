@@ -4,10 +4,10 @@ import re
 
 import pytest
 import torch
+from lowrank_cache.models import model_shape
 
 from lowrank_cache.evaluation import papers, small_models
 from lowrank_cache.evaluation.small_models import byte_tokens, mla_config, multi_head_config, trained
-from lowrank_cache.models import model_shape
 
 TEXT = "".join(f"line {number}: {number * number % 997} and {number % 13} times a word\n" for number in range(12_000))
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from lowrank_cache.models import layer_groups, model_shape
 from transformers import DynamicCache
 
 from lowrank_cache import LowRankCache
@@ -24,7 +25,6 @@ from lowrank_cache.evaluation.quality import (
     needle_markdown,
 )
 from lowrank_cache.evaluation.run_inputs import QualityRun, moments_of
-from lowrank_cache.models import layer_groups, model_shape
 from tests.oracle.models import full_rank_projections, random_tokens, tiny_model, wide_llama
 
 SETTINGS = QualitySettings(

@@ -4,13 +4,13 @@ import dataclasses
 
 import pytest
 import torch
+from lowrank_cache.models import BOTH, layer_groups, model_shape
 from typer.testing import CliRunner
 
 from lowrank_cache.calibration.moments import collect_moments
 from lowrank_cache.cli import app
 from lowrank_cache.evaluation.roofline import CARDS, Attention, KernelCost, LatentGroup, dense_time, kernel_costs
 from lowrank_cache.evaluation.roofline_run import Setting, measure_shares
-from lowrank_cache.models import BOTH, layer_groups, model_shape
 from tests.oracle.models import random_tokens, tiny_model
 
 LLAMA = Attention(q_heads=32, heads=8, head_dim=128)

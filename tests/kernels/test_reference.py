@@ -8,8 +8,7 @@ from transformers.models.cohere.modeling_cohere import apply_rotary_pos_emb as r
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as rotate_half
 
 from lowrank_cache.budget import DISTORTION
-from lowrank_cache.kernels.packed import PackedTier
-from lowrank_cache.kernels.reference import QUANTIZED_BITS, dequantize, pack, quantize, unpack
+from lowrank_cache.kernels.packed import QUANTIZED_BITS, PackedTier, dequantize, pack, quantize, unpack
 from lowrank_cache.kernels.rope import LAYOUTS, angle_tables, rotate
 
 bit_widths = st.sampled_from(QUANTIZED_BITS)

@@ -11,29 +11,13 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels under test need triton")
 
-from lowrank_cache.growing import GrowingTensor
 from lowrank_cache.kernels import triton_decode
 from lowrank_cache.kernels.packed import LatentSide, PackedTier
-from lowrank_cache.kernels.triton_decode import latent_decode
-from tests.oracle.latent_sides import attention_band, make_rope, make_side, make_tiers
+from lowrank_cache.kernels.triton_decode import latent_attention
+from lowrank_cache.latents import GrowingTensor
+from tests.oracle.latent_sides import attention_band, make_rope, make_side, make_tiers, on_device, per_batch
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ALL_TIERS = {16: 3, 8: 21, 4: 40, 2: 150}
-
-
-def on_device(thing):
-    """Tensors, sides, tiers and frames on the device under test, with their strides."""
-    if isinstance(thing, torch.Tensor):
-        if DEVICE == "cpu":
-            return thing
-        moved = torch.empty_strided(thing.shape, thing.stride(), dtype=thing.dtype, device=DEVICE)
-        return moved.copy_(thing)
-    if isinstance(thing, tuple):
-        return tuple(on_device(part) for part in thing)
-    if dataclasses.is_dataclass(thing) and not isinstance(thing, type):
-        changes = {field.name: on_device(getattr(thing, field.name)) for field in dataclasses.fields(thing)}
-        return dataclasses.replace(thing, **changes)
-    return thing
 
 
 def check(query, key, value, **arguments):
@@ -44,7 +28,7 @@ def check(query, key, value, **arguments):
 
 def check_against(truth, truth_lse, band, lse_band, query, key, value, **arguments):
     moved = {name: on_device(argument) for name, argument in arguments.items()}
-    output, lse = latent_decode(on_device(query), on_device(key), on_device(value), **moved)
+    output, lse = latent_attention(on_device(query), on_device(key), on_device(value), **moved)
     assert output.dtype == lse.dtype == torch.float32
     output, lse = output.cpu(), lse.cpu()
     assert output.shape == truth.shape and lse.shape == truth_lse.shape
@@ -100,7 +84,7 @@ CASES = {
     "speculative, one token": dict(frame=64, q_tokens=5, tokens=1, keys={8: 5}, values={4: 3}),
     "16 queries": dict(frame=64, q_tokens=16, heads=1, keys={2: 70}, values={2: 30}, tokens=90, batch=1),
     "order of the tiers": dict(frame=32, keys={2: 30, 16: 5, 8: 20}, values={4: 20, 8: 20}),
-    # Rebuilt.
+    # Reconstructed.
     "every key its rotation": dict(frame=1),
     "every key its rotation, interleaved": dict(frame=1, layout="interleaved", keys={4: 70, 2: 30}, q_tokens=3),
     "every key its rotation, partly": dict(frame=1, rotary=16, head_dim=48, keys={8: 30}, groups=1),
@@ -172,7 +156,7 @@ def test_views_of_growing_buffers(frame):
 
 def test_many_waves_and_splits(monkeypatch):
     query, key, value = case(frame=16, tokens=150, keys={4: 40}, values={8: 20, 2: 70}, batch=1)
-    whole = latent_decode(*map(on_device, (query, key, value)), scaling=0.2)
+    whole = latent_attention(*map(on_device, (query, key, value)), scaling=0.2)
     launches = []
     monkeypatch.setattr(triton_decode, "_ABSORBED_BYTES", 3 * query.shape[1] * 128 * 4)
     monkeypatch.setattr(triton_decode, "_LONGEST_SPLIT", 64)
@@ -180,7 +164,7 @@ def test_many_waves_and_splits(monkeypatch):
     monkeypatch.setattr(triton_decode, "_absorbed_scores", lambda *step: (launches.append(step), scores(*step)))
     check(query, key, value, scaling=0.2)
     assert len(launches) == 4  # ten frames, three at a time
-    split = latent_decode(*map(on_device, (query, key, value)), scaling=0.2)
+    split = latent_attention(*map(on_device, (query, key, value)), scaling=0.2)
     torch.testing.assert_close(split, whole, rtol=1e-5, atol=1e-5)
 
 
@@ -205,7 +189,7 @@ def test_no_tokens():
         for tier in key.tiers
     )
     key, value = (dataclasses.replace(side, tiers=empty) for side in (key, value))
-    output, lse = latent_decode(*map(on_device, (query, key, value)), scaling=1.0)
+    output, lse = latent_attention(*map(on_device, (query, key, value)), scaling=1.0)
     assert bool((output == 0).all()) and bool(lse.isneginf().all())
 
 
@@ -264,15 +248,19 @@ def test_rejects_what_it_cannot_read():
     scattered = torch.stack([tier.codes, tier.codes], dim=-1)[..., 0]
     for codes in (tier.codes[..., :24], tier.codes[..., 1:], scattered):
         with pytest.raises(ValueError, match="codes of the 4-bit tier must be rows of 40 channels padded and aligned"):
-            latent_decode(query, with_tier(codes=codes), value, scaling=1.0)
+            latent_attention(query, with_tier(codes=codes), value, scaling=1.0)
     with pytest.raises(ValueError, match=r"distinct widths among \(16, 8, 4, 2\), got \[4, 4\]"):
         doubled = dataclasses.replace(key, tiers=(tier, tier), up_proj=torch.cat([key.up_proj, key.up_proj]))
-        latent_decode(query, doubled, value, scaling=1.0)
+        latent_attention(query, doubled, value, scaling=1.0)
     with pytest.raises(ValueError, match="up_proj of value must have 40 rows like its tiers, got 39"):
-        latent_decode(query, key, dataclasses.replace(value, up_proj=value.up_proj[1:]), scaling=1.0)
+        latent_attention(query, key, dataclasses.replace(value, up_proj=value.up_proj[1:]), scaling=1.0)
     with pytest.raises(ValueError, match="query must have a multiple of 2 heads of 32 numbers"):
-        latent_decode(query[:, :3], key, value, scaling=1.0)
+        latent_attention(query[:, :3], key, value, scaling=1.0)
     with pytest.raises(ValueError, match="head_dim of value must be a multiple of 16 up to 256, got 24"):
-        latent_decode(query, key, dataclasses.replace(value, up_proj=value.up_proj[..., :24]), scaling=1.0)
+        latent_attention(query, key, dataclasses.replace(value, up_proj=value.up_proj[..., :24]), scaling=1.0)
     with pytest.raises(ValueError, match="value must have 2 heads and 70 tokens like key, got 1 and 70"):
-        latent_decode(query, key, dataclasses.replace(value, up_proj=value.up_proj[:, :1]), scaling=1.0)
+        latent_attention(query, key, dataclasses.replace(value, up_proj=value.up_proj[:, :1]), scaling=1.0)
+    with pytest.raises(ValueError, match="up_proj and constant of value must be .* the same for all batch elements"):
+        latent_attention(query, key, per_batch(value), scaling=1.0)
+    with pytest.raises(ValueError, match='up_proj and constant of key must be .* got .*; impl="torch" takes one'):
+        latent_attention(query, dataclasses.replace(key, constant=per_batch(key).constant), value, scaling=1.0)

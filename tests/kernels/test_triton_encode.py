@@ -1,4 +1,4 @@
-"""The Triton encoder and reconstruction against the reference and float64."""
+"""The Triton encoder against the reference and float64."""
 
 import dataclasses
 
@@ -8,12 +8,10 @@ import torch
 pytest.importorskip("triton", reason="the kernels under test need triton")
 
 from lowrank_cache.kernels import reference, triton_encode
-from lowrank_cache.kernels.reference import read_latents
+from lowrank_cache.kernels.packed import read_latents
 from lowrank_cache.kernels.rope import rotate
 from lowrank_cache.kernels.triton_encode import encode
-from lowrank_cache.kernels.triton_reconstruct import reconstruct
-from tests.kernels.test_triton_decode import on_device
-from tests.oracle.latent_sides import FLOAT16_ROUNDING, FLOAT32_ROUNDING, make_rope, make_side, make_tiers, with_noise
+from tests.oracle.latent_sides import FLOAT16_ROUNDING, FLOAT32_ROUNDING, make_rope, on_device
 
 
 def encode_case(members, tiers, batch=2, tokens=21, dtype=torch.float32, latent_dtype=torch.float16, frame=1):
@@ -144,6 +142,14 @@ def test_refuses_states_that_are_not_finite(bad):
             one(**case)
 
 
+def test_refuses_matrices_by_batch_element():
+    case = encode_case(members=[(2, 32, 32, "half")], tiers=((4, 40),))
+    with pytest.raises(ValueError, match=r"down_proj must be \[64, 40\] .* got \[2, 64, 40\]"):
+        encode(**case | {"down_proj": torch.stack([case["down_proj"]] * 2)})
+    with pytest.raises(ValueError, match=r"constants must be \[2, 32\] .* got \[2, 2, 32\]"):
+        encode(**case | {"constants": [torch.stack(case["constants"] * 2)]})
+
+
 def test_trial_steps_are_those_of_the_reference():
     assert triton_encode._STEP_FRACTIONS == reference._STEP_FRACTIONS
 
@@ -165,36 +171,3 @@ def test_a_planted_bug_is_caught(plant, monkeypatch):
     monkeypatch.setattr(reference, "encode", wrong)
     with pytest.raises(AssertionError):
         check_encoded(case)
-
-
-RECONSTRUCT_CASES = {
-    "frames of 1": dict(frame=1, layout="half", rotary=32),
-    "frames of 16": dict(frame=16, layout="half", rotary=16),
-    "interleaved": dict(frame=5, layout="interleaved", rotary=24),
-    "values": dict(frame=None, layout="half", rotary=32),
-}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", RECONSTRUCT_CASES)
-def test_reconstructs_as_the_reference_does(name, dtype):
-    given = RECONSTRUCT_CASES[name]
-    tokens = 70 if dtype == torch.float32 else 20
-    rope = None if given["frame"] is None else make_rope(2, tokens, given["rotary"], given["frame"], given["layout"])
-    tiers = make_tiers({16: 3, 8: 21, 4: 40, 2: 150}, 2, tokens, room=3)
-    side = make_side(tiers, 2, 48, rope, dtype=torch.float32 if dtype == torch.float32 else torch.float16)
-    states = reconstruct(on_device(side), dtype).cpu()
-    truth = reference.reconstruct(side, torch.float64)
-    assert states.dtype == dtype and states.shape == truth.shape
-    # Sums of as many roundings as there are channels in float32; a rounding of latents and one of states otherwise.
-    size = FLOAT32_ROUNDING * 214**0.5 if dtype == torch.float32 else FLOAT16_ROUNDING
-    moved = [reference.reconstruct(with_noise(side, size), torch.float64) - truth for _ in range(4)]
-    rounding = 0 if dtype == torch.float32 else torch.finfo(dtype).eps * float(truth.abs().max())
-    error = float((states.double() - truth).abs().max())
-    assert error <= 3 * max(float(move.abs().max()) for move in moved) + rounding
-
-
-def test_reconstructs_nothing_from_nothing():
-    tiers = make_tiers({4: 40}, 2, 5)
-    empty = tuple(dataclasses.replace(tier, codes=tier.codes[:, :0], steps=tier.steps[:, :0]) for tier in tiers)
-    assert reconstruct(on_device(make_side(empty, 2, 32))).shape == (2, 2, 0, 32)

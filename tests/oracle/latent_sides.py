@@ -1,15 +1,35 @@
 """Packed keys and values with random contents, and how far rounding may move attention over them."""
 
+import dataclasses
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lowrank_cache.kernels.packed import LatentSide, PackedTier, RotaryFrames, padded_channels
-from lowrank_cache.kernels.reference import latent_decode, pack, quantize, read_latents
+from lowrank_cache.kernels.packed import (
+    LatentSide,
+    PackedTier,
+    RotaryFrames,
+    pack,
+    padded_channels,
+    quantize,
+    read_latents,
+)
+from lowrank_cache.kernels.reference import latent_attention
 from lowrank_cache.kernels.rope import angle_tables
 
-__all__ = ["assert_decodes_like_the_reference", "attention_band", "make_rope", "make_side", "make_tiers", "with_noise"]
+__all__ = [
+    "assert_decodes_like_the_reference",
+    "attention_band",
+    "make_rope",
+    "make_side",
+    "make_tiers",
+    "on_device",
+    "per_batch",
+    "with_noise",
+]
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Two maxima over a few hundred errors of equal size differ by less; the band itself is a maximum over few draws.
 BAND_FACTOR = 3.0
 FLOAT32_ROUNDING, FLOAT16_ROUNDING, BFLOAT16_ROUNDING = 2.0**-24, 2.0**-11, 2.0**-8
@@ -70,6 +90,29 @@ def make_side(
     return LatentSide(tiers, up_proj.to(dtype), torch.randn(heads, head_dim, generator=generator), rope)
 
 
+def on_device(thing):
+    """Tensors, sides, tiers and frames on the GPU if there is one, with their strides."""
+    if isinstance(thing, torch.Tensor):
+        if DEVICE == "cpu":
+            return thing
+        moved = torch.empty_strided(thing.shape, thing.stride(), dtype=thing.dtype, device=DEVICE)
+        return moved.copy_(thing)
+    if isinstance(thing, tuple):
+        return tuple(on_device(part) for part in thing)
+    if dataclasses.is_dataclass(thing) and not isinstance(thing, type):
+        changes = {field.name: on_device(getattr(thing, field.name)) for field in dataclasses.fields(thing)}
+        return dataclasses.replace(thing, **changes)
+    return thing
+
+
+def per_batch(side: LatentSide) -> LatentSide:
+    """``side`` with matrices for every batch element, as bases of prompts are."""
+    batch = side.tiers[0].codes.shape[0]
+    return dataclasses.replace(
+        side, up_proj=torch.stack([side.up_proj] * batch), constant=torch.stack([side.constant] * batch)
+    )
+
+
 def with_noise(side: LatentSide, latents: float, tokens: float = 0.0) -> LatentSide:
     """``side`` in float64 with relative Gaussian noise in every latent, and some that all of a token's share."""
     read = read_latents(side.tiers, torch.float64)
@@ -81,7 +124,7 @@ def with_noise(side: LatentSide, latents: float, tokens: float = 0.0) -> LatentS
 def attention_band(
     query: Tensor, key: LatentSide, value: LatentSide, **arguments
 ) -> tuple[Tensor, Tensor, float, float]:
-    """The float64 truth of ``latent_decode``, and how far rounding may move outputs and log-sum-exps.
+    """The float64 truth of ``latent_attention``, and how far rounding may move outputs and log-sum-exps.
 
     A kernel in float32 sums products in any order: noise of one rounding in every latent, times the root of the number
     of summands. In half precision it rounds rotated queries, absorbed queries, weights and attended latents once
@@ -92,11 +135,11 @@ def attention_band(
     if query.dtype != torch.float32:
         bfloat16 = torch.bfloat16 in (key.up_proj.dtype, value.up_proj.dtype)
         size = BFLOAT16_ROUNDING if bfloat16 else FLOAT16_ROUNDING
-    truth, truth_lse = latent_decode(query.double(), key, value, **arguments)
+    truth, truth_lse = latent_attention(query.double(), key, value, **arguments)
     moved, moved_lse = [], []
     for _ in range(4):
         noisy = query.double() * (1 + size * torch.randn(query.shape, dtype=torch.float64))
-        output, lse = latent_decode(noisy, with_noise(key, size), with_noise(value, size, size), **arguments)
+        output, lse = latent_attention(noisy, with_noise(key, size), with_noise(value, size, size), **arguments)
         moved.append(float((output - truth).abs().max()))
         seen = ~truth_lse.isneginf()
         moved_lse.append(float((lse - truth_lse)[seen].abs().max()) if bool(seen.any()) else 0.0)
@@ -110,8 +153,8 @@ def assert_decodes_like_the_reference(decode, query: Tensor, key: LatentSide, va
     a query moves a rotation and a product to its side and may double them. Below that stands one rounding of
     the largest number.
     """
-    truth = latent_decode(query.double(), key, value, **options)
-    reference = latent_decode(query, key, value, **options)
+    truth = latent_attention(query.double(), key, value, **options)
+    reference = latent_attention(query, key, value, **options)
     for actual, expected, exact in zip(decode(query, key, value, **options), reference, truth, strict=True):
         assert actual.dtype == torch.float32 and actual.shape == exact.shape
         assert torch.equal(actual.isneginf(), exact.isneginf())

@@ -75,9 +75,10 @@ def _rope(rope_type: str, **parameters) -> dict:
     return {"rope_type": rope_type, "rope_theta": 10000.0, **parameters}
 
 
-def _qwen3_next() -> PreTrainedModel:
+def _qwen3_next(**options) -> PreTrainedModel:
     return _build(
         "Qwen3Next",
+        **options,
         num_hidden_layers=4,
         linear_conv_kernel_dim=2,
         linear_key_head_dim=8,
@@ -169,7 +170,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
 }
 
 
-# Other sizes of a family with a bias on keys.
+# Other sizes of a family.
 OTHER_SIZES: dict[str, Callable[[], PreTrainedModel]] = {
     # Groups of four do not divide the KV heads, and their order matters.
     "qwen2-six-heads": lambda: _build(
@@ -177,6 +178,27 @@ OTHER_SIZES: dict[str, Callable[[], PreTrainedModel]] = {
     ),
     # Keys and values so narrow that a short prompt spans them.
     "qwen2-narrow": lambda: _build("Qwen2", num_key_value_heads=1, head_dim=8),
+    # So narrow that what is saved of them stays small.
+    "qwen2-six-narrow-heads": lambda: _build(
+        "Qwen2", num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=6, head_dim=4
+    ),
+    "llama-dynamic-narrow": lambda: _build(
+        "Llama",
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=24,
+        rope_parameters=_rope("dynamic", factor=2.0, original_max_position_embeddings=24),
+    ),
+    "gemma2-narrow": lambda: _build(
+        "Gemma2",
+        num_key_value_heads=1,
+        head_dim=8,
+        num_hidden_layers=4,
+        sliding_window=8,
+        query_pre_attn_scalar=8,
+        attn_implementation="eager",
+    ),
+    "qwen3-next-narrow": lambda: _qwen3_next(num_key_value_heads=1, head_dim=8),
 }
 
 

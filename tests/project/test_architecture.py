@@ -51,6 +51,7 @@ ALLOWED = {
     "lowrank_cache/cache.py": {
         "allocation",
         "attended",
+        "budget",
         "hooks",
         "kernels.reference",
         "latents",

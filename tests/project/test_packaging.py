@@ -83,5 +83,7 @@ def test_a_range_that_does_not_agree_with_the_dependencies_is_refused():
 
 def test_every_command_explains_itself():
     for script in ("release_check.py", "versions.py"):
-        done = subprocess.run([sys.executable, ROOT / "tests" / script, "--help"], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, ROOT / "tests" / "tools" / script, "--help"], capture_output=True, text=True
+        )
         assert done.returncode == 0 and "usage" in done.stdout

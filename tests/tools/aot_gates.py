@@ -46,7 +46,7 @@ from triton.runtime.jit import JITFunction
 
 from lowrank_cache.kernels import triton_decode
 from lowrank_cache.kernels.packed import LatentSide, PackedTier, RotaryFrames, padded_channels
-from lowrank_cache.kernels.triton_decode import latent_decode
+from lowrank_cache.kernels.triton_decode import latent_attention
 from lowrank_cache.kernels.triton_encode import encode
 from lowrank_cache.kernels.triton_reconstruct import reconstruct
 
@@ -193,7 +193,7 @@ def compile_shape(shape: Shape, control: str | None = None) -> None:
     mask = torch.ones(shape.batch, 1, 1, shape.tokens, dtype=torch.bool)
     if control == "oversized":
         triton_decode._CHUNK = 512
-    latent_decode(query, key, value, scaling=0.1, mask=mask)
+    latent_attention(query, key, value, scaling=0.1, mask=mask)
     if control:
         return
     reconstruct(key, dtype)

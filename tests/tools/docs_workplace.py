@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from lowrank_cache.calibration import calibrate
-from lowrank_cache.calibration.recall import mixed_batches
+from lowrank_cache.calibration.text import mixed_batches
 from lowrank_cache.evaluation.model_source import FOLDER_NAME, HUB_MODEL, cache_folder, demo_model
 from lowrank_cache.evaluation.text_source import bundled_text
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Cache, Dynami
 
 from lowrank_cache import LowRankCache, Projections, latent_attention
 from lowrank_cache.calibration import calibrate
-from lowrank_cache.calibration.recall import mixed_batches
+from lowrank_cache.calibration.text import mixed_batches
 from lowrank_cache.evaluation.model_source import demo_model
 from lowrank_cache.evaluation.perplexity import stream, windows_of
 from lowrank_cache.evaluation.text_source import bundled_text

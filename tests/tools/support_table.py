@@ -5,8 +5,9 @@ from collections import Counter
 from transformers import PreTrainedModel
 
 from lowrank_cache import latent_attention
-from lowrank_cache.attended import attended_by
-from lowrank_cache.models import LayerShape, ModelShape, RopeShape, decoder_of, model_shape
+from lowrank_cache.latent_view import attended_by
+from lowrank_cache.probe import decoder_of, model_shape
+from lowrank_cache.shapes import LayerShape, ModelShape, RopeShape
 from tests.cache.test_generation import MODES, MORE_MODES, stock_refusals
 from tests.oracle.models import FAMILIES, MORE_FAMILIES, REFUSED, tiny_model
 from tests.tools.docs_sections import write_section

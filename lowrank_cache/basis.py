@@ -1,0 +1,90 @@
+"""``Basis``: the matrices that take the states of some heads to a latent and back."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lowrank_cache.shapes import BOTH, SIDES
+
+__all__ = ["Basis"]
+
+TENSORS = ("down_proj", "up_proj", "offset", "loss", "constant")  # in the order in which they are saved
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Down- and up-projection of the keys, the values or both of a layer group, for some of its heads.
+
+    With ``x`` the states of one token, ``[width]``, layers outermost, then keys before values, then
+    ``heads``, then head_dim:
+    ``z = x @ down_proj`` is its latent, of unit variance per channel, and ``x ≈ z @ up_proj +
+    constant``. Keys are in their rotary frame (docs/method.md). Channels are sorted by ``loss``,
+    descending.
+
+    Attributes:
+        side: ``"key"`` or ``"value"``: which argument of ``Cache.update``; ``"both"`` for one latent of
+            keys and values.
+        layers: Adjacent cache layers that share the latent.
+        heads: KV heads of each of these layers (and of each side) that the basis covers, in the order of
+            its rows.
+        down_proj: ``[width, rank]`` float32.
+        up_proj: ``[rank, width]`` float32.
+        offset: ``[rank]`` float32, mean of each latent channel.
+        loss: ``[rank]`` float32, predicted loss per unit of squared latent error, in nats a token.
+        constant: ``[width]`` float32, mean of what the channels cut away by ``truncate`` held; zero at
+            full rank.
+        rank_weight: For methods that set ranks by projection and not by channel (Palu): this basis'
+            share; None where ``loss`` decides.
+    """
+
+    side: str
+    layers: tuple[int, ...]
+    heads: tuple[int, ...]
+    down_proj: Tensor
+    up_proj: Tensor
+    offset: Tensor
+    loss: Tensor
+    constant: Tensor
+    rank_weight: float | None = None
+
+    def __post_init__(self):
+        if self.side not in (*SIDES, BOTH):
+            raise ValueError(f"side must be 'key', 'value' or 'both', got {self.side!r}")
+        width, rank = self.down_proj.shape
+        expected = {"up_proj": (rank, width), "offset": (rank,), "loss": (rank,), "constant": (width,)}
+        for name, shape in expected.items():
+            tensor = getattr(self, name)
+            if tuple(tensor.shape) != shape:
+                raise ValueError(f"{self.name}: {name} must have shape {list(shape)}, got {list(tensor.shape)}")
+        for name in TENSORS:
+            if not bool(torch.isfinite(getattr(self, name)).all()):
+                raise ValueError(f"{self.name}: {name} must be finite, got NaN or infinity")
+
+    @property
+    def name(self) -> str:
+        heads = "-".join(map(str, self.heads))
+        return f"{self.side}.layers_{self.layers[0]}_{self.layers[-1]}.heads_{heads}"
+
+    @property
+    def width(self) -> int:
+        return self.down_proj.shape[0]
+
+    @property
+    def rank(self) -> int:
+        return self.down_proj.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(getattr(self, name).numel() * getattr(self, name).element_size() for name in TENSORS)
+
+    def truncate(self, rank: int) -> "Basis":
+        """A copy with the first ``rank`` channels; the others are read as their mean."""
+        return replace(
+            self,
+            down_proj=self.down_proj[:, :rank].clone(),
+            up_proj=self.up_proj[:rank].clone(),
+            offset=self.offset[:rank].clone(),
+            loss=self.loss[:rank].clone(),
+            constant=self.constant + self.offset[rank:] @ self.up_proj[rank:],
+        )

@@ -1,0 +1,271 @@
+"""One forward of a cache: announced by the decoder's hook, of one thread at a time, undone if it fails part-way.
+
+The hook tells a ``LowRankCache`` what ``Cache.update`` never hears: positions, padding, and that a forward begins.
+There is one hook per decoder, shared by all its caches and gone with the last of them. It holds no cache and no model;
+other caches pass through it untouched.
+"""
+
+import inspect
+import threading
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lowrank_cache.latent_view import Attended, attended_by
+from lowrank_cache.positions import PositionTrack
+from lowrank_cache.probe import CACHE_ARGUMENTS
+from lowrank_cache.store import LatentStore
+
+__all__ = ["Forward", "Turn", "watch"]
+
+
+class _SharedHook:
+    def __init__(self) -> None:
+        self.users = 0
+        self.handle: RemovableHandle | None = None
+
+
+_HOOKS: "weakref.WeakKeyDictionary[nn.Module, _SharedHook]" = weakref.WeakKeyDictionary()
+# Reentrant: the garbage collector may end a cache, and so call `_release`, at any point of the thread that holds it.
+_LOCK = threading.RLock()
+
+
+def watch(decoder: nn.Module, cache: object) -> None:
+    """Let ``decoder`` announce its forwards to caches of its own, by ``begin_forward``, while ``cache`` lives."""
+    with _LOCK:
+        hook = _HOOKS.setdefault(decoder, _SharedHook())
+        hook.users += 1
+        if hook.handle is None:
+            announce = partial(_announce, inspect.signature(decoder.forward))
+            hook.handle = decoder.register_forward_pre_hook(announce, with_kwargs=True)
+        _HOOKS[decoder] = hook  # again, if its last other user was collected meanwhile
+    weakref.finalize(cache, _release, weakref.ref(decoder))
+
+
+def _release(decoder_ref: "weakref.ref[nn.Module]") -> None:
+    with _LOCK:
+        decoder = decoder_ref()
+        if decoder is None or decoder not in _HOOKS:
+            return
+        hook = _HOOKS[decoder]
+        hook.users -= 1
+        if hook.users == 0 and hook.handle is not None:
+            hook.handle.remove()
+            hook.handle = None
+            del _HOOKS[decoder]
+
+
+@torch.compiler.disable(reason="positions are checked with Python control flow, outside of any graph")
+def _announce(signature: inspect.Signature, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
+    arguments = {**signature.bind_partial(*args).arguments, **kwargs}
+    for name in CACHE_ARGUMENTS:
+        begin = getattr(arguments.get(name), "begin_forward", None)
+        if begin is not None:
+            begin(decoder, arguments)
+            return
+    if type(arguments.get("cache")).__name__ == "PagedAttentionCache":  # transformers drops what it was given instead
+        warnings.warn(
+            "continuous batching keeps pages of its own: the LowRankCache that was made for this model is not used",
+            stacklevel=2,
+        )
+
+
+class Turn:
+    """Whose forward it is: taken by a thread when its forward begins, given back when the cache is whole again."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._holder: threading.Thread | None = None
+
+    def take(self) -> None:
+        """Begin; a thread may begin again after a forward of its own that failed, or of a thread that has ended.
+
+        Raises:
+            RuntimeError: If a forward of another living thread has not ended.
+        """
+        with self._lock:
+            if self._holder is not None and not self.is_mine() and self._holder.is_alive():
+                raise RuntimeError(
+                    "another thread's forward with this cache has not ended; give each thread a cache of its own "
+                    "(copy.deepcopy shares the bases), or, if that forward failed, call cache.crop(0) first"
+                )
+            self._holder = threading.current_thread()
+
+    def is_mine(self) -> bool:
+        """Whether this thread began last."""
+        return self._holder is threading.current_thread()
+
+    def give_back(self) -> None:
+        self._holder = None
+
+    def __deepcopy__(self, memo: dict) -> "Turn":
+        return Turn()
+
+
+class Forward:
+    """The forward that a cache is in, or its last one, and the way back to the state before it.
+
+    Args:
+        decoder: The model's decoder, by weak reference.
+        track, stores: Of the cache.
+        compressed: The compressed layers.
+        others: All other layers, transformers' own, in order.
+    """
+
+    def __init__(
+        self,
+        decoder: "weakref.ref[nn.Module]",
+        track: PositionTrack,
+        stores: Sequence[LatentStore],
+        compressed: Sequence[int],
+        others: Sequence[Any],
+    ):
+        self._decoder = decoder
+        self._track = track
+        self._stores = stores
+        self._compressed = frozenset(compressed)
+        self._others = list(others)
+        self.attended = Attended()  # layers that attend to latents in the current forward
+        self._updated: set[int] | None = None  # compressed layers seen in the current forward; None between forwards
+        self._length_before = 0  # cached tokens when the current forward began
+        self._others_before: list[int] = []  # what `_others_progress` was then
+        self._half_changed = False  # a change of all layers began and has not ended
+        self._turn = Turn()
+
+    @property
+    def length_before(self) -> int | None:
+        """Cached tokens when the current forward, or one that failed, began; None between forwards."""
+        return None if self._updated is None else self._length_before
+
+    def begin(self, decoder: nn.Module, arguments: Mapping[str, Any]) -> None:
+        """Begin a forward with these arguments of ``decoder``.
+
+        Raises:
+            ValueError: If the forward is another model's, holds no tokens, or does not continue the
+                cached sequence. The cache is unchanged then.
+            RuntimeError: If another thread's forward with this cache has not ended.
+        """
+        ours = self._decoder()
+        if decoder is not ours:
+            raise ValueError(
+                f"this cache was made for {type(ours).__name__} {id(ours):#x} and cannot be used with "
+                f"{type(decoder).__name__} {id(decoder):#x}; make one cache per model"
+            )
+        tokens = arguments.get("input_ids")
+        if tokens is None:
+            tokens = arguments.get("inputs_embeds")
+        if tokens is None:
+            raise ValueError("one of input_ids and inputs_embeds must be given to a forward with a LowRankCache")
+        self._turn.take()
+        try:
+            self.settle()
+            self._begin(attended_by(decoder), tokens, arguments.get("position_ids"), arguments.get("attention_mask"))
+        except BaseException:
+            self._turn.give_back()
+            raise
+
+    def _begin(
+        self, attended: Attended, tokens: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None
+    ) -> None:
+        length = self._track.slots
+        self._length_before, self._others_before = length, self._others_progress()
+        self.attended = attended
+        try:
+            self._track.begin(tokens.shape[0], tokens.shape[1], position_ids, attention_mask, tokens.device)
+            for store in self._stores:
+                store.begin(attended.impl)
+            self._updated = set()
+        except BaseException:
+            self._updated = None
+            for store in self._stores:
+                store.rollback()
+            self._track.truncate(length)
+            raise
+
+    def check_update(self, layer_idx: int, past: int, states: Tensor) -> None:
+        """Raise ValueError unless this forward brings ``states`` to a layer that holds ``past`` tokens."""
+        expected = (self._track.batch, self._track.slots - past)
+        updated = self._updated if self._turn.is_mine() else None
+        if updated is None or layer_idx in updated or (states.shape[0], states.shape[2]) != expected:
+            raise ValueError(
+                f"layer {layer_idx} was updated outside a forward of the model this cache was made for, so the "
+                "positions of its tokens are unknown; make one cache per model"
+            )
+
+    def note_updated(self, layer_idx: int) -> None:
+        """A compressed layer was updated; the forward is through when all were."""
+        assert self._updated is not None
+        self._updated.add(layer_idx)
+        if len(self._updated) == len(self._compressed):
+            self._updated = None
+            self._track.end()
+            for store in self._stores:
+                store.commit()
+            self._turn.give_back()
+
+    def settle(self) -> None:
+        """If the last forward did not reach every layer, return to the state before it.
+
+        Raises:
+            ValueError: If that is impossible.
+        """
+        if self._half_changed:
+            raise ValueError(
+                "a crop or a change of rows of this cache was interrupted, so its layers do not agree any more; "
+                "call cache.reset() and start again"
+            )
+        if self._updated is None:
+            return
+        # Linear layers do not tell whether the failed forward reached them.
+        perhaps = any(state for layer in self._others for state in getattr(layer, "has_previous_state", {}).values())
+        if perhaps or self._others_progress() != self._others_before:
+            raise ValueError(
+                "the last forward failed part-way and this model's sliding-window or linear layers cannot be rolled "
+                "back; call cache.reset() and start again"
+            )
+        for store in self._stores:
+            store.rollback()
+        self._track.truncate(min(store.lengths[0] for store in self._stores))
+        self._updated = None
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Mark the cache until a change of all its layers is through: whatever interrupts it, the mark stays."""
+        self.settle()
+        self._turn.give_back()
+        self._half_changed = True
+        yield
+        self._half_changed = False
+
+    def change_others(self, change: str, argument: Any) -> None:
+        """Inside ``changing``: call ``change`` of all layers that are not compressed."""
+        for changed, layer in enumerate(self._others):
+            try:
+                getattr(layer, change)(argument)
+            except (RuntimeError, AttributeError) as error:
+                # transformers' layers refuse before they change; if the first one does, the cache is as it was.
+                self._half_changed = changed > 0 or isinstance(error, torch.OutOfMemoryError)
+                raise
+
+    def reset(self) -> None:
+        """Empty all layers, whatever state they are in."""
+        self._half_changed = True
+        for layer in self._others:
+            layer.reset()
+        for store in self._stores:
+            store.clear()
+        self._track.clear()
+        self._updated = None
+        self._turn.give_back()
+        self._half_changed = False
+
+    def _others_progress(self) -> list[int]:
+        """Tokens seen so far by each attention layer that is not compressed."""
+        return [layer.get_seq_length() for layer in self._others if hasattr(layer, "get_seq_length")]

@@ -1,0 +1,143 @@
+"""What one layer holds during a forward, by segment, and how it travels from the cache to the attention function.
+
+``Cache.update`` returns dense keys and values, or, to a model under ``latent_attention``, the forward's own
+states with a ``LatentView`` of everything else. Between ``Cache.update`` and the attention function stands the model's
+own code, which hands on two tensors, so the view rides on the key tensor. See docs/cache_contract.md, "Attending to
+latents".
+"""
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_cache.kernels.api import latent_attention
+from lowrank_cache.kernels.packed import LatentSide
+from lowrank_cache.kernels.segments import attend, merge
+
+__all__ = ["Attended", "LatentView", "StoredSide", "attach_view", "attended_by", "set_attended", "view_of"]
+
+
+@dataclass(frozen=True)
+class StoredSide:
+    """One layer's keys or values, at the time of its update.
+
+    Attributes:
+        sinks: ``[batch, heads, sinks, head_dim]`` exact.
+        latents: The tokens between sinks and tail; None while there are none.
+        tail: ``[batch, heads, tokens, head_dim]`` exact: the window and the forward's own tokens.
+    """
+
+    sinks: Tensor
+    latents: LatentSide | None
+    tail: Tensor
+
+
+@dataclass(frozen=True)
+class LatentView:
+    """Keys and values of one layer, and where their segments stand among the slots.
+
+    Attributes:
+        key, value: What is stored.
+        slots: Tokens in all, those of the forward included.
+        encoded_end: First slot of the tail; latents stand before it.
+        sink_slots: ``[batch, sinks]``, the slot of each row's sinks, ``slots`` or more where a row has not come to
+            one yet; None if they are the first slots of every row.
+        impl: Kernels that read the latents, see ``kernels.api``.
+    """
+
+    key: StoredSide
+    value: StoredSide
+    slots: int
+    encoded_end: int
+    sink_slots: Tensor | None
+    impl: str = "auto"
+
+    def attend(
+        self,
+        query: Tensor,
+        *,
+        scaling: float,
+        mask: Tensor | None = None,
+        softcap: float | None = None,
+        sink_logits: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of the forward's queries over all slots.
+
+        Args:
+            query: ``[batch, q_heads, q_tokens, head_dim]``, post-RoPE, of the last ``q_tokens`` slots.
+            scaling, softcap: see ``kernels.segments.attend``.
+            mask: bool ``[1 or batch, 1, q_tokens, slots]``, True where a query sees a slot; None for causal.
+            sink_logits: ``[q_heads]``, see ``kernels.segments.merge``.
+
+        Returns:
+            ``[batch, q_heads, q_tokens, value_dim]``, at least float32.
+        """
+        if mask is None and query.shape[2] > 1:
+            mask = _causal(query.shape[2], self.slots, query.device)
+        options: dict[str, Any] = {"scaling": scaling, "softcap": softcap}
+        sink_mask, mask = self._split_off_sinks(mask)
+        tail = self.key.tail.shape[2]
+        seen = mask
+        if mask is not None and sink_mask is not None:
+            seen = torch.cat([sink_mask.expand(mask.shape[0], -1, -1, -1), mask[..., self.slots - tail :]], dim=3)
+        keys, values = (torch.cat([side.sinks, side.tail], dim=2) for side in (self.key, self.value))
+        segments = [attend(query, keys, values, mask=seen, **options)]
+        if self.key.latents is not None and self.value.latents is not None:
+            seen = None if mask is None else mask[..., self.encoded_end - self.key.latents.tokens : self.encoded_end]
+            segments.append(
+                latent_attention(query, self.key.latents, self.value.latents, mask=seen, impl=self.impl, **options)
+            )
+        return merge(segments, sink_logits)[0]
+
+    def _split_off_sinks(self, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """The mask of the sink segment, and the mask of slots without those that sinks stand for."""
+        if self.sink_slots is None:
+            return (None if mask is None else mask[..., : self.key.sinks.shape[2]]), mask
+        batch = self.sink_slots.shape[0]
+        if mask is None:  # one query token and, says the model, no padding
+            mask = self.sink_slots.new_ones(batch, 1, 1, self.slots, dtype=torch.bool)
+        mask = mask.expand(batch, *mask.shape[1:])
+        # A sink that is not there yet has a slot past the end: one more column takes them all.
+        padded = torch.nn.functional.pad(mask, (0, 1))
+        slots = self.sink_slots.clamp(max=self.slots)
+        sinks = padded.gather(3, slots[:, None, None].expand(-1, 1, mask.shape[2], -1))
+        elsewhere = padded.new_ones(batch, self.slots + 1).scatter_(1, slots, False)[:, None, None, : self.slots]
+        return sinks, mask & elsewhere
+
+
+def _causal(q_tokens: int, slots: int, device: torch.device) -> Tensor:
+    """``[1, 1, q_tokens, slots]``: the last ``q_tokens`` slots see themselves and what is before them."""
+    return torch.ones(q_tokens, slots, dtype=torch.bool, device=device).tril_(slots - q_tokens)[None, None]
+
+
+@dataclass(frozen=True)
+class Attended:
+    """The cache layers of a model that attend to latents, and who computes for its caches (``kernels.api``)."""
+
+    layers: frozenset[int] = frozenset()
+    impl: str = "auto"
+
+
+_ATTENDED: "weakref.WeakKeyDictionary[nn.Module, Attended]" = weakref.WeakKeyDictionary()
+_NOWHERE = Attended()
+
+
+def set_attended(decoder: nn.Module, attended: Attended) -> None:
+    """Tell the caches of ``decoder``, from its next forward on, which of its layers attend to latents."""
+    _ATTENDED[decoder] = attended
+
+
+def attended_by(decoder: nn.Module) -> Attended:
+    return _ATTENDED.get(decoder, _NOWHERE)
+
+
+def attach_view(keys: Tensor, view: object) -> None:
+    keys.latent_view = view  # type: ignore[attr-defined]  # tensors take attributes; the stubs do not know
+
+
+def view_of(keys: Tensor) -> object | None:
+    """What ``attach_view`` attached to this very tensor; nothing survives an operation on it."""
+    return getattr(keys, "latent_view", None)

@@ -1,0 +1,324 @@
+"""Find out what a model caches and where it computes, by probing it with one token.
+
+Nothing here knows a model family. Two one-token forwards, at positions 0 and ``PROBE_POSITION``,
+show what every layer hands to ``Cache.update``; since each layer is given the same hidden states in
+both, the two differ by the rotary embedding alone. Whatever the probe cannot explain raises NotImplementedError
+here, when a cache is made, and never later. See docs/cache_contract.md, "The probe".
+"""
+
+import inspect
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import get_layer_types_and_kwargs
+
+from lowrank_cache.kernels.rope import LAYOUTS, angle_tables, rotate
+from lowrank_cache.shapes import SIDES, LayerShape, ModelShape, RopeShape, SideShape
+
+__all__ = [
+    "CACHE_ARGUMENTS",
+    "SpyCache",
+    "cache_argument",
+    "decoder_of",
+    "execution_device",
+    "input_device",
+    "layer_devices",
+    "model_shape",
+    "one_token_cache",
+    "one_token_forward",
+    "rope_buffer",
+]
+
+# Small, so that a dynamic or long-context rotary embedding does not leave its short-context state.
+PROBE_POSITION = 3
+# What a model calls the argument that takes a cache: ``cache`` since transformers 5.24, ``past_key_values`` before.
+CACHE_ARGUMENTS = ("cache", "past_key_values")
+
+
+def cache_argument(model: Any, cache: object) -> dict[str, Any]:
+    """``cache`` as a keyword argument of a model's ``forward`` and ``generate``, by its name there."""
+    name, old_name = CACHE_ARGUMENTS
+    return {name if name in inspect.signature(model.forward).parameters else old_name: cache}
+
+
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The decoder stack inside ``model``: the module that receives positions, mask and cache.
+
+    Raises:
+        NotImplementedError: For encoder–decoder models and for anything without a decoder.
+    """
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "get_decoder"):
+        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
+    if getattr(config, "is_encoder_decoder", False):
+        raise NotImplementedError(f"{type(model).__name__} is an encoder–decoder model; only decoders are supported")
+    return model.get_decoder()
+
+
+_SHAPES: "weakref.WeakKeyDictionary[nn.Module, ModelShape]" = weakref.WeakKeyDictionary()
+
+
+def model_shape(model: PreTrainedModel) -> ModelShape:
+    """Probe ``model`` once and describe what it caches.
+
+    Args:
+        model: A decoder-only transformers model, on any device, quantized or not.
+
+    Returns:
+        The shape, remembered for as long as the model lives.
+
+    Raises:
+        NotImplementedError: If the model's cache cannot be compressed: no full-attention layer, no
+            rotary embedding, ALiBi, M-RoPE, keys that the probe cannot un-rotate, or a model split over processes.
+        ValueError: If the model computes NaN or infinite keys or values.
+    """
+    decoder = decoder_of(model)
+    if decoder not in _SHAPES:
+        _SHAPES[decoder] = _probe(model, decoder)
+    return _SHAPES[decoder]
+
+
+def rope_buffer(decoder: nn.Module, source: str) -> Tensor:
+    """The inverse frequencies that ``RopeShape.source`` names, ``[rotary_dim / 2]``, as they are now."""
+    path, _, name = source.rpartition(".")
+    return getattr(decoder.get_submodule(path), name)
+
+
+class SpyCache(DynamicCache):
+    """A stock cache that shows each layer's update to ``note(layer_idx, given, returned)``, pairs of key and value."""
+
+    def __init__(self, model: PreTrainedModel, note: Callable[[int, tuple, tuple], object]):
+        super().__init__(config=model.config.get_text_config(decoder=True))
+        self._note = note
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        returned = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        self._note(layer_idx, (key_states, value_states), returned)
+        return returned
+
+
+def _check_one_process(model: PreTrainedModel) -> None:
+    """Refuse a model that is split over processes: each would calibrate, and cache, only its own heads or layers."""
+    tensor_parallel = getattr(model, "_tp_size", None) or 1
+    pipeline_parallel = getattr(getattr(model.config, "distributed_config", None), "pp_size", None) or 1
+    if tensor_parallel > 1 or pipeline_parallel > 1:
+        raise NotImplementedError(
+            f"{type(model).__name__} is split over processes (tensor parallel {tensor_parallel}, pipeline parallel "
+            f"{pipeline_parallel}), and each caches only its own heads or layers, which is not supported; load the "
+            "whole model in one process, over several devices with device_map if need be"
+        )
+
+
+def _probe(model: PreTrainedModel, decoder: nn.Module) -> ModelShape:
+    name = type(model).__name__
+    _check_one_process(model)
+    config = model.config.get_text_config(decoder=True)
+    layer_types = tuple(get_layer_types_and_kwargs(config)[0])
+    full = [index for index, layer_type in enumerate(layer_types) if layer_type == "full_attention"]
+    if not full:
+        raise NotImplementedError(
+            f"{name} has nothing to compress: its cache layers are {sorted(set(layer_types))}, and only "
+            "'full_attention' layers grow with the context"
+        )
+    if _uses_mrope(config):
+        raise NotImplementedError(f"{name} uses M-RoPE (several positions per token), which is not supported")
+    if getattr(config, "alibi", False):
+        raise NotImplementedError(f"{name} uses ALiBi; only rotary decoders are supported")
+    sources = _rope_sources(decoder)
+    if not sources:
+        raise NotImplementedError(
+            f"{name} has no rotary position embedding with inverse frequencies to read (learned positions, ALiBi or "
+            "precomputed tables?); only rotary decoders are supported"
+        )
+    with _same_inputs(decoder):
+        before = _observe(model, 0)
+        after = _observe(model, PROBE_POSITION)
+    # Read at once after the second forward: a dynamic embedding may change its buffer in a forward.
+    frequencies = {source: rope_buffer(decoder, source).detach().float().cpu() for source in sources}
+    dynamic = _is_dynamic(config)
+    layers = []
+    for layer_idx in full:
+        if layer_idx not in before or layer_idx not in after:
+            raise NotImplementedError(f"{name}: layer {layer_idx} did not call Cache.update in the probe forward")
+        sides = []
+        for side, at_zero, rotated in zip(SIDES, before[layer_idx], after[layer_idx], strict=True):
+            try:
+                rope = _explain(at_zero, rotated, frequencies, dynamic)
+            except LookupError:
+                raise NotImplementedError(
+                    f"{name}: the {side} states of layer {layer_idx} change with position in a way that is no known "
+                    f"rotary layout {LAYOUTS}"
+                ) from None
+            sides.append(SideShape(at_zero.shape[1], at_zero.shape[3], rope))
+        layers.append(LayerShape(layer_idx, *sides))
+    return ModelShape(config.model_type, layer_types, tuple(layers))
+
+
+@contextmanager
+def _same_inputs(decoder: nn.Module) -> Iterator[None]:
+    """Give each layer, in every forward after the first, the hidden states it had in the first.
+
+    One token attends to itself alone, so positions should not matter to hidden states; but a sink logit sees the
+    rounding of rotated scores, routers amplify it, and in half precision deep layers differ beyond recognition.
+    """
+    inputs: dict[nn.Module, Tensor] = {}
+    prober = threading.get_ident()
+
+    def replace(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if threading.get_ident() != prober:  # another thread is using the model meanwhile
+            return args, kwargs
+        hidden = kwargs.get("hidden_states", args[0] if args else None)
+        if isinstance(hidden, Tensor):
+            first = inputs.setdefault(module, hidden.clone())
+            if "hidden_states" in kwargs:
+                kwargs["hidden_states"] = first.clone()
+            else:
+                args = (first.clone(), *args[1:])
+        return args, kwargs
+
+    layers = [module for module in decoder.modules() if hasattr(module, "layer_idx")]
+    handles = [module.register_forward_pre_hook(replace, with_kwargs=True) for module in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _observe(model: PreTrainedModel, position: int) -> dict[int, tuple[Tensor, ...]]:
+    """One token at ``position`` through the model: what each layer handed to the cache, float32 on CPU."""
+    seen: dict[int, tuple[Tensor, ...]] = {}
+
+    def note(layer_idx: int, given: tuple, returned: tuple) -> None:
+        seen[layer_idx] = tuple(state.detach().float().cpu() for state in given)
+
+    one_token_forward(model, SpyCache(model, note), position)
+    for index, states in seen.items():
+        if not all(bool(torch.isfinite(state).all()) for state in states):
+            raise ValueError(
+                f"{type(model).__name__}: keys and values of layer {index} must be finite, got NaN or infinity; "
+                "check the model's weights"
+            )
+    return seen
+
+
+def layer_devices(model: PreTrainedModel) -> dict[int, torch.device]:
+    """The device on which each cache layer computes; accelerate brings weights that are offloaded to it."""
+    devices: dict[int, torch.device] = {}
+    for module in decoder_of(model).modules():
+        layer_idx = getattr(module, "layer_idx", None)
+        if not isinstance(layer_idx, int) or layer_idx in devices:
+            continue
+        # A layer that holds several caches (LongCat) counts itself otherwise than the modules inside, which call them.
+        if not any(hasattr(part, "layer_idx") for part in module.modules() if part is not module):
+            devices[layer_idx] = execution_device(module)
+    return devices
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Where ``module`` computes: the device that accelerate's hooks bring weights to, or that its parameters are on."""
+    for part in module.modules():
+        hook = getattr(part, "_hf_hook", None)
+        for single in getattr(hook, "hooks", (hook,)):
+            device = getattr(single, "execution_device", None)
+            if device is not None:  # accelerate counts GPUs
+                return torch.empty(0, device=device).device
+    return next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where ``model`` takes its token ids."""
+    device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]  # nn.Module.__getattr__
+    # accelerate keeps offloaded weights on meta and moves inputs itself
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def one_token_cache(model: PreTrainedModel) -> Cache:
+    """A stock cache of one token: shapes, dtypes and devices of everything that ``model`` hands to a cache."""
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    one_token_forward(model, cache)
+    return cache
+
+
+def one_token_forward(model: PreTrainedModel, cache: Cache, position: int = 0) -> None:
+    """Run one token at ``position`` through ``model`` in eval mode, without gradients.
+
+    Raises:
+        NotImplementedError: If the model takes no transformers cache or no positions.
+    """
+    device = input_device(model)
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    token = torch.full((1, 1), min(7, vocabulary - 1), dtype=torch.long, device=device)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            model(
+                input_ids=token,
+                position_ids=torch.full_like(token, position),
+                attention_mask=torch.ones_like(token),
+                **cache_argument(model, cache),
+                use_cache=True,
+            )
+    except (TypeError, AttributeError) as error:
+        raise NotImplementedError(
+            f"{type(model).__name__} cannot run with a transformers Cache and position_ids: {error}"
+        ) from error
+    finally:
+        model.train(was_training)
+
+
+def _explain(at_zero: Tensor, rotated: Tensor, frequencies: dict[str, Tensor], dynamic: bool) -> RopeShape | None:
+    """Which rotation takes ``at_zero`` to ``rotated`` (both ``[1, heads, 1, head_dim]``).
+
+    Raises:
+        LookupError: If none does.
+    """
+    scale = at_zero.norm().clamp(min=1e-6)
+    tolerance = 0.02  # bfloat16 rounding of keys and tables stays below 0.01; a wrong layout is above 0.5
+    errors: dict[RopeShape | None, float] = {None: float((rotated - at_zero).norm() / scale)}
+    position = torch.tensor([PROBE_POSITION])
+    for source, inv_freq in frequencies.items():
+        if 2 * len(inv_freq) > at_zero.shape[-1]:
+            continue
+        cos, sin = angle_tables(position, inv_freq)
+        for layout in LAYOUTS:
+            undone = rotate(rotated, cos, sin, layout, inverse=True)
+            shape = RopeShape(layout, 2 * len(inv_freq), source, dynamic)
+            errors[shape] = float((undone - at_zero).norm() / scale)
+    best = min(errors, key=errors.__getitem__)
+    if not errors[best] <= tolerance:
+        raise LookupError
+    return best
+
+
+def _rope_sources(decoder: nn.Module) -> list[str]:
+    """Paths of the inverse frequencies in use, sorted; ``original_inv_freq`` copies are not in use."""
+    sources = []
+    for path, module in decoder.named_modules():
+        for name in {*dict(module.named_buffers(recurse=False)), *vars(module)}:
+            if name.endswith("inv_freq") and "original" not in name and "long" not in name:
+                sources.append(f"{path}.{name}".lstrip("."))
+    return sorted(sources)
+
+
+def _rope_parameters(config) -> list[dict]:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    if parameters and all(isinstance(value, dict) for value in parameters.values()):
+        return list(parameters.values())  # one set per layer type (Gemma 3)
+    return [parameters]
+
+
+def _uses_mrope(config) -> bool:
+    return any("mrope_section" in parameters for parameters in _rope_parameters(config))
+
+
+def _is_dynamic(config) -> bool:
+    types = {parameters.get("rope_type", "default") for parameters in _rope_parameters(config)}
+    return any("dynamic" in rope_type or rope_type == "longrope" for rope_type in types)

@@ -1,0 +1,152 @@
+"""What a model caches, as plain data: attention layers, their shapes and rotations, and groups of layers.
+
+``probe.model_shape`` finds it out; projections carry it and are compared by it.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import torch
+
+__all__ = [
+    "BOTH",
+    "SIDES",
+    "Group",
+    "LayerShape",
+    "Member",
+    "ModelShape",
+    "RopeShape",
+    "SideShape",
+    "layer_groups",
+    "sides_of",
+]
+
+SIDES = ("key", "value")
+BOTH = "both"  # keys and values of the same layers in one latent
+Group = tuple[int, ...]  # adjacent compressible layers
+
+
+@dataclass(frozen=True)
+class RopeShape:
+    """How one side of a layer is rotated.
+
+    Attributes:
+        layout: ``"half"`` or ``"interleaved"``, see ``kernels.rope.rotate``.
+        rotary_dim: How many leading numbers of each head are rotated.
+        source: Dotted path, inside the decoder, of the buffer that holds the inverse frequencies.
+        dynamic: Whether the model changes that buffer with the length of the context.
+    """
+
+    layout: str
+    rotary_dim: int
+    source: str
+    dynamic: bool
+
+
+@dataclass(frozen=True)
+class SideShape:
+    """Shape of what ``Cache.update`` receives as keys or as values: heads, numbers a head, rotation."""
+
+    heads: int
+    head_dim: int
+    rope: RopeShape | None
+
+    @property
+    def width(self) -> int:
+        """Numbers per token."""
+        return self.heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One compressible attention layer."""
+
+    layer_idx: int
+    key: SideShape
+    value: SideShape
+
+    def side(self, name: str) -> SideShape:
+        return self.key if name == "key" else self.value
+
+
+class Member(NamedTuple):
+    """The keys or the values of one layer, as part of what a latent holds."""
+
+    layer: int
+    side: str  # "key" or "value"
+    shape: SideShape
+
+
+def sides_of(side: str) -> tuple[str, ...]:
+    """``"key"`` and ``"value"`` for ``"both"``, else ``side`` alone."""
+    return SIDES if side == BOTH else (side,)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The cached layers of a model.
+
+    Attributes:
+        model_type: ``config.model_type``.
+        layer_types: transformers' type of every cache layer, in order.
+        layers: The compressible (``full_attention``) layers.
+    """
+
+    model_type: str
+    layer_types: tuple[str, ...]
+    layers: tuple[LayerShape, ...]
+
+    def members(self, side: str, layers: Group) -> list[Member]:
+        """What a latent over ``layers`` holds, in the order of a basis' rows.
+
+        ``side`` is ``"key"``, ``"value"`` or ``"both"``, which puts each layer's keys before its values.
+        """
+        return [Member(index, name, self.layer(index).side(name)) for index in layers for name in sides_of(side)]
+
+    def layer(self, layer_idx: int) -> LayerShape:
+        return next(layer for layer in self.layers if layer.layer_idx == layer_idx)
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict) -> "ModelShape":
+        def side(fields: dict) -> SideShape:
+            rope = RopeShape(**fields["rope"]) if fields["rope"] else None
+            sizes = int(fields["heads"]), int(fields["head_dim"])
+            if min(sizes) < 1:
+                raise ValueError(f"heads and head_dim must be at least 1, got {sizes}")
+            return SideShape(*sizes, rope)
+
+        layers = tuple(
+            LayerShape(int(layer["layer_idx"]), side(layer["key"]), side(layer["value"])) for layer in fields["layers"]
+        )
+        return cls(str(fields["model_type"]), tuple(fields["layer_types"]), layers)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the structure: equal for any two models that can share projections."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+
+def layer_groups(
+    shape: ModelShape, side: str, size: int, devices: Mapping[int, torch.device] | None = None
+) -> list[Group]:
+    """Cut the compressible layers into groups of ``size`` adjacent ones; the last may be shorter.
+
+    A group never mixes layers whose states differ in heads, head_dim or rope, nor, with ``devices`` from
+    ``probe.layer_devices``, layers of different devices.
+    """
+    groups: list[list[int]] = []
+    for layer in shape.layers:
+        alike = groups and all(shape.layer(groups[-1][0]).side(name) == layer.side(name) for name in sides_of(side))
+        if alike and devices is not None:
+            alike = devices.get(groups[-1][-1]) == devices.get(layer.layer_idx)
+        if alike and len(groups[-1]) < size:
+            groups[-1].append(layer.layer_idx)
+        else:
+            groups.append([layer.layer_idx])
+    return [tuple(group) for group in groups]
