@@ -56,6 +56,7 @@ def test_shell_commands_exist(page):
         ("make nonsense", "no target"),
         ('pip install ".[nonsense]"', "no extra"),
         ("python -m tests.nonsense", "no file"),
+        ("python docs/experiments/roofline.py moments.safetensors --no-such-option 1", "No such option"),
         ("curl example.org", "can be checked"),
     ],
 )
