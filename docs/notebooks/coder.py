@@ -22,15 +22,15 @@ print(projections)
 # %% [markdown]
 # ## Energies
 #
-# Each line is a store: the keys and values of five layers in one latent of 1,920 channels. `loss` is what dropping a
+# Each line is a group: the keys and values of five layers in one latent of 1,920 channels. `loss` is what dropping a
 # channel would cost, in nats per token, as calibration predicts it. It falls by orders of magnitude within the first
 # tenth of the channels: that is what there is to gain.
 
 # %%
 figure, (spectrum, kept) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
-for store in projections.stores():
-    loss = store[0].loss.double().numpy()
-    label = f"layers {store[0].layers[0]}–{store[0].layers[-1]}"
+for (basis,) in projections.groups():
+    loss = basis.loss.double().numpy()
+    label = f"layers {basis.layers[0]}–{basis.layers[-1]}"
     spectrum.semilogy(np.arange(1, len(loss) + 1), loss, label=label)
     kept.semilogy(np.arange(len(loss)), 1 - np.cumsum(loss) / loss.sum(), label=label)
 spectrum.set(xlabel="channel", ylabel="predicted loss of dropping it, nats")
@@ -48,18 +48,18 @@ plt.show()
 
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(13, 3.2), layout="constrained", sharey=True)
-stores = projections.stores()
 for axis, ratio in zip(axes, (4, 8, 16), strict=True):
-    picture = np.zeros((len(stores), stores[0][0].rank))
-    for row, plan in enumerate(plan_groups(projections, ratio)):
+    plans = plan_groups(projections, ratio)
+    picture = np.zeros((len(plans), plans[0].bases[0].rank))
+    for line, plan in enumerate(plans):
         start = 0
         for bits, channels in plan.tiers:
-            picture[row, start : start + len(channels)] = bits
+            picture[line, start : start + len(channels)] = bits
             start += len(channels)
     image = axis.imshow(picture, aspect="auto", vmin=0, vmax=16, interpolation="nearest")
     axis.set(title=f"{ratio}x", xlabel="channel, by importance")
-labels = [f"{store[0].layers[0]}–{store[0].layers[-1]}" for store in stores]
-axes[0].set_yticks(range(len(stores)), labels)
+labels = [f"{plan.bases[0].layers[0]}–{plan.bases[0].layers[-1]}" for plan in plans]
+axes[0].set_yticks(range(len(plans)), labels)
 axes[0].set_ylabel("layers")
 figure.colorbar(image, ax=axes, ticks=(0, 2, 4, 8, 16), label="bits")
 plt.show()
@@ -68,7 +68,7 @@ plt.show()
 # ## What a layer reads back
 #
 # A prompt that calibration has not seen goes into the full cache and into compressed ones. With the next token,
-# `update` hands each layer its past keys and values; the difference to the full cache is the coder's error. Only
+# `update` gives each layer its past keys and values; the difference to the full cache is the coder's error. Only
 # tokens that are stored as latents count.
 
 # %%
@@ -118,4 +118,4 @@ plt.show()
 # %% [markdown]
 # At 16x, values are read back with errors of about a third and keys of an eighth, and the next token's distribution
 # hardly moves. That is the point of weighing by sensitivity: errors are put where the loss does not see them. What
-# it changes at the same size is measured in [Quality](../quality.md#fisher-against-a-whitened-svd).
+# it changes at the same size is measured in [the appendix](../appendix.md#fisher-against-a-whitened-svd).

@@ -3,20 +3,19 @@
 #
 # Perplexity of a short text under the full cache, quantized caches and low-rank caches, against the bytes that each
 # one stores. Every token is streamed through the real cache, so that every read is lossy. A short text shows the
-# shape of the curves; tables with intervals are in [Quality](../quality.md).
+# shape of the curves; tables with intervals are in [Results](../results.md).
 
 # %%
 import matplotlib.pyplot as plt
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lowrank_cache import Projections
+from lowrank_cache import LowRankCache, Projections
 from lowrank_cache.calibration import PRESETS
 from lowrank_cache.calibration.api import projections_from_moments
 from lowrank_cache.calibration.moments import Moments
-from lowrank_cache.evaluation.baselines import make_baseline, tensor_bytes
-from lowrank_cache.evaluation.perplexity import stream, windows_of
-from lowrank_cache.evaluation.remembered import RememberingCache
+from lowrank_cache.evaluation.caches import make_baseline, tensor_bytes
+from lowrank_cache.evaluation.streaming import stream, windows_of
 
 name = "HuggingFaceTB/SmolLM2-135M-Instruct"
 model = AutoModelForCausalLM.from_pretrained(name, dtype="bfloat16").eval()
@@ -25,8 +24,7 @@ text = open("my.txt", encoding="utf-8").read()[-60_000:]  # calibration read the
 windows = windows_of(torch.tensor(tokenizer(text)["input_ids"]), 768, count=2)
 
 # %% [markdown]
-# `RememberingCache` is a `LowRankCache` that reads each latent once and remembers what it read; its logits and its
-# bytes are the same, and streaming is faster. The window of exact tokens is 32.
+# The window of exact tokens is 32.
 
 # %%
 smallest = Projections.from_pretrained("my-projections")
@@ -34,7 +32,7 @@ fastest = projections_from_moments(Moments.load("my-moments.safetensors"), **PRE
 
 
 def low_rank(projections, ratio):
-    return lambda: RememberingCache(model, projections, compression_ratio=ratio, residual_length=32, block_size=32)
+    return lambda: LowRankCache(model, projections, compression_ratio=ratio, residual_length=32, block_size=32)
 
 
 makers = {"full": lambda: make_baseline("full", model, 32)}

@@ -3,7 +3,7 @@
 #
 # What each decoded token takes, and what the cache holds, as the context grows; and where rotary frames help. One
 # thread of a CPU, bfloat16. Times differ from machine to machine: compare them with each other. Tables are in
-# [Speed](../speed.md).
+# [Results](../results.md#speed).
 
 # %%
 import statistics
@@ -17,7 +17,7 @@ from lowrank_cache import LowRankCache, Projections, latent_attention
 from lowrank_cache.calibration import PRESETS
 from lowrank_cache.calibration.api import projections_from_moments
 from lowrank_cache.calibration.moments import Moments
-from lowrank_cache.evaluation.baselines import tensor_bytes
+from lowrank_cache.evaluation.caches import tensor_bytes
 from lowrank_cache.evaluation.inspection import inspect_projections
 
 torch.set_num_threads(1)
@@ -82,9 +82,9 @@ for axis in (speed, size):
 plt.show()
 
 # %% [markdown]
-# `smallest` rebuilds keys of five layers' latent for every layer, so its time grows fastest. `fastest` starts above
-# the full cache, for the many small operations of a step, and grows most slowly: it overtakes where the context is
-# long enough.
+# `smallest` reconstructs keys from five layers' latent for every layer, so its time grows fastest. `fastest` starts
+# above the full cache, for the many small operations of a step. Whether it overtakes in longer contexts depends on
+# the processor.
 #
 # ## What the bytes are
 #
@@ -92,15 +92,15 @@ plt.show()
 
 # %%
 figure, axis = plt.subplots(figsize=(8, 2.8), layout="constrained")
-rows = {"full": [sizes["full"][-1], 0, 0]}
+parts = {"full": [sizes["full"][-1], 0, 0]}
 for preset, projections in presets.items():
     inspection = inspect_projections(projections, 8)
     exact = sizes[preset][-1] - inspection.latent_bytes * (contexts[-1] - 128)
-    rows[preset] = [exact, inspection.latent_bytes * (contexts[-1] - 128), inspection.basis_bytes]
-left = [0.0] * len(rows)
+    parts[preset] = [exact, inspection.latent_bytes * (contexts[-1] - 128), inspection.basis_bytes]
+left = [0.0] * len(parts)
 for part, label in enumerate(("exact tokens, positions, unused room", "latents", "bases")):
-    values = [row[part] / 1e6 for row in rows.values()]
-    axis.barh(list(rows), values, left=left, label=label)
+    values = [sizes_of[part] / 1e6 for sizes_of in parts.values()]
+    axis.barh(list(parts), values, left=left, label=label)
     left = [start + value for start, value in zip(left, values, strict=True)]
 axis.invert_yaxis()
 axis.set(xlabel="MB")
@@ -112,7 +112,7 @@ plt.show()
 #
 # One latent for each layer's keys and one for its values, keys in frames of 1, 16 and 64 tokens. Longer frames
 # compress less well (the predicted loss at 8x rises) and are read faster (queries are absorbed once per frame; in
-# frames of 1, keys are rebuilt).
+# frames of 1, keys are reconstructed).
 
 # %%
 frames = (1, 16, 64)

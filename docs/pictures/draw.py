@@ -19,7 +19,7 @@ EXACT, LATENT, PADDING, INK = "#f4a582", "#6baed6", "#dddddd", "#333333"
 
 def main() -> None:
     plt.rcParams.update({"font.size": 11, "svg.hashsalt": "lowrank-cache", "font.family": "DejaVu Sans"})
-    for draw in (coder, frames, slots, attending, modules):
+    for draw in (coder, frames, slots, attending):
         figure = draw()
         figure.savefig(FOLDER / f"{draw.__name__}.svg", bbox_inches="tight", facecolor="white", metadata={"Date": None})
         plt.close(figure)
@@ -56,7 +56,7 @@ def coder() -> plt.Figure:
     axis.text(
         106,
         32.5,
-        "stored of the token: a packed row\nfor each tier, and a step (grey)\nfor each quantized tier",
+        "stored of the token: packed codes\nof each tier, and a step (grey)\nof each quantized tier",
         ha="center",
         va="center",
         fontsize=9,
@@ -88,7 +88,7 @@ def frames() -> plt.Figure:
             2,
             "pre-RoPE\n(frame = 1)",
             lambda n: 0.0,
-            "all alike: compresses best, but each key must be rebuilt and turned to be scored",
+            "all alike: compresses best, but each key must be reconstructed and turned to be scored",
         ),
     ]
     colors = ["#1b9e77", "#d95f02", "#7570b3", "#e7298a"]
@@ -121,9 +121,9 @@ def frames() -> plt.Figure:
 
 
 def slots() -> plt.Figure:
-    """Two rows of a batch: where sinks, latents and the window lie, and what moves."""
+    """Two sequences of a batch: where sinks, latents and the window lie, and what moves."""
     figure, axis = _canvas(13, 4.0, (-14, 118), (-4, 36))
-    for y, label, padding in ((20, "row 0", 0), (8, "row 1,\nleft-padded", 14)):
+    for y, label, padding in ((20, "sequence 0", 0), (8, "sequence 1,\nleft-padded", 14)):
         axis.text(-2, y + 2.5, label, ha="right", va="center")
         parts = [(padding, PADDING), (3, EXACT), (73 - padding, LATENT), (28, EXACT)]
         start = 0.0
@@ -145,7 +145,12 @@ def slots() -> plt.Figure:
     _arrow(axis, (112, 16.5), (105, 16.5), "")
     axis.text(113, 16.5, "new\ntokens", va="center", fontsize=9)
     axis.text(
-        30, 1, "slots are the same for all rows; positions are each row's own →", ha="center", va="center", fontsize=9
+        30,
+        1,
+        "slots are the same for all sequences; each sequence has its own positions →",
+        ha="center",
+        va="center",
+        fontsize=9,
     )
     return figure
 
@@ -155,7 +160,7 @@ def attending() -> plt.Figure:
     figure, axis = _canvas(13, 4.2, (0, 130), (0, 42))
     _box(axis, 0, 16, 22, 10, "attention layer:\nnew keys and values", "#eeeeee")
     _box(axis, 36, 16, 20, 10, "LowRankCache", LATENT)
-    _box(axis, 72, 27, 26, 11, "all keys and values\nof this layer, rebuilt", EXACT)
+    _box(axis, 72, 27, 26, 11, "all keys and values\nof this layer, reconstructed", EXACT)
     _box(axis, 72, 4, 26, 11, "sinks, packed latents,\nwindow: as they are stored", LATENT)
     _box(axis, 108, 27, 22, 11, "the model's\nown attention", "#eeeeee")
     _box(axis, 108, 4, 22, 11, "three attentions,\njoined by their\nlog-sum-exps", "#eeeeee")
@@ -166,42 +171,6 @@ def attending() -> plt.Figure:
     axis.text(60, 9, "latent_attention\n(model)", ha="center", va="center", fontsize=10)
     _arrow(axis, (98, 32.5), (107.5, 32.5), "")
     _arrow(axis, (98, 9.5), (107.5, 9.5), "")
-    return figure
-
-
-def modules() -> plt.Figure:
-    """The parts of the package; an arrow means "may import"."""
-    figure, axis = _canvas(11, 5.6, (0, 110), (0, 56))
-    places = {
-        "cli, evaluation": (43, 47, "#eeeeee"),
-        "attention": (4, 34, LATENT),
-        "cache": (43, 34, LATENT),
-        "calibration": (82, 34, "#fdbf6f"),
-        "view, attended": (4, 19, LATENT),
-        "store, latents,\npositions, hooks": (43, 19, LATENT),
-        "projections,\nallocation, budget": (82, 19, "#b2df8a"),
-        "kernels: operations on tensors": (22, 3, EXACT),
-        "models: what a\nmodel caches": (82, 3, "#b2df8a"),
-    }
-    for label, (x, y, color) in places.items():
-        _box(axis, x, y, 46 if label.startswith("kernels") else 24, 8, label, color)
-    arrows = [
-        ((50, 47), (17, 42.5)),
-        ((55, 47), (55, 42.5)),
-        ((60, 47), (93, 42.5)),
-        ((16, 34), (16, 27.5)),
-        ((43, 36), (28.5, 26)),
-        ((55, 34), (55, 27.5)),
-        ((67, 36), (81.5, 26)),
-        ((94, 34), (94, 27.5)),
-        ((16, 19), (30, 11.5)),
-        ((55, 19), (50, 11.5)),
-        ((67, 21), (81.5, 10)),
-        ((94, 19), (94, 11.5)),
-        ((82, 6), (68.5, 6)),
-    ]
-    for start, end in arrows:
-        _arrow(axis, start, end, "")
     return figure
 
 

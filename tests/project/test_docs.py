@@ -36,10 +36,11 @@ def anchor(heading: str) -> str:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_shell_commands_exist(page):
+    variables: dict[str, str] = {}
     wrong = [
         f"{page.name}:{line + 1 + offset}: {problem(words)}"
         for line, source in blocks(page, "sh")
-        for offset, words in commands(source)
+        for offset, words in commands(source, variables)
         if problem(words)
     ]
     assert not wrong, "\n".join(wrong)
@@ -55,6 +56,7 @@ def test_shell_commands_exist(page):
         ("make nonsense", "no target"),
         ('pip install ".[nonsense]"', "no extra"),
         ("python -m tests.nonsense", "no file"),
+        ("python docs/experiments/roofline.py moments.safetensors --no-such-option 1", "No such option"),
         ("curl example.org", "can be checked"),
     ],
 )
@@ -68,6 +70,14 @@ def test_continued_lines_keep_the_number_of_their_first():
         (1, ["make", "test"]),
         (4, ["pip", "list"]),
     ]
+
+
+def test_variables_of_a_page_are_filled_in():
+    variables: dict[str, str] = {}
+    assert not list(commands('SHARED="--tokens 4 --windows 2"', variables))
+    ((_, words),) = commands("OTHER=1 lowrank-cache eval $SHARED --no-such-option", variables)
+    assert words == ["lowrank-cache", "eval", "--tokens", "4", "--windows", "2", "--no-such-option"]
+    assert variables == {"SHARED": "--tokens 4 --windows 2"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -91,6 +101,10 @@ def test_links_lead_somewhere(page):
         if fragment:
             headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
             assert fragment in map(anchor, headings), f"{page.name} links to {target}"
+
+
+def test_readme_is_read_in_a_minute():
+    assert len(PAGES[0].read_text(encoding="utf-8").splitlines()) <= 70
 
 
 def test_every_page_is_in_the_navigation():

@@ -1,11 +1,9 @@
-"""docs/support.md says what the tests find."""
+"""docs/limits.md says what the tests find."""
 
-from pathlib import Path
-
-from tests.tools.support_table import support_page
-
-PAGE = Path(__file__).parents[2] / "docs" / "support.md"
+from tests.tools.docs_sections import read_section
+from tests.tools.support_table import support_section
 
 
-def test_support_page_is_up_to_date():
-    assert PAGE.read_text() == support_page(), "run `python -m tests.tools.support_table > docs/support.md`"
+def test_support_section_is_up_to_date():
+    shown = read_section("limits.md", "support")
+    assert shown == support_section().strip(), "run `python -m tests.tools.support_table`"

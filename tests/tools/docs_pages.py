@@ -43,7 +43,7 @@ def python_block(example: Example) -> None:
 
 
 def shell_block(example: Example) -> str | None:
-    for line, words in commands(example.parsed):
+    for line, words in commands(example.parsed, example.document.namespace.setdefault("_variables", {})):
         if wrong := problem(words):
             return f"{example.path}:{example.line + 1 + line}: {wrong}"
     if not example.document.text[: example.region.start].rstrip().endswith(EXECUTED):

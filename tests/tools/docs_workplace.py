@@ -1,6 +1,6 @@
 """The folder in which the docs' code blocks and notebooks run: ``python -m tests.tools.docs_workplace`` prepares it.
 
-It holds what a reader has after the quickstart: ``my.txt``, ``my-projections`` and ``my-moments.safetensors``,
+It holds what a reader of the tutorial has: ``my.txt``, ``my-projections`` and ``my-moments.safetensors``,
 calibrated on few tokens to be quick. Where the hub does not answer, a hub cache made from the demo's model
 stands in, so that the blocks load SmolLM2 by its name as a reader would.
 """

@@ -1,4 +1,4 @@
-"""Write docs/support.md from the models that the tests run: ``python -m tests.tools.support_table > docs/support.md``."""
+"""Write docs/limits.md's table of supported models from the tests: ``python -m tests.tools.support_table``."""
 
 from collections import Counter
 
@@ -10,32 +10,27 @@ from lowrank_cache.probe import decoder_of, model_shape
 from lowrank_cache.shapes import LayerShape, ModelShape, RopeShape
 from tests.cache.test_generation import MODES, MORE_MODES, stock_refusals
 from tests.oracle.models import FAMILIES, MORE_FAMILIES, REFUSED, tiny_model
+from tests.tools.docs_sections import write_section
 
-__all__ = ["support_page"]
+__all__ = ["support_section"]
 
 _HEAD = """\
-# Supported models
+## Supported models
 
-Generated from the tests by `python -m tests.tools.support_table > docs/support.md`; do not edit. A test fails when
-this page is not up to date.
-Every model here is a tiny random one of its family, so the table speaks of structure and not of quality.
-
-`LowRankCache` compresses full-attention layers. Layers whose cache is bounded (sliding window, chunked,
-convolution, linear attention) keep transformers' own classes, inside the same cache.
-
-## Works
+`python -m tests.tools.support_table` writes this section from the tests; one of them fails when it is not up to date.
+The models are tiny random ones of each family, so the tables speak of structure and not of quality.
 
 With full-rank projections, tokens equal those of `DynamicCache` and logits agree to rounding
-(`tests/cache/test_generation.py`), and for the first table encoded keys are proven to be the keys before the
-model's rotary function (`tests/cache/test_probe.py`). "Attend to latents" says which of the compressed layers
-[`latent_attention`](cache_contract.md#attending-to-latents) serves, in the same modes
-(`tests/cache/test_attention.py`); it raises where there is none, and the cache works without it.
+(`tests/cache/test_generation.py`). For the first table, encoded keys are proven to be the keys before the model's
+rotary function (`tests/cache/test_unrotation.py`). "Attend to latents" counts the compressed layers that
+[`latent_attention`](cache_contract.md#attending-to-latents) serves in the same modes
+(`tests/cache/test_latent_attention.py`). It raises where there are none, and the cache works without it.
 """
 
 _FOOT = """\
-Refused modes are refused by transformers with `DynamicCache` in the same words. Phi3's own `generate`
-drops whatever cache it was given when a sequence with longrope grows past
-`original_max_position_embeddings`, and goes on with a `DynamicCache`: from there on nothing is compressed.
+transformers refuses the refused modes with `DynamicCache` in the same words. Phi3's own `generate` drops whatever cache
+it was given when a sequence with longrope grows past `original_max_position_embeddings`, and continues with a
+`DynamicCache`: from there on nothing is compressed.
 """
 
 
@@ -49,8 +44,8 @@ _COLUMNS = [
 ]
 
 
-def support_page() -> str:
-    """The whole page, as Markdown."""
+def support_section() -> str:
+    """The section, as Markdown."""
     first = _table(
         [*_COLUMNS, "refused modes"],
         [[*_structure(family), _refused_modes(family, list(MODES))] for family in FAMILIES],
@@ -71,10 +66,9 @@ def support_page() -> str:
             _FOOT,
             f"Tested in {len(MORE_MODES)} modes: {_names(MORE_MODES)}.\n",
             second,
-            "## Refused\n",
+            "### Refused\n",
             "A model that cannot be compressed is refused when the cache is made, never later.\n",
             refused.rstrip("\n"),
-            "",
         ]
     )
 
@@ -152,4 +146,4 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 
 if __name__ == "__main__":
-    print(support_page(), end="")
+    write_section("limits.md", "support", support_section())

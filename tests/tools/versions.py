@@ -1,8 +1,8 @@
-"""Run the tests against released versions of transformers or Triton and print what docs/versions.md says.
+"""Run the tests against released versions of transformers or Triton and print what docs/limits.md says.
 
-    python tests/tools/versions.py 5.20.2 5.23.0 5.24.0 > docs/versions.md
-    python tests/tools/versions.py --package triton 3.7.1 3.9.0 >> docs/versions.md
-    python tests/tools/versions.py --quick 5.20.2 5.24.0      # one family, to see whether anything works
+    python -m tests.tools.versions --write 5.20.2 5.23.0 5.24.0         # into the page
+    python -m tests.tools.versions --write --package triton 3.7.1 3.9.0
+    python -m tests.tools.versions --quick 5.20.2 5.24.0                # one family, to see whether anything works
 
 Each version is put into a folder of its own by pip, with those of its requirements that the installed packages do not
 meet; everything else is the environment's. One of transformers takes as long as `make test`; against Triton the tests
@@ -87,30 +87,36 @@ def main() -> None:
     parser.add_argument("versions", nargs="+")
     parser.add_argument("--package", choices=TESTS, default="transformers")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--write", action="store_true", help="Put the section into docs/limits.md.")
     arguments = parser.parse_args()
     rows = [row(arguments.package, version, arguments.quick) for version in arguments.versions]
-    command = " ".join(["python", "tests/tools/versions.py", *sys.argv[1:]])
-    print(HEADS[arguments.package].format(command=command, day=date.today(), python=platform.python_version()))
-    print("\n".join(rows))
+    command = " ".join(["python -m tests.tools.versions", *sys.argv[1:]])
+    head = HEADS[arguments.package].format(command=command, day=date.today(), python=platform.python_version())
+    section = "\n".join([head, *rows])
+    print(section)
+    if arguments.write:
+        from tests.tools.docs_sections import write_section  # absent from the path of a script
+
+        write_section("limits.md", f"versions of {arguments.package}", section)
 
 
 HEADS = {
     "transformers": """\
-# Versions of transformers
+## Versions of transformers
 
 Printed by `{command}` on {day} with Python {python}:
-the tests, without the one of the page of supported models, which is of one version, run against released versions.
-`pyproject.toml` allows the range in which they pass. Since 5.24 transformers calls the argument for a cache `cache`; it
-takes `past_key_values` as before, with a warning, and both names work with this library.
+the tests, except that of the table of supported models, which is of one version. `pyproject.toml` allows the releases
+in which they pass. Since 5.24 transformers calls the argument for a cache `cache`; it takes `past_key_values` with a
+warning, and both names work.
 
 | transformers | other packages replaced | tests | files with failures |
 | --- | --- | --- | --- |""",
-    "triton": """
-## Triton
+    "triton": """\
+## Versions of Triton
 
-PyTorch for GPUs brings the one release of Triton that it was built with: PyTorch 2.13 for CUDA 3.7.1. Printed by
-`{command}` on {day}: the tests of the kernels, interpreted, and the gates of one
-shape compiled for sm_80 and gfx942.
+PyTorch for GPUs brings the one release of Triton that it was built with: PyTorch 2.13 for CUDA brings 3.7.1. Printed by
+`{command}` on {day}: the tests of the kernels,
+interpreted, and the gates of one shape compiled for sm_80 and gfx942.
 
 | triton | other packages replaced | tests | files with failures |
 | --- | --- | --- | --- |""",
