@@ -226,7 +226,7 @@ def report_html(metrics: Metrics, config: dict[str, Any]) -> str:
     parts = []
     for title, table in _tables(metrics):
         parts.append(f"<h2>{html.escape(title)}</h2>\n{table.html()}\n{figures.get(title, '')}")
-    name, conditions = html.escape(config["model"]), html.escape(_conditions(config))
+    name, conditions = html.escape(config["model"].partition(",")[0]), html.escape(_conditions(config))
     packages = ", ".join(f"{package} {found}" for package, found in config.get("versions", {}).items())
     machine = ", ".join(f"{fact} {found}" for fact, found in config.get("machine", {}).items())
     return (
