@@ -127,12 +127,11 @@ class RotaryFrames:
 
     def by_token(self) -> tuple[Tensor, Tensor]:
         """Cosine and sine ``[1 or batch, 1, frames * frame_length, rotary_dim / 2]``, made once: one row a token."""
+        if self.frame_length == 1:
+            return self.cos[:, None], self.sin[:, None]
         if "token" not in self._made:
-            cos, sin = (
-                table if self.frame_length == 1 else table.repeat_interleave(self.frame_length, dim=1)
-                for table in (self.cos, self.sin)
-            )
-            self._made["token"] = cos[:, None], sin[:, None]
+            cos, sin = (table.repeat_interleave(self.frame_length, dim=1)[:, None] for table in (self.cos, self.sin))
+            self._made["token"] = cos, sin
         return self._made["token"]
 
     def rotated_into(self, states: Tensor, start: int = 0) -> Tensor:
