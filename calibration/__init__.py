@@ -15,7 +15,7 @@ METHODS.update(fisher=FISHER, palu=PALU, recalkv=RECALKV)
 # smallest: one latent for the keys and values of several layers, keys before rotation. Every layer reads the
 # whole latent, and keys are reconstructed to be rotated, so decoding is slow.
 # fastest: keys and values of each layer for themselves, so that no product reads channels it does not need, and keys
-# in frames of 64 tokens, so that queries are absorbed once a frame. Measured in docs/quality.md and docs/speed.md.
+# in frames of 64 tokens, so that queries are absorbed once a frame. Measured in docs/results.md.
 PRESETS: dict[str, dict[str, Any]] = {
     "smallest": {"layer_group_size": "auto", "frame_length": 1},
     "fastest": {"layer_group_size": 1, "joint": False, "frame_length": 64},

@@ -66,7 +66,7 @@ class Method:
         return {} if self.refit is None else {self.refit: True, "refit_ratio": self.refit_ratio}
 
 
-# By name; those of this package are put in by its __init__. Open to additions at run time: docs/new_method.md.
+# By name; those of this package are put in by its __init__. Open to additions: docs/recipes.md, "Write a method".
 METHODS: dict[str, Method] = {}
 
 

@@ -1,7 +1,8 @@
 """Text to calibrate on: prose mixed with generated look-ups, lists of key–value pairs some of which are asked again.
 
 Prose rarely asks a model to copy something exact from far back, so bases calibrated on prose alone
-spend too few bits on the channels that look-ups need. The effect is measured in docs/quality.md.
+spend too few bits on the channels that look-ups need. The effect is measured in docs/appendix.md, "What calibration
+reads".
 """
 
 import random

@@ -7,7 +7,8 @@ memory.
 
 Numbers: float32 queries are computed in float32 throughout. Otherwise products take float16 operands (those with an
 up-projection take its dtype, float32 ones at the precision of tensor cores) and float32 sums; levels are exact, and
-absorbed queries and weights are rounded to float16. What is designed for which reason: docs/kernels.md.
+absorbed queries and weights are rounded to float16. What is designed for which reason: docs/appendix.md, "The Triton
+kernels".
 """
 
 import math

@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 
 from lowrank_cache import saved_cache
 from lowrank_cache.artefact import SavedTensors
-from lowrank_cache.coder import CalibratedCoder, Coder, calibrated_coders
+from lowrank_cache.coder import Coder, calibrated_coders
 from lowrank_cache.forward import Forward, watch
 from lowrank_cache.latent_view import attach_view
 from lowrank_cache.layers import LowRankLayer, make_layers
@@ -119,14 +119,13 @@ class LowRankCache(Cache):
         shape, decoder = model_shape(model), decoder_of(model)
         budget = layer_devices(model), compression_ratio, ranks, bits, latent_dtype
         coders: Sequence[Coder]
-        self._coders: list[CalibratedCoder] = []  # none for xkv: its bases belong to prompts
         if projections is not None:
             if not isinstance(projections, Projections):
                 raise TypeError(f"projections must be Projections, got {type(projections).__name__}")
             projections.check_model(shape)
             if layer_group_size is not None or new_tokens is not None:
                 raise ValueError("layer_group_size and new_tokens belong to method 'xkv'; projections hold their own")
-            coders = self._coders = calibrated_coders(projections, *budget)
+            coders = calibrated_coders(projections, *budget)
             self._track = PositionTrack(projections.frame_length, num_sink_tokens)
         elif method == "xkv":
             size = 4 if layer_group_size is None else layer_group_size
@@ -295,9 +294,8 @@ class LowRankCache(Cache):
 
     def _bases_fingerprint(self) -> str | None:
         """SHA-256 of the truncated bases in use; None for xkv, whose bases are saved with the tokens."""
-        if not self._coders:
-            return None
-        return hashlib.sha256("".join(coder.fingerprint for coder in self._coders).encode()).hexdigest()
+        found = "".join(store.coder.fingerprint for store in self._stores)
+        return hashlib.sha256(found.encode()).hexdigest() if found else None
 
     def stored_bytes(self) -> int:
         """Bytes of every tensor kept for the cached tokens, unused room included; bases are not.
@@ -330,7 +328,7 @@ class LowRankCache(Cache):
 
         0 for xkv, whose bases belong to prompts and count in ``stored_bytes``.
         """
-        return sum(coder.projection_bytes for coder in self._coders)
+        return sum(store.coder.projection_bytes for store in self._stores)
 
     def latent_bytes_per_token(self) -> int:
         """Bytes of one token of one sequence in the latents of all layers, padding and steps included.

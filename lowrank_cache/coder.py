@@ -51,9 +51,12 @@ class Coder:
         fitted: Whether there are bases.
         last: Whether the tokens that are encoded next are the last ones.
         nbytes: Bytes of bases that belong to this cache alone.
+        projection_bytes: Bytes of bases that caches of the same settings share, on all devices.
+        fingerprint: Of calibrated bases; empty for others.
     """
 
-    one_basis, fitted, last, nbytes = True, True, False, 0
+    one_basis, fitted, last = True, True, False
+    nbytes, projection_bytes, fingerprint = 0, 0, ""
 
     def __init__(self, members: Sequence[Member], tiers: tuple[tuple[int, int], ...]):
         sides = dict.fromkeys(member.side for member in members)
@@ -185,8 +188,7 @@ class CalibratedCoder(Coder):
         return moved
 
     @property
-    def projection_bytes(self) -> int:
-        """Bytes of the truncated bases, on all devices."""
+    def projection_bytes(self) -> int:  # type: ignore[override]  # a property instead of a constant
         constants, down_proj, weight = self._encoding
         read = [matrix for matrices in self._reading for matrix in matrices[:2]]
         held = {id(tensor): tensor for tensor in (weight, down_proj, *constants, *read)}

@@ -18,6 +18,7 @@ from lowrank_cache.kernels.packed import LatentSide, PackedTier
 from lowrank_cache.probe import layer_devices, model_shape
 from tests.oracle.fake_devices import FIRST, SECOND, FakeDevices
 from tests.oracle.inside import devices_of_latents, devices_of_windows, prompt_bases
+from tests.oracle.memory import base_tensors
 from tests.oracle.models import SMALL_SIZES, full_rank_projections, random_tokens, tiny_model
 
 OPTIONS = {"compression_ratio": 2, **SMALL_SIZES}
@@ -247,3 +248,40 @@ def test_models_split_over_processes_are_refused_when_the_cache_is_made():
             make()
     model._tp_size = None
     assert model_shape(model).layers
+
+
+@pytest.mark.parametrize("latent", [False, True])
+def test_two_replicas_with_one_projections_share_no_matrices(devices, latent):
+    """Each device has matrices of its own: nothing moves between them, whichever replica runs."""
+    projections = full_rank_projections("llama", 4, 3)
+    whole = tiny_model("llama")
+    expected = generate(whole, LowRankCache(whole, projections, **OPTIONS))
+    models = [tiny_model("llama").to(device) for device in (FIRST, SECOND)]
+    devices.moved_bytes.clear()
+    with contextlib.ExitStack() as stack:
+        if latent:
+            for model in models:
+                stack.enter_context(latent_attention(model))
+        caches = [LowRankCache(model, projections, **OPTIONS) for model in models]
+        for _ in range(2):
+            for model, cache, device in zip(models, caches, (FIRST, SECOND), strict=True):
+                assert torch.equal(generate(model, cache, device), expected)
+                cache.reset()
+    between = {route for route in devices.moved_bytes if "cpu" not in route}
+    assert not between, f"bytes moved between the devices: {devices.moved_bytes}"
+    held = [base_tensors(cache) for cache in caches]
+    assert [{tensor.device for tensor in of_one} for of_one in held] == [{FIRST}, {SECOND}]
+    assert not {id(tensor) for tensor in held[0]} & {id(tensor) for tensor in held[1]}
+    again = LowRankCache(models[0], projections, **OPTIONS)
+    assert {id(tensor) for tensor in base_tensors(again)} == {id(tensor) for tensor in held[0]}, "shared on one device"
+
+
+def test_a_model_that_moved_takes_its_caches_matrices_along(devices):
+    projections = full_rank_projections("llama", 4, 3)
+    model = tiny_model("llama")
+    expected = generate(model, LowRankCache(model, projections, **OPTIONS))
+    cache, other = (LowRankCache(model, projections, **OPTIONS) for _ in range(2))
+    model.to(FIRST)
+    assert torch.equal(generate(model, cache, FIRST), expected)
+    assert {tensor.device for tensor in base_tensors(cache)} == {FIRST}
+    assert {tensor.device for tensor in base_tensors(other)} == {torch.device("cpu")}, "made before, shared, not moved"

@@ -393,6 +393,39 @@ def at_once(*actions):
         return [future.result() for future in [pool.submit(begin, action) for action in actions]]
 
 
+def test_fresh_caches_are_served_while_threads_come_and_go():
+    """A thread that is about to start has no identity yet, which must not look like the holder of a fresh cache."""
+    model, projections, ended = tiny_model("llama"), full_rank_projections("llama"), threading.Event()
+    prompt = random_tokens(1, 3)
+    expected = model(prompt, past_key_values=exact_cache(model, projections)).logits
+
+    def come_and_go():
+        while not ended.is_set():
+            threads = [threading.Thread(target=lambda: None) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+
+    def serve():
+        with torch.no_grad():
+            return [
+                torch.allclose(model(prompt, past_key_values=exact_cache(model, projections)).logits, expected)
+                for _ in range(25)
+            ]
+
+    restless = [threading.Thread(target=come_and_go) for _ in range(2)]
+    for thread in restless:
+        thread.start()
+    try:
+        served = at_once(*[serve] * 8)
+    finally:
+        ended.set()
+        for thread in restless:
+            thread.join()
+    assert all(all(right) for right in served)
+
+
 def generated(model, cache, seed):
     return model.generate(random_tokens(2, 14, seed), past_key_values=cache, max_new_tokens=8, do_sample=False)
 

@@ -509,7 +509,7 @@ def test_cache_made_with_a_model_serves_its_forward_under_autograd():
 
 
 def test_phi3_generate_leaves_any_cache_at_the_switch():
-    # Phi3's prepare_inputs_for_generation drops the cache there, whatever its class; said in docs/support.md.
+    # Phi3's prepare_inputs_for_generation drops the cache there, whatever its class; said in docs/limits.md.
     model = tiny_model("phi3")
     caches = [_dynamic(model), exact_cache(model, full_rank_projections("phi3"))]
     for cache in caches:

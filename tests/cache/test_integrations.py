@@ -1,4 +1,4 @@
-"""A property of many rooms: where people run models, each with a compressed cache: docs/integrations.md in tests."""
+"""A property of many rooms: where people run models, each with a compressed cache: docs/recipes.md in tests."""
 
 import copy
 from pathlib import Path

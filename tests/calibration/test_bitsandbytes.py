@@ -61,7 +61,7 @@ def check_cache(model: PreTrainedModel, projections: Projections) -> None:
     cache = LowRankCache(model, projections, compression_ratio=4, **SMALL_SIZES)
     assert model.generate(prompt, past_key_values=cache, **options).shape == (2, 24)
     assert cache.get_seq_length() == 23
-    assert all(store.latents.tokens > 0 for store in cache._stores)
+    assert all(group.tokens > 0 for group in cache.groups())
 
 
 @DTYPES
