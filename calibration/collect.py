@@ -15,9 +15,9 @@ from transformers import DynamicCache, PreTrainedModel
 from lowrank_cache.calibration.moments import SKIPPED_TOKENS, Moments, UsableTokens
 from lowrank_cache.calibration.query_sensitivity import QuerySensitivity, record_queries
 from lowrank_cache.kernels.rope import angle_tables, rotate
-from lowrank_cache.probe import cache_argument, decoder_of, input_device, model_shape, rope_buffer
+from lowrank_cache.probe import cache_argument, decoder_of, input_device, model_shape
 from lowrank_cache.projections import Projections
-from lowrank_cache.shapes import SIDES, Group, ModelShape, layer_groups
+from lowrank_cache.shapes import SIDES, Group, ModelShape, layer_groups, rope_buffer
 
 __all__ = ["NoGradientError", "Recorder", "collect_moments", "refit_values"]
 

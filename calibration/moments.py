@@ -6,18 +6,15 @@ the states (keys pre-RoPE), jointly over each layer group; their mean; and the s
 but these sums is kept; ``collect`` runs the model. Mathematics: docs/method.md, "Calibration".
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from lowrank_cache.artefact import write_files
+from lowrank_cache.artefact import damage_named, read_tensors, write_tensors
 from lowrank_cache.kernels.rope import angle_tables, rotate
 from lowrank_cache.shapes import SIDES, Group, ModelShape, RopeShape, SideShape
 
@@ -25,8 +22,6 @@ __all__ = ["SKIPPED_TOKENS", "Moments", "UsableTokens"]
 
 SKIPPED_TOKENS = 4  # a sequence's first real tokens are attention sinks with outlier keys; the cache keeps them exact
 _COUNTS = ("tokens", "sequences", "loss", "predicted", "sensitivity_kind")
-# What wrong types and sizes in a file may raise where they are used.
-_DAMAGE = (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RecursionError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -139,11 +134,9 @@ class Moments:
         Raises:
             OSError: If it cannot be written; a file that was there stays as it was.
         """
-        tensors, metadata = self._tensors(), {"moments": json.dumps(self._header())}
-        try:
-            write_files({Path(path): lambda part: save_file(tensors, part, metadata=metadata)})
-        except SafetensorError as error:
-            raise OSError(f"{path} cannot be written: {error}") from error
+        counts = {name: getattr(self, name) for name in _COUNTS}
+        header = {"shape": self.shape.to_dict(), "groups": self.groups, **counts}
+        write_tensors(path, self._tensors(), header, "moments")
 
     @classmethod
     def load(cls, path: str | Path) -> "Moments":
@@ -152,17 +145,8 @@ class Moments:
         Raises:
             ValueError: If the file is damaged or holds something else.
         """
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                header = json.loads(file.metadata()["moments"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-            return cls._assemble(header, tensors)
-        except _DAMAGE as error:
-            raise ValueError(f"{path} holds no readable moments: {type(error).__name__}: {error}") from error
-
-    def _header(self) -> dict[str, Any]:
-        counts = {name: getattr(self, name) for name in _COUNTS}
-        return {"shape": self.shape.to_dict(), "groups": self.groups, **counts}
+        with damage_named(f"{path} holds no readable moments", ValueError):
+            return cls._assemble(*read_tensors(path, "moments"))
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {f"second.{side}.{group[0]}": sums for (side, group), sums in self.second.items()}

@@ -127,7 +127,7 @@ def tier_arguments(tiers: tuple[PackedTier, ...]) -> TierArguments:
         row = 0 if found is None else codes.shape[2] // unit
         strides = codes.stride(0) // unit, codes.stride(1) // unit, steps.stride(0), steps.stride(1)
         numbers = row, *strides, starts.get(bits, 0), 0 if found is None else found.channels
-        arguments.append(Tier(codes, steps, *map(unspecialised, numbers), tl.constexpr(bits)))
+        arguments.append(Tier._make((codes, steps, *map(unspecialised, numbers), tl.constexpr(bits))))
         positions.append(row * unit * max(1, 8 // bits))
     return TierArguments(tuple(arguments), tuple(positions))
 

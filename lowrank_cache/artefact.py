@@ -24,6 +24,7 @@ from torch import Tensor
 __all__ = [
     "Artefact",
     "SavedTensors",
+    "config_digest",
     "damage_named",
     "integer",
     "read_tensors",
@@ -32,7 +33,10 @@ __all__ = [
 ]
 
 # What wrong types and sizes in a file may raise where they are used.
-DAMAGE = (KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError, SafetensorError)
+DAMAGE: tuple[type[Exception], ...] = (
+    *(KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError),
+    SafetensorError,
+)
 
 
 def write_files(contents: Mapping[Path, bytes | Callable[[Path], object]]) -> None:
@@ -196,7 +200,7 @@ class Artefact:
         payload = save(dict(tensors), metadata={"format": "pt"})
         digest = hashlib.sha256(payload).hexdigest()
         config = {"format_version": self.version, **facts, "tensors_sha256": digest}
-        text = json.dumps({**config, "config_sha256": _config_digest(config)}, indent=1)
+        text = json.dumps({**config, "config_sha256": config_digest(config)}, indent=1)
         current = folder / self._tensor_file(digest)
         files: dict[Path, bytes | Callable[[Path], object]] = {current: payload}
         if readme is not None and not (folder / "README.md").exists():
@@ -285,7 +289,7 @@ class Artefact:
     def _read_config(self, path: Path) -> dict[str, Any]:
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
-            digest = _config_digest(config) if isinstance(config, dict) else None
+            digest = config_digest(config) if isinstance(config, dict) else None
         except (ValueError, RecursionError) as error:  # also for text that is not UTF-8, and numbers too long to read
             raise ValueError(f"{path} is not valid JSON: {error}") from error
         if digest is None:
@@ -301,7 +305,7 @@ class Artefact:
         return config
 
 
-def _config_digest(config: Mapping[str, Any]) -> str:
+def config_digest(config: Mapping[str, Any]) -> str:
     """SHA-256 of a config but for its own digest, ``config_sha256``; layout and key order do not matter."""
     others = {key: value for key, value in config.items() if key != "config_sha256"}
     return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()

@@ -10,6 +10,7 @@ tier, and one float16 step per quantized tier. See docs/method.md, "Spending bit
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -21,19 +22,20 @@ from lowrank_cache.shapes import BOTH, SIDES, Group, ModelShape
 
 __all__ = [
     "DISTORTION",
-    "ChannelCosts",
     "GroupPlan",
     "Ranks",
-    "TierCounts",
+    "Tiers",
     "check_compression_ratio",
     "full_bytes_per_token",
     "plan_groups",
     "prompt_ranks",
     "spend",
     "tier_bytes",
+    "tiers_loss",
 ]
 
 Ranks = int | Mapping[int, tuple[int, int]]
+Tiers = tuple[tuple[int, int], ...]  # (bits, channels) of the tiers in use, most bits first, channels by importance
 
 # Mean squared error of a unit-variance channel, by bits: kernels.packed.quantize on normal latents in
 # tiers of 64 to 128 channels (tests/kernels/test_reference.py measures it). 16 bits are float16.
@@ -42,48 +44,18 @@ _MAX_CHOICES = 300_000
 _PROMPT_WEIGHTS = (1.0, 1.5)  # of key and value ranks of xKV, as in its paper
 
 
-@dataclass(frozen=True)
-class TierCounts:
-    """How many of a store's channels, in order of importance, get 16, 8, 4 and 2 bits."""
-
-    bits16: int = 0
-    bits8: int = 0
-    bits4: int = 0
-    bits2: int = 0
-
-    def items(self) -> list[tuple[int, int]]:
-        """``(bits, channels)`` of the tiers in use, most bits first."""
-        tiers = [(16, self.bits16), (8, self.bits8), (4, self.bits4), (2, self.bits2)]
-        return [(bits, channels) for bits, channels in tiers if channels]
-
-    @property
-    def channels(self) -> int:
-        return self.bits16 + self.bits8 + self.bits4 + self.bits2
-
-    @property
-    def bytes_per_token(self) -> int:
-        return sum(tier_bytes(bits, channels) for bits, channels in self.items())
+def tier_bytes(bits: int, channels: int) -> int:
+    """Bytes per token of a tier, padding and step included."""
+    return (padded_channels(bits, channels) * bits // 8 + (STEP_BYTES if bits < 16 else 0)) if channels else 0
 
 
-@dataclass(frozen=True)
-class ChannelCosts:
-    """What a store's channels cost to lose, for one token, in order of importance.
-
-    Attributes:
-        variance: ``[channels]``, non-increasing: loss per unit of squared error, times variance.
-        dropped: ``[channels]``: loss of not storing the channel at all.
-    """
-
-    variance: np.ndarray
-    dropped: np.ndarray
-
-    def loss(self, counts: TierCounts) -> float:
-        """Predicted loss per token of storing these tiers."""
-        loss, start = 0.0, 0
-        for bits, channels in counts.items():
-            loss += DISTORTION[bits] * float(self.variance[start : start + channels].sum())
-            start += channels
-        return loss + float(self.dropped[start:].sum())
+def tiers_loss(loss: np.ndarray, tiers: Tiers) -> float:
+    """Predicted loss per token of storing these tiers of a latent and nothing else; ``loss`` as ``spend`` takes it."""
+    total, start = 0.0, 0
+    for bits, channels in tiers:
+        total += DISTORTION[bits] * float(loss[start : start + channels].sum())
+        start += channels
+    return total + float(loss[start:].sum())
 
 
 @dataclass(frozen=True)
@@ -121,9 +93,8 @@ class GroupPlan:
         loss = _loss(self.bases).double()
         kept = set(self.channels)
         rest = [channel for channel in _sorted_channels(self.bases).tolist() if channel not in kept]
-        variance = loss[torch.tensor(self.channels + rest, dtype=torch.long)].numpy()
-        counts = {bits: len(channels) for bits, channels in self.tiers}
-        return ChannelCosts(variance, variance).loss(TierCounts(*(counts.get(bits, 0) for bits in BIT_WIDTHS)))
+        ordered = loss[torch.tensor(self.channels + rest, dtype=torch.long)].numpy()
+        return tiers_loss(ordered, tuple((bits, len(channels)) for bits, channels in self.tiers))
 
 
 def full_bytes_per_token(shape: ModelShape) -> int:
@@ -175,8 +146,10 @@ def plan_groups(
         plans = _plan_by_weight(groups, budget, bits or 16)
     else:
         levels = BIT_WIDTHS if bits is None else (bits,)
-        counts = spend([_costs(bases) for bases in groups], budget, levels)
-        plans = [_loss_plan(bases, count) for bases, count in zip(groups, counts, strict=True)]
+        # A channel that is not stored is read as its mean, so dropping it costs its variance alone.
+        losses = [_loss(bases)[_sorted_channels(bases)].double().numpy() for bases in groups]
+        chosen = spend(losses, budget, levels)
+        plans = [_loss_plan(bases, tiers) for bases, tiers in zip(groups, chosen, strict=True)]
     if all(not plan.tiers for plan in plans):
         largest = math.floor(full / _least_bytes(groups, bits) * 100) / 100
         raise ValueError(
@@ -219,7 +192,7 @@ def _check_ranks(ranks: Ranks, firsts: list[int]) -> None:
 
 def _within(rank: int, name: str, least: int, most: int) -> int:
     if not least <= rank <= most:
-        raise ValueError(f"ranks: {name} allows ranks {least} to {most}, got {rank!r}")
+        raise ValueError(f"ranks of {name} must be {least} to {most}, got {rank!r}")
     return rank
 
 
@@ -287,19 +260,9 @@ def _sorted_channels(bases: tuple[Basis, ...]) -> Tensor:
     return _loss(bases).argsort(descending=True, stable=True)
 
 
-def _costs(bases: tuple[Basis, ...]) -> ChannelCosts:
-    # A channel that is not stored is read as its mean, so dropping it costs its variance alone.
-    loss = _loss(bases)[_sorted_channels(bases)].double().numpy()
-    return ChannelCosts(variance=loss, dropped=loss)
-
-
-def _loss_plan(bases: tuple[Basis, ...], counts: TierCounts) -> GroupPlan:
-    channels = _sorted_channels(bases).tolist()
-    tiers, start = [], 0
-    for bits, count in counts.items():
-        tiers.append((bits, tuple(channels[start : start + count])))
-        start += count
-    return GroupPlan(bases, tuple(tiers))
+def _loss_plan(bases: tuple[Basis, ...], counts: Tiers) -> GroupPlan:
+    channels = iter(_sorted_channels(bases).tolist())
+    return GroupPlan(bases, tuple((bits, tuple(next(channels) for _ in range(count))) for bits, count in counts))
 
 
 def _uniform_plan(bases: tuple[Basis, ...], kept: list[int], bits: int) -> GroupPlan:
@@ -368,43 +331,37 @@ def _prompt_pair(group: Group, full: list[int], caps: list[int], compression_rat
     return pair
 
 
-def tier_bytes(bits: int, channels: int) -> int:
-    """Bytes per token of a tier, padding and step included."""
-    if channels == 0:
-        return 0
-    return padded_channels(bits, channels) * bits // 8 + (STEP_BYTES if bits < 16 else 0)
+def spend(losses: Sequence[np.ndarray], budget: float, levels: tuple[int, ...] = BIT_WIDTHS) -> list[Tiers]:
+    """Choose tiers for every latent so that the predicted loss is least within ``budget``.
 
-
-def spend(costs: list[ChannelCosts], budget: float, levels: tuple[int, ...] = BIT_WIDTHS) -> list[TierCounts]:
-    """Choose tiers for every store so that the predicted loss is least within ``budget``.
-
-    Each store offers the lower convex hull of (bytes, loss) over all its choices; the steps of all
+    Each latent offers the lower convex hull of (bytes, loss) over all its choices; the steps of all
     hulls are taken in order of loss saved per byte, so a step that pays little is looked past in
     favour of a longer one that pays. What is left at the end buys the best single choices that fit.
 
     Args:
-        costs: One entry per store.
-        budget: Bytes per token over all stores.
+        losses: By latent ``[channels]``, non-increasing: predicted loss per token of not storing each channel, which
+            quantizing it costs times ``DISTORTION``.
+        budget: Bytes per token over all latents.
         levels: Bit widths that may be used.
 
     Returns:
-        One ``TierCounts`` per store, at most ``budget`` bytes in sum.
+        Tiers by latent, at most ``budget`` bytes in sum.
     """
-    fronts = [_front(cost, levels) for cost in costs]
-    hulls = [_lower_hull(sizes, losses) for sizes, losses, _ in fronts]
-    position = [0] * len(costs)  # index into the hull
+    fronts = [_front(loss, levels) for loss in losses]
+    hulls = [_lower_hull(sizes, least) for sizes, least, _ in fronts]
+    position = [0] * len(fronts)  # index into the hull
     remaining = budget
     steps = []
-    for store, ((sizes, losses, _), hull) in enumerate(zip(fronts, hulls, strict=True)):
-        for step, (here, there) in enumerate(zip(hull[:-1], hull[1:], strict=True)):
+    for latent, ((sizes, least, _), hull) in enumerate(zip(fronts, hulls, strict=True)):
+        for step, (here, there) in enumerate(pairwise(hull)):
             price = sizes[there] - sizes[here]
-            steps.append(((losses[here] - losses[there]) / price, store, step, price))
+            steps.append(((least[here] - least[there]) / price, latent, step, price))
     stopped = set()
-    for _, store, step, price in sorted(steps, key=lambda entry: (-entry[0], entry[1], entry[2])):
-        if store in stopped or price > remaining:
-            stopped.add(store)  # later steps of this store build on the one that did not fit
+    for _, latent, step, price in sorted(steps, key=lambda entry: (-entry[0], entry[1], entry[2])):
+        if latent in stopped or price > remaining:
+            stopped.add(latent)  # later steps of this latent build on the one that did not fit
             continue
-        position[store] = step + 1
+        position[latent] = step + 1
         remaining -= price
     chosen = [hull[at] for hull, at in zip(hulls, position, strict=True)]
     _spend_rest(fronts, chosen, remaining)
@@ -429,9 +386,9 @@ def _spend_rest(fronts: list, chosen: list[int], remaining: float) -> None:
         chosen[store] = there
 
 
-def _front(cost: ChannelCosts, levels: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, list[TierCounts]]:
-    """Choices of one store that no cheaper choice beats: sizes (ascending), losses, counts."""
-    channels = len(cost.variance)
+def _front(loss: np.ndarray, levels: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, list[Tiers]]:
+    """Choices of one latent that no cheaper choice beats: sizes (ascending), losses, tiers."""
+    channels = len(loss)
     granules = {bits: ROW_BYTES * 8 // bits for bits in BIT_WIDTHS}
     stride = {bits: 1 for bits in granules}
 
@@ -445,17 +402,16 @@ def _front(cost: ChannelCosts, levels: tuple[int, ...]) -> tuple[np.ndarray, np.
     while np.prod([float(len(options(bits))) for bits in granules]) > _MAX_CHOICES:
         finest = max((bits for bits in granules if bits in levels), key=lambda bits: len(options(bits)))
         stride[finest] *= 2
-    grid = np.stack(np.meshgrid(*(options(bits) for bits in granules), indexing="ij"), -1).reshape(-1, 4)
+    grid = np.stack(np.meshgrid(*(options(bits) for bits in granules), indexing="ij"), -1).reshape(-1, len(granules))
     edges = np.minimum(grid.cumsum(1), channels)
     counts = np.diff(edges, axis=1, prepend=0)
-    variance = np.concatenate([[0.0], np.cumsum(cost.variance)])
-    dropped = np.concatenate([[0.0], np.cumsum(cost.dropped)])
-    losses = dropped[-1] - dropped[edges[:, -1]]
+    summed = np.concatenate([[0.0], np.cumsum(loss)])
+    losses = summed[-1] - summed[edges[:, -1]]
     sizes = np.zeros(len(counts), dtype=np.int64)
     start = np.zeros(len(counts), dtype=np.int64)
     for column, bits in enumerate(granules):
         end = edges[:, column]
-        losses = losses + DISTORTION[bits] * (variance[end] - variance[start])
+        losses = losses + DISTORTION[bits] * (summed[end] - summed[start])
         used = counts[:, column]
         padded = -(-used // granules[bits]) * granules[bits]
         sizes += padded * bits // 8 + np.where((used > 0) & (bits < 16), STEP_BYTES, 0)
@@ -465,7 +421,10 @@ def _front(cost: ChannelCosts, levels: tuple[int, ...]) -> tuple[np.ndarray, np.
     best_before = np.minimum.accumulate(np.concatenate([[np.inf], losses[:-1]]))
     keep = losses < best_before
     keep[0] = True
-    choices = [TierCounts(*map(int, row)) for row in counts[keep]]
+    choices = [
+        tuple((bits, int(count)) for bits, count in zip(granules, choice, strict=True) if count)
+        for choice in counts[keep]
+    ]
     return sizes[keep], losses[keep], choices
 
 

@@ -6,7 +6,7 @@ hand states to them. What transformers calls, and when: docs/cache_contract.md.
 
 import hashlib
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from lowrank_cache import saved_cache
-from lowrank_cache.coder import CalibratedCoder, calibrated_coders
+from lowrank_cache.artefact import SavedTensors
+from lowrank_cache.coder import CalibratedCoder, Coder, calibrated_coders
 from lowrank_cache.forward import Forward, watch
 from lowrank_cache.latent_view import attach_view
 from lowrank_cache.layers import LowRankLayer, make_layers
@@ -117,6 +118,7 @@ class LowRankCache(Cache):
         }
         shape, decoder = model_shape(model), decoder_of(model)
         budget = layer_devices(model), compression_ratio, ranks, bits, latent_dtype
+        coders: Sequence[Coder]
         self._coders: list[CalibratedCoder] = []  # none for xkv: its bases belong to prompts
         if projections is not None:
             if not isinstance(projections, Projections):
@@ -135,7 +137,7 @@ class LowRankCache(Cache):
         self._stores = [LatentStore(coder, self._track, options) for coder in coders]
         self.target_compression_ratio = float(compression_ratio) if ranks is None else None
         self._owner = saved_cache.owner_facts(model.config, shape)
-        self._decoder = weakref.ref(decoder)
+        self._decoder: weakref.ref[nn.Module] = weakref.ref(decoder)
         super().__init__(layers=make_layers(model, shape, self._stores))
         compressed = [layer.layer_idx for layer in shape.layers]
         self._forward = Forward(self._decoder, self._track, self._stores, compressed, list(self._others().values()))
@@ -284,7 +286,7 @@ class LowRankCache(Cache):
             layer.is_initialized = True
         return cache
 
-    def _gathered(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def _gathered(self) -> tuple[dict[str, Any], SavedTensors]:
         """Facts and tensors of everything that is held."""
         self._forward.settle()
         facts = {**self._owner, "projections_fingerprint": self._bases_fingerprint()}

@@ -9,19 +9,17 @@ import hashlib
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lowrank_cache.artefact import SavedTensors
-from lowrank_cache.basis import Basis
 from lowrank_cache.budget import GroupPlan, Ranks
 from lowrank_cache.hadamard import channel_mixing
 from lowrank_cache.kernels.packed import QUANTIZED_BITS, RotaryFrames
 from lowrank_cache.projections import Projections
-from lowrank_cache.shapes import Member
+from lowrank_cache.shapes import BOTH, Member
 
 __all__ = ["CalibratedCoder", "Coder", "EncodingMatrices", "ReadingMatrices", "calibrated_coders"]
 
@@ -42,34 +40,31 @@ class ReadingMatrices(NamedTuple):
     scale: Tensor | None = None  # [batch, 1, 1] float32, see ``kernels.packed.LatentSide``
 
 
-class Coder(Protocol):
-    """What a ``LatentStore`` asks of its bases.
+class Coder:
+    """What a ``LatentStore`` asks of its bases, with the answers of bases that are there and belong to no tokens.
 
     Attributes:
         name: For messages.
         members: What a latent holds, in the order in which a forward updates them.
         tiers: ``(bits, channels)`` in the order of the channels; empty if nothing is stored.
-        fitted: Whether there are bases.
         one_basis: Whether one basis serves all batch elements, as latent attention needs.
+        fitted: Whether there are bases.
         last: Whether the tokens that are encoded next are the last ones.
         nbytes: Bytes of bases that belong to this cache alone.
     """
 
-    name: str
-    members: tuple[Member, ...]
-    tiers: tuple[tuple[int, int], ...]
+    one_basis, fitted, last, nbytes = True, True, False, 0
 
-    @property
-    def fitted(self) -> bool: ...
-    @property
-    def one_basis(self) -> bool: ...
-    @property
-    def last(self) -> bool: ...
-    @property
-    def nbytes(self) -> int: ...
+    def __init__(self, members: Sequence[Member], tiers: tuple[tuple[int, int], ...]):
+        sides = dict.fromkeys(member.side for member in members)
+        layers = tuple(dict.fromkeys(member.layer for member in members))
+        self.name = f"{BOTH if len(sides) > 1 else members[0].side} states of layers {layers}"
+        self.members = tuple(members)
+        self.tiers = tiers
 
     def encodes(self, waiting: int) -> bool:
         """Whether tokens may be encoded while ``waiting`` of them lie in the window."""
+        return True
 
     def fit(self, states: list[Tensor], frames: list[RotaryFrames | None], used: Tensor) -> None:
         """Make the bases, if there are none, from the tokens that wait.
@@ -80,23 +75,33 @@ class Coder(Protocol):
             used: ``[batch, tokens]`` bool, False for padding and sinks.
         """
 
-    def encoding(self, device: torch.device) -> EncodingMatrices: ...
-    def reading(self, member: int, device: torch.device) -> ReadingMatrices: ...
+    def encoding(self, device: torch.device) -> EncodingMatrices:
+        """Matrices for latents on ``device``, that of the last member's layer."""
+        raise NotImplementedError
+
+    def reading(self, member: int, device: torch.device) -> ReadingMatrices:
+        """Matrices of one member on ``device``, that of its layer."""
+        raise NotImplementedError
+
     def on(self, member: int, device: torch.device) -> "Coder":
         """This coder, or one like it, whose matrices for ``member`` lie on ``device``."""
+        return self
 
     def forget(self) -> None:
         """Drop bases that belong to the tokens."""
 
-    def map_batch(self, function: Callable[[Tensor], Tensor]) -> None: ...
+    def map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Apply a change of the batch axis to bases that belong to batch elements."""
+
     def save(self, into: SavedTensors, name: str) -> dict[str, bool]:
         """Add the bases that belong to this cache alone; returns facts for the JSON."""
+        return {}
 
     def load(self, saved: SavedTensors, name: str, facts: Mapping, batch: int, device: torch.device) -> None:
-        """Take what ``save`` added."""
+        """Take what ``save`` added; raises ValueError if a tensor is missing or does not fit."""
 
 
-class CalibratedCoder:
+class CalibratedCoder(Coder):
     """Calibrated bases, truncated to a plan, with channels in tier order. Immutable, so caches and threads share it.
 
     Several bases (of head groups) become one matrix, with zeros where a channel does not read a head.
@@ -106,182 +111,99 @@ class CalibratedCoder:
         members: What the latent holds, from ``ModelShape.members``.
         dtype: In which the projection matrices are held; products are float32 in any case.
         rotated: Mix each basis' channels by a Hadamard rotation, for one quantized tier that holds them all.
+
+    Attributes:
+        fingerprint: SHA-256 of what latents mean: members, tiers and matrices as they are held, basis by basis. The
+            means are left out: ``Projections.truncate`` adds up what it cuts away in another order, so they may differ
+            in the last bit.
     """
 
-    fitted = one_basis = True
-    last = False
-    nbytes = 0  # shared: see ``projection_bytes``
-
     def __init__(
-        self,
-        plan: GroupPlan,
-        members: Sequence[Member],
-        dtype: torch.dtype = torch.float32,
-        rotated: bool = False,
+        self, plan: GroupPlan, members: Sequence[Member], dtype: torch.dtype = torch.float32, rotated: bool = False
     ):
-        self.name = f"{plan.bases[0].side} states of layers {plan.bases[0].layers}"
-        self.members = tuple(members)
-        self.tiers = tuple((bits, len(channels)) for bits, channels in plan.tiers)
+        super().__init__(members, tuple((bits, len(channels)) for bits, channels in plan.tiers))
         kept = torch.tensor(plan.channels, dtype=torch.long)
-        self._weight = torch.cat([basis.loss for basis in plan.bases])[kept]
-        sizes = self._weight.sqrt()
-        unit = None
+        weight = torch.cat([basis.loss for basis in plan.bases])[kept]
+        sizes, unit = weight.sqrt(), None
         if rotated:
             # One size for all bases of the latent: they share a step, and an error counts alike in each.
             unit = max(float(sizes.square().mean().sqrt()), 1e-30) if len(kept) else 1.0
-            self._weight = torch.full_like(self._weight, unit**2)
-        self._blocks = _blocks(plan, self.members, dtype, sizes, unit)
+            weight = torch.full_like(weight, unit**2)
         # The mean of the states. Latents are of what differs from it, so half precision never has to hold a bias, and
         # channels that are not stored are read as their mean.
-        self._constants = [torch.zeros(member.shape.heads, member.shape.head_dim) for member in members]
+        constants = [torch.zeros(member.shape.heads, member.shape.head_dim) for member in members]
+        down_proj = torch.zeros(sum(member.shape.width for member in members), len(kept))
+        up_projs = [torch.zeros(len(kept), member.shape.heads, member.shape.head_dim) for member in members]
+        dtypes: list[tuple[torch.dtype, ...]] = []  # by basis, of its down-projection and of its part for each member
+        digest = hashlib.sha256(repr((tuple(member[:2] for member in members), self.tiers)).encode())
+        start = 0
         for basis in plan.bases:
-            widths = [len(basis.heads) * member.shape.head_dim for member in members]
-            mean = basis.constant + basis.offset @ basis.up_proj
-            for constant, part in zip(self._constants, mean.split(widths), strict=True):
-                constant[list(basis.heads)] = part.view(len(basis.heads), -1)
-        self._down_proj, up_projs = _assembled(self._blocks, self.members, len(kept))
-        for block in self._blocks:
-            block.release()
-        self._reading = [ReadingMatrices(*pair) for pair in zip(up_projs, self._constants, strict=True)]  # by member
-
-    def encodes(self, waiting: int) -> bool:
-        """Always: the bases are there."""
-        return True
-
-    def fit(self, states: list[Tensor], frames: list[RotaryFrames | None], used: Tensor) -> None:
-        """Nothing to make."""
+            places = ((kept >= start) & (kept < start + basis.rank)).nonzero()[:, 0]
+            columns, heads = kept[places] - start, torch.tensor(basis.heads)
+            start += basis.rank
+            down, up = basis.down_proj[:, columns], basis.up_proj[columns]
+            if unit is not None and len(places):
+                mix, unmix = channel_mixing(sizes[places], unit)
+                down, up = down @ mix, unmix @ up
+            widths = [len(heads) * member.shape.head_dim for member in members]
+            matrices = [_narrow(matrix, dtype) for matrix in (down, *up.split(widths, dim=1))]
+            dtypes.append(tuple(matrix.dtype for matrix in matrices))
+            down_proj[_rows(members, heads)[:, None], places] = matrices[0].float()
+            mean = (basis.constant + basis.offset @ basis.up_proj).split(widths)
+            for constant, up_proj, part, matrix in zip(constants, up_projs, mean, matrices[1:], strict=True):
+                constant[heads] = part.unflatten(0, (len(heads), -1))
+                up_proj[places[:, None], heads] = matrix.unflatten(1, (len(heads), -1)).float()
+            all_heads = all(basis.heads == tuple(range(member.shape.heads)) for member in members)
+            where = ([] if all_heads else [heads]) + ([] if len(places) == len(kept) else [places])
+            for tensor in (*matrices, *where):
+                digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        self.fingerprint = digest.hexdigest()
+        held = [torch.float32 if torch.float32 in of_all else of_all[0] for of_all in zip(*dtypes, strict=True)]
+        self._encoding = EncodingMatrices(constants, down_proj.to(held[0]), weight)
+        read = zip(up_projs, held[1:], constants, strict=True)
+        self._reading = [ReadingMatrices(up_proj.to(dtype), constant) for up_proj, dtype, constant in read]  # by member
 
     def encoding(self, device: torch.device) -> EncodingMatrices:
-        """Matrices for latents on ``device``, that of the last member's layer."""
-        return EncodingMatrices(self._constants, self._down_proj, self._weight)
+        return self._encoding
 
     def reading(self, member: int, device: torch.device) -> ReadingMatrices:
-        """Matrices of one member on ``device``, that of its layer."""
         return self._reading[member]
 
     def on(self, member: int, device: torch.device) -> "CalibratedCoder":
-        """A coder whose matrices for ``member`` lie on ``device``; itself if they do."""
         last = member == len(self.members) - 1
-        if self._reading[member].up_proj.device == device and (not last or self._weight.device == device):
+        up_proj, constant, _ = self._reading[member]
+        constants, down_proj, weight = self._encoding
+        if up_proj.device == device and (not last or weight.device == device):
             return self
         moved = copy.copy(self)
         moved._reading = list(self._reading)
-        moved._reading[member] = ReadingMatrices(*(matrix.to(device) for matrix in self._reading[member][:2]))
+        moved._reading[member] = ReadingMatrices(up_proj.to(device), constant.to(device))
         if last:  # latents lie where the last member's layer computes
-            moved._constants = [constant.to(device) for constant in self._constants]
-            moved._down_proj, moved._weight = self._down_proj.to(device), self._weight.to(device)
+            there = [constant.to(device) for constant in constants]
+            moved._encoding = EncodingMatrices(there, down_proj.to(device), weight.to(device))
         return moved
-
-    def forget(self) -> None:
-        """Nothing to drop: calibrated bases belong to no tokens."""
-
-    def map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Nothing to change."""
-
-    def save(self, into: SavedTensors, name: str) -> dict[str, bool]:
-        """Nothing to add: a saved cache names its projections by ``fingerprint``."""
-        return {}
-
-    def load(self, saved: SavedTensors, name: str, facts: Mapping, batch: int, device: torch.device) -> None:
-        """Nothing to take."""
 
     @property
     def projection_bytes(self) -> int:
         """Bytes of the truncated bases, on all devices."""
+        constants, down_proj, weight = self._encoding
         read = [matrix for matrices in self._reading for matrix in matrices[:2]]
-        held = {id(tensor): tensor for tensor in (self._weight, self._down_proj, *self._constants, *read)}
+        held = {id(tensor): tensor for tensor in (weight, down_proj, *constants, *read)}
         return sum(tensor.numel() * tensor.element_size() for tensor in held.values())
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 of what latents mean: members, tiers and matrices as they are held, basis by basis.
-
-        The means are left out: ``Projections.truncate`` adds up what it cuts away in another order, so they may
-        differ in the last bit.
-        """
-        members = tuple((member.layer, member.side) for member in self.members)
-        digest = hashlib.sha256(repr((members, self.tiers)).encode())
-        for block in self._blocks:
-            for tensor in block.cut(self._down_proj.cpu(), [matrices.up_proj.cpu() for matrices in self._reading]):
-                digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
 
     def __deepcopy__(self, memo) -> "CalibratedCoder":
         return self
 
 
-class _Block:
-    """Where one basis stands in a coder's matrices, and its part of them until they are assembled."""
-
-    def __init__(self, basis: Basis, channels: Tensor, members: Sequence[Member], rank: int):
-        self.basis_heads = list(basis.heads)
-        self.every_head = all(basis.heads == tuple(range(member.shape.heads)) for member in members)
-        self.channels = channels  # places among the coder's channels
-        self.every_channel = len(channels) == rank
-        rows, start = [], 0  # of the coder's down-projection
-        for member in members:
-            numbers = torch.arange(member.shape.width).view(member.shape.heads, -1)[self.basis_heads]
-            rows.append(start + numbers.flatten())
-            start += member.shape.width
-        self.rows = torch.cat(rows)
-        self.dtypes: list[torch.dtype] = []
-        self.parts: list[Tensor] = []  # down-projection, then an up-projection for each member
-
-    def hold(self, down_proj: Tensor, up_projs: Sequence[Tensor]) -> None:
-        self.parts = [down_proj, *up_projs]
-        self.dtypes = [part.dtype for part in self.parts]
-
-    def release(self) -> None:
-        self.parts = []
-
-    def cut(self, down_proj: Tensor, up_projs: Sequence[Tensor]) -> list[Tensor]:
-        """What ``hold`` was given, out of the coder's matrices, and which heads and channels it is if not all."""
-        parts = [down_proj[self.rows][:, self.channels]]
-        parts += [up_proj[self.channels][:, self.basis_heads].flatten(1) for up_proj in up_projs]
-        places = [] if self.every_head else [torch.tensor(self.basis_heads)]
-        places += [] if self.every_channel else [self.channels]
-        return [part.to(dtype) for part, dtype in zip(parts, self.dtypes, strict=True)] + places
-
-
-def _blocks(
-    plan: GroupPlan, members: Sequence[Member], dtype: torch.dtype, sizes: Tensor, unit: float | None
-) -> list[_Block]:
-    """The bases' kept channels; with ``unit``, rotated so that channels of these ``sizes`` get that one."""
-    kept = torch.tensor(plan.channels, dtype=torch.long)
-    blocks, start = [], 0
-    for basis in plan.bases:
-        places = ((kept >= start) & (kept < start + basis.rank)).nonzero()[:, 0]
-        columns = kept[places] - start
-        start += basis.rank
-        down, up = basis.down_proj[:, columns], basis.up_proj[columns]
-        if unit is not None and len(places):
-            mix, unmix = channel_mixing(sizes[places], unit)
-            down, up = down @ mix, unmix @ up
-        widths = [len(basis.heads) * member.shape.head_dim for member in members]
-        block = _Block(basis, places, members, len(kept))
-        block.hold(_narrow(down, dtype), [_narrow(part, dtype) for part in up.split(widths, dim=1)])
-        blocks.append(block)
-    return blocks
-
-
-def _assembled(blocks: list[_Block], members: Sequence[Member], rank: int) -> tuple[Tensor, list[Tensor]]:
-    """Down-projection ``[width, rank]`` and by member the up-projection ``[rank, heads, head_dim]``."""
-    wide = [
-        torch.float32 if torch.float32 in dtypes else dtypes[0]
-        for dtypes in zip(*(b.dtypes for b in blocks), strict=True)
-    ]
-    down_proj = torch.zeros(sum(member.shape.width for member in members), rank, dtype=wide[0])
-    up_projs = [
-        torch.zeros(rank, member.shape.heads, member.shape.head_dim, dtype=dtype)
-        for member, dtype in zip(members, wide[1:], strict=True)
-    ]
-    for block in blocks:
-        down_proj[block.rows[:, None], block.channels] = block.parts[0].to(wide[0])
-        heads = torch.tensor(block.basis_heads)
-        for up_proj, part in zip(up_projs, block.parts[1:], strict=True):
-            up_proj[block.channels[:, None], heads] = part.unflatten(1, (len(heads), -1)).to(up_proj.dtype)
-    return down_proj, up_projs
+def _rows(members: Sequence[Member], heads: Tensor) -> Tensor:
+    """Where ``heads`` stand in the states of all members side by side."""
+    rows, start = [], 0
+    for member in members:
+        numbers = torch.arange(member.shape.width).view(member.shape.heads, -1)[heads]
+        rows.append(start + numbers.flatten())
+        start += member.shape.width
+    return torch.cat(rows)
 
 
 def _narrow(matrix: Tensor, dtype: torch.dtype) -> Tensor:

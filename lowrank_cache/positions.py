@@ -16,8 +16,7 @@ from lowrank_cache.artefact import SavedTensors, integer
 from lowrank_cache.kernels.packed import RotaryFrames
 from lowrank_cache.kernels.rope import angle_tables
 from lowrank_cache.latents import GrowingTensor
-from lowrank_cache.probe import rope_buffer
-from lowrank_cache.shapes import RopeShape
+from lowrank_cache.shapes import RopeShape, rope_buffer
 
 __all__ = ["PositionTrack"]
 
@@ -43,7 +42,6 @@ class PositionTrack:
         self.first_real: Tensor | None = None  # [batch], slot of each row's first real token; None: all 0
         self.rows_equal = True  # all rows have the same positions, so one row of tables serves all
         self._segments: dict[str, list[tuple[int, Tensor]]] = {}  # inverse frequencies from a slot on
-        self._tables: dict[tuple, tuple[Tensor, Tensor]] = {}
         self._frames: dict[tuple, RotaryFrames] = {}
         self._noted: set[str] = set()  # sources looked at in the current forward
 
@@ -136,55 +134,36 @@ class PositionTrack:
         if not segments or not torch.equal(segments[-1][1].to(current.device), current):
             segments.append((start, current))
 
-    def rotation(self, rope: RopeShape, start: int, stop: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Cosine and sine that take slots ``start`` to ``stop`` out of their frames, on ``device``.
+    def frames(self, rope: RopeShape, start: int, stop: int, device: torch.device) -> RotaryFrames:
+        """How slots ``start`` to ``stop`` are rotated: by frame, or by token if they are not cut into whole frames.
 
-        Returns:
-            Two tensors ``[1 or batch, 1, stop - start, rotary_dim / 2]`` float32: rotating the stored key by
-            them gives the post-RoPE key. One row when all rows have equal positions.
+        That is so where a dynamic rotary embedding has changed its frequencies, which ends a frame early. One row of
+        tables serves all batch elements that have equal positions.
         """
-        key = (rope.source, start, stop, device)
-        if key not in self._tables:
-            cos, sin = self._rotation(rope, start, stop)
-            self._tables[key] = cos.to(device), sin.to(device)
-        return self._tables[key]
+        key = (rope, start, stop, device)
+        if key not in self._frames:
+            whole = len(self._segments[rope.source]) == 1 and start == self.first_frame_slot
+            length = self.frame_length if whole else 1
+            cos, sin = self._tables(self._segments[rope.source], start, stop, length)
+            self._frames[key] = RotaryFrames(cos.to(device), sin.to(device), length, rope.layout)
+        return self._frames[key]
 
-    def _rotation(self, rope: RopeShape, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    def _tables(self, segments: list[tuple[int, Tensor]], start: int, stop: int, step: int) -> tuple[Tensor, Tensor]:
+        """Cosine and sine ``[1 or batch, slots, rotary_dim / 2]`` float32 of the frames of every ``step``-th slot."""
         positions = self._positions.view()
         if self.rows_equal:
             positions = positions[:1]
-        segments = self._segments[rope.source]
         edges = [begin for begin, _ in segments[1:]] + [stop]
         parts = []
         for (begin, inv_freq), end in zip(segments, edges, strict=True):
             low, high = max(start, begin), min(stop, end)
             if low < high:
-                slots = torch.arange(low, high, device=positions.device)
+                slots = torch.arange(low, high, step, device=positions.device)
                 frames = slots - (slots - self.first_frame_slot) % self.frame_length
                 frames = frames.clamp_(min=begin)  # a frame ends where the frequencies change
                 parts.append(angle_tables(positions[:, frames], inv_freq))
-        cos, sin = (torch.cat(tables, dim=1)[:, None] for tables in zip(*parts, strict=True))
+        cos, sin = (torch.cat(tables, dim=1) for tables in zip(*parts, strict=True))
         return cos, sin
-
-    def frames(self, rope: RopeShape, start: int, stop: int, device: torch.device) -> RotaryFrames:
-        """The same rotations, one for each frame; one for each token if the slots are not cut into whole frames.
-
-        That is so where a dynamic rotary embedding has changed its frequencies, which ends a frame early.
-        """
-        key = (rope, start, stop, device)
-        if key not in self._frames:
-            self._frames[key] = self._make_frames(rope, start, stop, device)
-        return self._frames[key]
-
-    def _make_frames(self, rope: RopeShape, start: int, stop: int, device: torch.device) -> RotaryFrames:
-        whole = len(self._segments[rope.source]) == 1 and start == self.first_frame_slot
-        if self.frame_length == 1 or not whole:
-            cos, sin = self.rotation(rope, start, stop, device)
-            return RotaryFrames(cos[:, 0], sin[:, 0], 1, rope.layout)
-        positions = self._positions.view(start, stop)[:, :: self.frame_length]
-        tables = angle_tables(positions[:1] if self.rows_equal else positions, self._segments[rope.source][0][1])
-        cos, sin = (table.to(device) for table in tables)
-        return RotaryFrames(cos, sin, self.frame_length, rope.layout)
 
     def real_after_sinks(self, start: int, stop: int, sinks: int) -> Tensor:
         """``[batch, stop - start]`` bool: neither padding nor one of its row's first ``sinks`` tokens."""
@@ -194,7 +173,6 @@ class PositionTrack:
 
     def end(self) -> None:
         """Drop what served one forward; its tables are as large as one head's dense keys."""
-        self._tables.clear()
         self._frames.clear()
         self._noted.clear()
 
@@ -277,8 +255,7 @@ class PositionTrack:
         """Bytes of positions, row starts, frequencies and, inside a forward, rotary tables."""
         rows = [tensor for tensor in (self._next, self.first_real) if tensor is not None]
         frequencies = [inv_freq for segments in self._segments.values() for _, inv_freq in segments]
-        tables = [table for pair in self._tables.values() for table in pair]
-        tables += [table for frames in self._frames.values() for table in frames.tables()]
+        tables = [table for frames in self._frames.values() for table in frames.tables()]
         return self._positions.nbytes + sum(t.numel() * t.element_size() for t in rows + frequencies + tables)
 
 

@@ -19,7 +19,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from lowrank_cache.kernels.rope import LAYOUTS, angle_tables, rotate
-from lowrank_cache.shapes import SIDES, LayerShape, ModelShape, RopeShape, SideShape
+from lowrank_cache.shapes import SIDES, LayerShape, ModelShape, RopeShape, SideShape, rope_buffer
 
 __all__ = [
     "CACHE_ARGUMENTS",
@@ -32,7 +32,6 @@ __all__ = [
     "model_shape",
     "one_token_cache",
     "one_token_forward",
-    "rope_buffer",
 ]
 
 # Small, so that a dynamic or long-context rotary embedding does not leave its short-context state.
@@ -82,12 +81,6 @@ def model_shape(model: PreTrainedModel) -> ModelShape:
     if decoder not in _SHAPES:
         _SHAPES[decoder] = _probe(model, decoder)
     return _SHAPES[decoder]
-
-
-def rope_buffer(decoder: nn.Module, source: str) -> Tensor:
-    """The inverse frequencies that ``RopeShape.source`` names, ``[rotary_dim / 2]``, as they are now."""
-    path, _, name = source.rpartition(".")
-    return getattr(decoder.get_submodule(path), name)
 
 
 class SpyCache(DynamicCache):

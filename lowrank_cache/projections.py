@@ -17,9 +17,9 @@ from lowrank_cache.basis import TENSORS, Basis
 from lowrank_cache.budget import GroupPlan, Ranks, plan_groups
 from lowrank_cache.shapes import SIDES, ModelShape, sides_of
 
-__all__ = ["Projections"]
+__all__ = ["ARTEFACT", "Projections"]
 
-_ARTEFACT = Artefact(
+ARTEFACT = Artefact(
     name="projections",
     damaged="damaged projections",
     config_file="projections.json",
@@ -181,14 +181,14 @@ class Projections:
             ratio=self.min_compression_ratio,
             provenance="\n".join(f"- {name}: {fact}" for name, fact in self.provenance.items()),
         )
-        _ARTEFACT.write(save_directory, facts, tensors, readme)
-        return _ARTEFACT.push(save_directory, repo_id or Path(save_directory).name, **push) if push_to_hub else None
+        ARTEFACT.write(save_directory, facts, tensors, readme)
+        return ARTEFACT.push(save_directory, repo_id or Path(save_directory).name, **push) if push_to_hub else None
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Save to a repository on the hub and return the commit's address; ``options``: see ``Artefact.push``."""
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            return _ARTEFACT.push(folder, repo_id, **options)
+            return ARTEFACT.push(folder, repo_id, **options)
 
     @classmethod
     def from_pretrained(
@@ -209,8 +209,8 @@ class Projections:
             FileNotFoundError: If a file is missing.
             ValueError: If a file is damaged, was edited, or has another format version.
         """
-        folder, config, tensors = _ARTEFACT.read(pretrained_model_name_or_path, **download)
-        with _ARTEFACT.damage_named(folder, ValueError, RuntimeError):
+        folder, config, tensors = ARTEFACT.read(pretrained_model_name_or_path, **download)
+        with ARTEFACT.damage_named(folder, ValueError, RuntimeError):
             projections = _assemble(config, tensors)
         return projections if compression_ratio is None else projections.truncate(compression_ratio)
 

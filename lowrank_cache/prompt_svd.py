@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowrank_cache.artefact import SavedTensors
 from lowrank_cache.budget import Ranks, prompt_ranks
-from lowrank_cache.coder import EncodingMatrices, ReadingMatrices
+from lowrank_cache.coder import Coder, EncodingMatrices, ReadingMatrices
 from lowrank_cache.hadamard import mixed_rotation
 from lowrank_cache.kernels.packed import RotaryFrames
 from lowrank_cache.shapes import BOTH, SIDES, Member, ModelShape, layer_groups
@@ -27,8 +27,8 @@ _FIT_TOKENS = 1024  # take a long prompt in pieces: its float32 copies stay smal
 _ITERATIONS = 4  # of the subspace iteration, each of which squares singular values
 
 
-class PromptCoder:
-    """The bases of one store, one for each batch element; none until a prompt was seen. See ``coder.Coder``.
+class PromptCoder(Coder):
+    """The bases of one store, one for each batch element; none until a prompt was seen.
 
     They are made when the window would first give tokens away and at least as many tokens as the rank have come
     (a shorter prompt would take less room than its bases), from all tokens then in the window.
@@ -44,11 +44,9 @@ class PromptCoder:
     one_basis = False
 
     def __init__(self, members: Sequence[Member], rank: int, bits: int, dtype: torch.dtype, new_tokens: str = "encode"):
-        self.name = f"{members[0].side} states of layers {tuple(member.layer for member in members)}"
-        self.members = tuple(members)
+        super().__init__(members, ((bits, rank),) if rank else ())
         self.rank = rank
         self.bits = bits
-        self.tiers = ((bits, rank),) if rank else ()
         self.dtype = dtype
         self.new_tokens = new_tokens
         self.forget()
@@ -60,11 +58,11 @@ class PromptCoder:
         self.units = torch.empty(0)  # [batch, 1, 1], root mean square of a latent before it is scaled to 1
 
     @property
-    def fitted(self) -> bool:
+    def fitted(self) -> bool:  # type: ignore[override]  # a property instead of a constant
         return bool(self.up_projs)
 
     @property
-    def last(self) -> bool:
+    def last(self) -> bool:  # type: ignore[override]
         return self.new_tokens == "exact"
 
     def encodes(self, waiting: int) -> bool:
@@ -74,11 +72,6 @@ class PromptCoder:
         return self.rank > 0 and waiting >= self.rank
 
     def fit(self, states: list[Tensor], frames: list[RotaryFrames | None], used: Tensor) -> None:
-        """Make the bases, if there are none, from the ``used`` tokens, see ``coder.Coder``.
-
-        Raises:
-            ValueError: If states are not finite.
-        """
         if not self.fitted:
             self._make(*self._covariance(states, frames, used))
 
@@ -134,31 +127,23 @@ class PromptCoder:
         self.up_projs = [part.mT.contiguous().to(self.dtype) for part in directions.split(widths, dim=1)]
 
     def encoding(self, device: torch.device) -> EncodingMatrices:
-        """Matrices with a batch axis for latents on ``device``."""
         up_proj = torch.cat([part.to(device) for part in self.up_projs], dim=2).float()
         constants = [constant.to(device, torch.float32).squeeze(2) for constant in self.constants]
         return EncodingMatrices(constants, up_proj.mT / self.units.to(device), up_proj.new_ones(self.rank))
 
     def reading(self, member: int, device: torch.device) -> ReadingMatrices:
-        """Matrices with a batch axis of one member on ``device``."""
         shape = self.members[member].shape
         up_proj = self.up_projs[member].to(device).unflatten(2, (shape.heads, shape.head_dim))
         constant = self.constants[member].to(device, torch.float32).squeeze(2)
         return ReadingMatrices(up_proj, constant, self.units.to(device))
 
-    def on(self, member: int, device: torch.device) -> "PromptCoder":
-        """Itself: bases are made where the states are."""
-        return self
-
     def map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Apply a change of the batch axis to the bases."""
         if self.fitted:
             self.units = function(self.units)
             self.up_projs = [function(part) for part in self.up_projs]
             self.constants = [function(part) for part in self.constants]
 
     def save(self, into: SavedTensors, name: str) -> dict[str, bool]:
-        """Add the bases of all batch elements."""
         if self.fitted:
             for member, (up_proj, constant) in enumerate(zip(self.up_projs, self.constants, strict=True)):
                 into.add(f"{name}.up_proj.{member}", up_proj)
@@ -167,11 +152,6 @@ class PromptCoder:
         return {"fitted": self.fitted}
 
     def load(self, saved: SavedTensors, name: str, facts: Mapping, batch: int, device: torch.device) -> None:
-        """Take what ``save`` added.
-
-        Raises:
-            ValueError: If a tensor is missing, or has another shape or dtype than these bases.
-        """
         if facts["fitted"] is not True or not self.rank:
             return
         for number, member in enumerate(self.members):
@@ -182,8 +162,7 @@ class PromptCoder:
         self.units = saved.take(f"{name}.units", (batch, 1, 1), torch.float32, device)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the bases of all batch elements."""
+    def nbytes(self) -> int:  # type: ignore[override]
         return sum(tensor.numel() * tensor.element_size() for tensor in (*self.up_projs, *self.constants, self.units))
 
 

@@ -22,9 +22,9 @@ from lowrank_cache.probe import input_device, one_token_cache
 from lowrank_cache.shapes import ModelShape
 from lowrank_cache.store import LatentStore
 
-__all__ = ["SavedCache", "gather", "owner_facts", "push", "reading", "write"]
+__all__ = ["ARTEFACT", "SavedCache", "gather", "owner_facts", "push", "reading", "write"]
 
-_ARTEFACT = Artefact(
+ARTEFACT = Artefact(
     name="saved cache",
     damaged="a damaged cache",
     config_file="lowrank_cache.json",
@@ -102,7 +102,7 @@ def gather(
 
 def write(folder: str | Path, facts: Mapping[str, Any], tensors: SavedTensors) -> None:
     """Write what ``gather`` gave, see ``Artefact.write``."""
-    _ARTEFACT.write(folder, facts, tensors.all())
+    ARTEFACT.write(folder, facts, tensors.all())
 
 
 def push(repo_id: str, facts: Mapping[str, Any], tensors: SavedTensors, **options: Any) -> str:
@@ -114,15 +114,15 @@ def push(repo_id: str, facts: Mapping[str, Any], tensors: SavedTensors, **option
         **{name: facts[name] for name in ("tokens", "batch", "base_model", "model_type")},
     )
     with TemporaryDirectory() as folder:
-        _ARTEFACT.write(folder, facts, tensors.all(), readme)
-        return _ARTEFACT.push(folder, repo_id, **options)
+        ARTEFACT.write(folder, facts, tensors.all(), readme)
+        return ARTEFACT.push(folder, repo_id, **options)
 
 
 @contextmanager
 def reading(name_or_path: str | Path, **download: Any) -> Iterator["SavedCache"]:
     """What ``write`` wrote, see ``Artefact.read``; damage that shows while it is used is named as such."""
-    folder, facts, tensors = _ARTEFACT.read(name_or_path, **download)
-    with _ARTEFACT.damage_named(folder):
+    folder, facts, tensors = ARTEFACT.read(name_or_path, **download)
+    with ARTEFACT.damage_named(folder):
         yield SavedCache(folder, facts, SavedTensors(tensors))
 
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import torch
+from torch import Tensor, nn
 
 __all__ = [
     "BOTH",
@@ -21,6 +22,7 @@ __all__ = [
     "RopeShape",
     "SideShape",
     "layer_groups",
+    "rope_buffer",
     "sides_of",
 ]
 
@@ -150,3 +152,9 @@ def layer_groups(
         else:
             groups.append([layer.layer_idx])
     return [tuple(group) for group in groups]
+
+
+def rope_buffer(decoder: nn.Module, source: str) -> Tensor:
+    """The inverse frequencies that ``RopeShape.source`` names, ``[rotary_dim / 2]``, as they are now."""
+    path, _, name = source.rpartition(".")
+    return getattr(decoder.get_submodule(path), name)

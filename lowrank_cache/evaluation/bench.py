@@ -1,68 +1,58 @@
 """Decode speed, prefill time and memory of many caches on one model, in one process, resumable.
 
-Machines are noisy, so a context's caches decode in turn, one step each, and what counts is the median of each
-and its ratio to the full cache's in the same minutes. ``DynamicCache`` runs on transformers' SDPA.
+Machines are noisy, so a context's caches decode in turn, one step each, and what counts is the median of each and its
+ratio to the full cache's in the same minutes. ``DynamicCache`` runs on transformers' SDPA.
 """
 
+import json
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from lowrank_cache.attention import latent_attention
-from lowrank_cache.cache_argument import cache_argument
-from lowrank_cache.evaluation.baselines import tensor_bytes
-from lowrank_cache.evaluation.cache_rows import CacheSizes, cache_row
-from lowrank_cache.evaluation.memory import watch_allocated
-from lowrank_cache.evaluation.results_file import append_result, resume_results
-from lowrank_cache.projections import Projections
+from lowrank_cache.evaluation.caches import CacheSizes, tensor_bytes
+from lowrank_cache.evaluation.inputs import Run, append_result, prepare, resume_results
+from lowrank_cache.evaluation.report import Table, check_installed
+from lowrank_cache.evaluation.streaming import now
+from lowrank_cache.probe import cache_argument
 
-__all__ = ["BenchRow", "BenchSettings", "bench_markdown", "run_bench"]
+__all__ = [
+    "WEIGHTS_ALONE", "Allocated", "BenchEntry", "BenchSettings", "bench", "bench_table", "run_bench", "watch_allocated",
+]  # fmt: skip
+
+WEIGHTS_ALONE = "weights-alone"  # a cache of one token: the floor of a decode step
+_RECONSTRUCTED = ",attend=0"
 
 
 @dataclass(frozen=True)
 class BenchSettings(CacheSizes):
-    """What is timed.
+    """What is timed."""
 
-    Attributes:
-        contexts: Cached tokens before decoding starts.
-        batches: Rows.
-        new_tokens: Timed decode steps a cache, after ``warm`` untimed ones.
-        threads: Of torch.
-    """
-
-    contexts: tuple[int, ...] = (1024, 4096, 8192)
-    batches: tuple[int, ...] = (1, 4)
-    new_tokens: int = 24
+    contexts: tuple[int, ...] = (1024, 4096, 8192)  # cached tokens before decoding starts
+    batches: tuple[int, ...] = (1, 4)  # sequences
+    new_tokens: int = 24  # timed decode steps a cache, after ``warm`` untimed ones
     warm: int = 2
-    threads: int = 1
+    threads: int = 1  # of torch
 
 
 @dataclass(frozen=True)
-class BenchRow:
-    """One cache at one context and batch; times in seconds, sizes in bytes.
-
-    Attributes:
-        prefill_seconds: Of one forward over the whole context.
-        step_seconds: Of each timed decode step of the batch.
-        stored_bytes: Of the cache's tensors after decoding.
-        prefill_peak, decode_peak: Most bytes that the cache and its forwards had allocated at once in that phase.
-    """
+class BenchEntry:
+    """One cache at one context and batch; times in seconds, sizes in bytes."""
 
     name: str
     context: int
     batch: int
-    prefill_seconds: float
-    step_seconds: list[float]
-    stored_bytes: int
-    prefill_peak: int
+    prefill_seconds: float  # of one forward over the whole context; of one token for ``WEIGHTS_ALONE``
+    step_seconds: list[float]  # of each timed decode step of the batch
+    stored_bytes: int  # of the cache's tensors after decoding
+    prefill_peak: int  # most bytes that the cache and its forwards had allocated at once in that phase
     decode_peak: int
 
     @property
@@ -70,25 +60,48 @@ class BenchRow:
         return self.batch / statistics.median(self.step_seconds)
 
 
+@dataclass
+class Allocated:
+    """Bytes beyond what was allocated when a block began, known when it has ended."""
+
+    highest: int = 0
+    left: int = 0
+
+
+@contextmanager
+def watch_allocated(device: torch.device) -> Iterator[Allocated]:
+    """Watch torch's allocator on ``device`` while the block runs; on a CPU through its profiler, which costs time."""
+    allocated = Allocated()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield allocated
+        allocated.highest = torch.cuda.max_memory_allocated(device) - before
+        allocated.left = torch.cuda.memory_allocated(device) - before
+        return
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        yield allocated
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        allocated.left += event.nbytes()
+        allocated.highest = max(allocated.highest, allocated.left)
+
+
 def run_bench(
-    model: PreTrainedModel,
-    ids: Tensor,
-    configurations: dict[str, tuple[Projections | None, dict]],
-    settings: BenchSettings,
-    out: Path,
-    progress: Callable[[str], object] = print,
-    identity: Mapping[str, Any] | None = None,
-) -> list[BenchRow]:
-    """Time every configuration at every context and batch that ``out`` does not hold yet, and return all it holds.
+    model: PreTrainedModel, ids: Tensor, makers: Mapping[str, Callable[[], Cache]], settings: BenchSettings, out: Path,
+    progress: Callable[[str], object] = print, identity: Mapping[str, Any] | None = None,
+) -> list[BenchEntry]:  # fmt: skip
+    """Time every cache at every context and batch that ``out`` does not hold yet, and return all it holds.
 
     Args:
         model: In eval mode; switched to ``latent_attention`` for the while.
         ids: ``[tokens]``, at least the longest context and the new tokens.
-        configurations: By name: projections and further arguments of ``LowRankCache``, or None for a baseline. A name
-            that ends in ``,attend=0`` rebuilds keys and values instead of attending to latents.
-        out: JSON Lines file, one row a line; its first line holds the settings.
-        progress: Called with a line of text as rows start.
-        identity: What else the rows of one file have in common: model, text, bases.
+        makers: By name, what makes a fresh cache; ``"full"`` must be one. Compressed ones have a colon in their
+            name; one that ends in ``,attend=0`` reconstructs keys and values instead of attending to latents.
+            ``WEIGHTS_ALONE`` gets one token instead of the context.
+        out: JSON Lines file, one entry a line; its first line holds the settings.
+        progress: Called with a line of text as measurements start.
+        identity: What else the entries of one file have in common: model, text, bases.
 
     Raises:
         ValueError: If the text is too short, or ``out`` was made with other settings or another identity.
@@ -97,53 +110,39 @@ def run_bench(
     if len(ids) < needed:
         raise ValueError(f"ids must hold at least {needed} tokens, got {len(ids)}")
     torch.set_num_threads(settings.threads)
-    done = _resume(out, settings, identity or {})
-    names = ["full", *(name for name in configurations if name != "full")]
+    # Contexts and batches may grow from run to run: an entry holds its own.
+    fixed = {name: value for name, value in asdict(settings).items() if name not in ("contexts", "batches")}
+    found = [BenchEntry(**fields) for fields in resume_results(out, {**fixed, **(identity or {})})]
+    done = {(entry.name, entry.context, entry.batch): entry for entry in found}
     for context in settings.contexts:
         for batch in settings.batches:
-            missing = [name for name in names if (name, context, batch) not in done]
-            if missing == ["full"] or not missing:
+            missing = [name for name in makers if name != "full" and (name, context, batch) not in done]
+            if not missing and ("full", context, batch) in done:
                 continue
-            chosen = ["full", *(name for name in missing if name != "full")]  # a ratio needs its baseline beside it
-            # A row's bases are made once for all its caches, and before the prefill that is timed.
-            makers = {
-                name: cache_row(name, *configurations.get(name, (None, {})), model, settings.sizes()).make
-                for name in chosen
-            }
-            for row in _measure_together(model, ids, makers, context, batch, settings, progress):
-                done[row.name, context, batch] = row
-                append_result(out, asdict(row))
-    # Earlier runs' rows too, as the file holds them: a table is not less for being measured in parts.
-    return sorted(done.values(), key=lambda row: (row.context, row.batch, row.name != "full"))
-
-
-def _resume(out: Path, settings: BenchSettings, identity: Mapping[str, Any]) -> dict[tuple[str, int, int], BenchRow]:
-    # Contexts and batches may grow from run to run: a row holds its own.
-    fixed = {name: value for name, value in asdict(settings).items() if name not in ("contexts", "batches")}
-    rows = [BenchRow(**fields) for fields in resume_results(out, {**fixed, **identity})]
-    return {(row.name, row.context, row.batch): row for row in rows}
+            chosen = {name: makers[name] for name in ("full", *missing)}  # a ratio needs its baseline beside it
+            for entry in _measure_together(model, ids, chosen, context, batch, settings, progress):
+                done[entry.name, context, batch] = entry
+                append_result(out, asdict(entry))
+    # Earlier runs' entries too, as the file holds them: a table is not less for being measured in parts.
+    return sorted(done.values(), key=lambda entry: (entry.context, entry.batch, entry.name != "full"))
 
 
 @torch.no_grad()
 def _measure_together(
-    model: PreTrainedModel,
-    ids: Tensor,
-    makers: dict[str, Callable[[], Cache]],
-    context: int,
-    batch: int,
-    settings: BenchSettings,
-    progress: Callable[[str], object],
-) -> Iterator[BenchRow]:
+    model: PreTrainedModel, ids: Tensor, makers: dict[str, Callable[[], Cache]], context: int, batch: int,
+    settings: BenchSettings, progress: Callable[[str], object],
+) -> Iterator[BenchEntry]:  # fmt: skip
     tokens = ids.to(model.device).expand(batch, -1)
     caches: dict[str, Cache] = {}
     prefills: dict[str, tuple[float, int]] = {}
     for name, make in makers.items():
         progress(f"prefill of {context} tokens, batch {batch}: {name}")
+        prompt = tokens[:, : 1 if name == WEIGHTS_ALONE else context]
         with _attention(model, name), watch_allocated(model.device) as allocated:
-            start = time.perf_counter()
+            start = now(model.device)
             caches[name] = make()
-            model(tokens[:, :context], **cache_argument(model, caches[name]), logits_to_keep=1)
-            seconds = time.perf_counter() - start
+            model(prompt, **cache_argument(model, caches[name]), logits_to_keep=1)
+            seconds = now(model.device) - start
         prefills[name] = (seconds, allocated.highest)
     progress(f"decode after {context} tokens, batch {batch}: {', '.join(makers)}")
     arguments = {name: cache_argument(model, cache) for name, cache in caches.items()}  # found before steps are timed
@@ -158,47 +157,90 @@ def _measure_together(
                         model(token, **argument)
                     peaks[name] = max(peaks[name], allocated.highest)
                     continue
-                start = time.perf_counter()
+                start = now(model.device)
                 model(token, **argument)
-                steps[name].append(time.perf_counter() - start)
+                steps[name].append(now(model.device) - start)
     for name, cache in caches.items():
         seconds, prefill_peak = prefills[name]
         stored = tensor_bytes(cache)
-        yield BenchRow(name, context, batch, seconds, steps[name], stored, prefill_peak, stored + peaks[name])
+        yield BenchEntry(name, context, batch, seconds, steps[name], stored, prefill_peak, stored + peaks[name])
 
 
-@contextmanager
-def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
+def _attention(model: PreTrainedModel, name: str) -> AbstractContextManager:
     """Attention over latents for compressed caches; the model's own for all others."""
-    if ":" not in name or name.endswith(",attend=0"):
-        yield
-        return
-    with latent_attention(model):
-        yield
+    return latent_attention(model) if ":" in name and not name.endswith(_RECONSTRUCTED) else nullcontext()
 
 
-def bench_markdown(rows: list[BenchRow]) -> str:
-    """A Markdown table: every row beside the full cache of the same context and batch."""
-    lines = [
-        "| context | batch | cache | decode, tokens/s | to full | prefill, s | to full | stored, MB | smaller "
-        "| peak of prefill, MB | peak of decode, MB |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    full = {(row.context, row.batch): row for row in rows if row.name == "full"}
-    for row in rows:
-        base = full[row.context, row.batch]
-        cells = [
-            f"{row.context:,}",
-            str(row.batch),
-            row.name,
-            f"{row.tokens_per_second:.2f}",
-            f"{row.tokens_per_second / base.tokens_per_second:.2f}x",
-            f"{row.prefill_seconds:.2f}",
-            f"{row.prefill_seconds / base.prefill_seconds:.2f}x",
-            f"{row.stored_bytes / 1e6:.1f}",
-            f"{base.stored_bytes / row.stored_bytes:.2f}x",
-            f"{row.prefill_peak / 1e6:.0f}",
-            f"{row.decode_peak / 1e6:.0f}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def bench_table(entries: list[BenchEntry]) -> Table:
+    """Every entry beside the full cache of the same context and batch."""
+    head = ["context", "batch", "cache", "decode, tokens/s", "to full", "prefill, s", "to full", "stored, MB"]
+    head += ["smaller", "peak of prefill, MB", "peak of decode, MB"]
+    full = {(entry.context, entry.batch): entry for entry in entries if entry.name == "full"}
+    lines = []
+    for entry in entries:
+        base = full[entry.context, entry.batch]
+        cells = [f"{entry.context:,}", str(entry.batch), entry.name, f"{entry.tokens_per_second:.2f}"]
+        cells += [f"{entry.tokens_per_second / base.tokens_per_second:.2f}x", f"{entry.prefill_seconds:.2f}"]
+        cells += [f"{entry.prefill_seconds / base.prefill_seconds:.2f}x", f"{entry.stored_bytes / 1e6:.1f}"]
+        cells += [f"{base.stored_bytes / entry.stored_bytes:.2f}x"]
+        cells += [f"{peak / 1e6:.0f}" for peak in (entry.prefill_peak, entry.decode_peak)]
+        if entry.name == WEIGHTS_ALONE:  # it has no context, so only its decode step says something
+            cells[5:] = ["–"] * 6
+        lines.append(cells)
+    return Table(head, lines)
+
+
+def bench(run: Run, specifications: list[str], settings: BenchSettings, say: Callable[[str], object]) -> None:
+    """Write ``bench.jsonl``, ``bench.json``, ``table.md`` and ``bench.png`` into the run's folder.
+
+    Args:
+        specifications: Caches as ``caches.parse`` reads them, and ``WEIGHTS_ALONE``. One may end in ``,attend=0``: the
+            same cache, keys and values reconstructed in every step.
+    """
+    plain = {name: name.removesuffix(_RECONSTRUCTED) for name in ("full", *specifications) if name != WEIGHTS_ALONE}
+    found = prepare(run, list(dict.fromkeys(plain.values())), settings.sizes(), say)
+    model, entries = found.model, {entry.name: entry for entry in found.entries}
+    makers: dict[str, Callable[[], Cache]] = {name: entries[one].make for name, one in plain.items()}
+    if WEIGHTS_ALONE in specifications:
+        makers[WEIGHTS_ALONE] = lambda: DynamicCache(config=model.config)
+    longest = max(settings.contexts) + settings.warm + settings.new_tokens
+    ids = torch.tensor(found.tokenizer(found.text[: 12 * longest])["input_ids"])
+    say(f"{found.name} in {found.identity['dtype']}, {settings.threads} thread(s), text from {found.source}")
+    measured = run_bench(model, ids, makers, settings, run.out / "bench.jsonl", say, found.identity)
+    table = bench_table(measured).markdown()
+    (run.out / "table.md").write_text(table + "\n", encoding="utf-8")
+    numbers = [{**asdict(entry), "tokens_per_second": entry.tokens_per_second} for entry in measured]
+    (run.out / "bench.json").write_text(json.dumps(numbers, indent=1), encoding="utf-8")
+    say(table)
+    try:
+        plot_bench(measured, run.out / "bench.png")
+    except ImportError as error:
+        say(str(error))
+
+
+def plot_bench(entries: list[BenchEntry], path: Path) -> None:
+    """Write a PNG: decoded tokens a second and stored bytes against the context, panels for each batch size."""
+    check_installed()
+    from matplotlib.figure import Figure
+
+    batches = sorted({entry.batch for entry in entries})
+    figure = Figure(figsize=(13, 4.5 * len(batches)), layout="constrained")
+    for (speed, size), batch in zip(figure.subplots(len(batches), 2, squeeze=False), batches, strict=True):
+        for name in dict.fromkeys(entry.name for entry in entries):
+            members = sorted(
+                (one for one in entries if (one.name, one.batch) == (name, batch)), key=lambda one: one.context
+            )
+            contexts = [one.context for one in members]
+            speed.plot(contexts, [one.tokens_per_second for one in members], marker="o", label=name)
+            if name != WEIGHTS_ALONE:
+                size.plot(contexts, [one.stored_bytes / 1e6 for one in members], marker="o", label=name)
+        speed.set_ylim(bottom=0)
+        speed.set(title=f"batch {batch}", xscale="log", xlabel="tokens in the cache", ylabel="decoded tokens a second")
+        size.set(xscale="log", yscale="log", xlabel="tokens in the cache", ylabel="bytes of the cache, MB")
+        for axis in (speed, size):
+            ticks = sorted({entry.context for entry in entries})
+            axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+            axis.legend(fontsize=8)
+    figure.savefig(path, dpi=120)

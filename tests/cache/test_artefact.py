@@ -27,8 +27,10 @@ from lowrank_cache import Projections
 from lowrank_cache.artefact import config_digest, write_files
 from lowrank_cache.calibration import calibrate
 from lowrank_cache.calibration.moments import Moments
-from lowrank_cache.projections import CONFIG_FILE, TENSOR_FILE
+from lowrank_cache.projections import ARTEFACT
 from tests.oracle.models import full_rank_projections, random_tokens, tiny_model
+
+CONFIG_FILE, TENSOR_FILE = ARTEFACT.config_file, ARTEFACT.tensor_file
 
 MOST_BYTES = 64 << 20  # Python's own; the artefact has a fraction of one MiB
 
@@ -362,7 +364,7 @@ def test_moments_are_replaced_whole_or_not_at_all(tmp_path, monkeypatch, moments
         Path(part).write_bytes(b"half")
         raise FULL
 
-    monkeypatch.setattr("lowrank_cache.calibration.moments.save_file", fill_up)
+    monkeypatch.setattr("lowrank_cache.artefact.save_file", fill_up)
     with pytest.raises(OSError, match="No space left"):
         moments.save(tmp_path / "m.safetensors")
     assert contents(tmp_path) == before

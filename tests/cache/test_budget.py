@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowrank_cache.budget import ChannelCosts, TierCounts, full_bytes_per_token, spend, tier_bytes
+from lowrank_cache.budget import full_bytes_per_token, spend, tier_bytes, tiers_loss
 from lowrank_cache.calibration import calibrate
-from lowrank_cache.kernels.packed import padded_channels
+from lowrank_cache.kernels.packed import pack_latents, padded_channels, read_latents
 from lowrank_cache.latents import PackedLatents
 from tests.oracle.models import full_rank_projections, random_tokens, tiny_model
 
@@ -21,28 +21,32 @@ def stores(draw, most_channels=40, most_stores=3):
     for _ in range(draw(st.integers(1, most_stores))):
         exponents = draw(st.lists(st.floats(-6, 2), min_size=1, max_size=most_channels))
         loss = np.sort(10.0 ** np.array(exponents))[::-1].copy()
-        costs.append(ChannelCosts(loss, loss))
+        costs.append(loss)
     return costs
 
 
-def total_loss(costs, counts):
-    return sum(cost.loss(count) for cost, count in zip(costs, counts, strict=True))
+def total_loss(costs, chosen):
+    return sum(tiers_loss(cost, tiers) for cost, tiers in zip(costs, chosen, strict=True))
+
+
+def bytes_of(tiers):
+    return sum(tier_bytes(bits, channels) for bits, channels in tiers)
 
 
 @given(costs=stores(), budget=st.integers(0, 400), levels=st.sampled_from([(16, 8, 4, 2), (16,), (4,), (8, 2)]))
 def test_never_over_budget(costs, budget, levels):
-    counts = spend(costs, budget, levels)
-    assert sum(count.bytes_per_token for count in counts) <= budget
-    for cost, count in zip(costs, counts, strict=True):
-        assert count.channels <= len(cost.variance)
-        assert all(bits in levels for bits, _ in count.items())
+    chosen = spend(costs, budget, levels)
+    assert sum(map(bytes_of, chosen)) <= budget
+    for cost, tiers in zip(costs, chosen, strict=True):
+        assert sum(channels for _, channels in tiers) <= len(cost)
+        assert all(bits in levels for bits, _ in tiers)
 
 
 @settings(max_examples=40)
 @given(costs=stores(), budgets=st.lists(st.integers(0, 400), min_size=2, max_size=5))
 def test_more_bytes_never_lose_much(costs, budgets):
     losses = [total_loss(costs, spend(costs, budget)) for budget in sorted(budgets)]
-    whole = sum(float(cost.dropped.sum()) for cost in costs)
+    whole = sum(float(cost.sum()) for cost in costs)
     # Greedy at the edges of the budget: a larger one may lose a little where the pieces fit worse.
     assert all(later <= earlier + 0.02 * whole for earlier, later in itertools.pairwise(losses))
 
@@ -51,7 +55,7 @@ def best_loss(costs, budget, levels):
     """Least loss within the budget over all choices of all stores (counts in whole rows of 16 bytes)."""
     options = []
     for cost in costs:
-        channels = len(cost.variance)
+        channels = len(cost)
         counts = [
             range(0, channels + padded_channels(bits, 1), padded_channels(bits, 1)) if bits in levels else (0,)
             for bits in (16, 8, 4, 2)
@@ -59,11 +63,10 @@ def best_loss(costs, budget, levels):
         choices = {}
         for requested in itertools.product(*counts):
             left, tiers = channels, []
-            for count in requested:
-                tiers.append(min(count, left))
-                left -= tiers[-1]
-            tiers = TierCounts(*tiers)
-            choices[tiers] = (tiers.bytes_per_token, cost.loss(tiers))
+            for bits, count in zip((16, 8, 4, 2), requested, strict=True):
+                tiers.append((bits, min(count, left)))
+                left -= tiers[-1][1]
+            choices[tuple(tiers)] = (bytes_of(tiers), tiers_loss(cost, tiers))
         options.append(list(choices.values()))
     return min(
         sum(loss for _, loss in chosen)
@@ -77,22 +80,20 @@ def best_loss(costs, budget, levels):
 def test_near_the_optimum(costs, budget):
     levels = (16, 8, 4, 2)
     ours, best = total_loss(costs, spend(costs, budget, levels)), best_loss(costs, budget, levels)
-    whole = sum(float(cost.dropped.sum()) for cost in costs)
+    whole = sum(float(cost.sum()) for cost in costs)
     assert best - 1e-9 * whole <= ours <= best + 0.05 * whole
 
 
 def test_one_store_is_solved_exactly():
-    loss = np.geomspace(1, 1e-4, 40)
-    cost = ChannelCosts(loss, loss)
+    cost = np.geomspace(1, 1e-4, 40)
     for budget in (16, 18, 34, 36, 50, 68, 100):
-        ours = cost.loss(spend([cost], budget)[0])
+        ours = tiers_loss(cost, spend([cost], budget)[0])
         assert ours == pytest.approx(best_loss([cost], budget, (16, 8, 4, 2)))
 
 
 def test_the_costlier_store_is_served_first():
-    cheap, dear = (ChannelCosts(np.full(16, value), np.full(16, value)) for value in (0.01, 1.0))
-    first, second = spend([cheap, dear], 18)
-    assert first.channels == 0 and second.channels == 16
+    cheap, dear = (np.full(16, value) for value in (0.01, 1.0))
+    assert spend([cheap, dear], 18) == [(), ((8, 16),)]
 
 
 def test_bytes_of_tiers():
@@ -110,16 +111,17 @@ def test_bytes_of_tiers():
 @given(counts=st.lists(st.integers(0, 70), min_size=4, max_size=4), seed=st.integers(0, 100))
 @settings(max_examples=30)
 def test_counted_bytes_are_those_of_packed_latents(counts, seed):
-    tiers = TierCounts(*counts)
-    packed = PackedLatents(tuple(tiers.items()), torch.float16, block_size=1)
+    tiers = tuple((bits, count) for bits, count in zip((16, 8, 4, 2), counts, strict=True) if count)
+    channels = sum(counts)
+    packed = PackedLatents(tiers, torch.float16, block_size=1)
     generator = torch.Generator().manual_seed(seed)
-    latents = torch.randn(2, 5, tiers.channels, generator=generator)
-    packed.append(latents, torch.ones(tiers.channels))
+    latents = torch.randn(2, 5, channels, generator=generator)
+    packed.append(pack_latents(latents, packed.tiers, torch.ones(channels), torch.float16), latents.shape[1])
     real = sum(buffer.view()[0, 0].numel() * buffer.view().element_size() for buffer in packed.buffers())
-    assert real == tiers.bytes_per_token
-    if tiers.channels:
-        assert packed.read().shape == latents.shape
-        assert float((packed.read() - latents).abs().max()) < 4.0
+    assert real == bytes_of(tiers)
+    if channels:
+        read = read_latents(packed.views())
+        assert read.shape == latents.shape and float((read - latents).abs().max()) < 4.0
 
 
 @pytest.mark.parametrize("method", ["fisher", "palu", "recalkv"])

@@ -92,12 +92,12 @@ class TestCacheArguments:
             ({"bits": 0}, ValueError, "bits must be one of"),
             ({"bits": "4"}, ValueError, "bits must be one of"),
             ({"bits": 4.0}, ValueError, "bits must be one of"),
-            ({"ranks": -1}, ValueError, "both.layers_0_0.heads_0-1 allows ranks 0 to 64, got -1"),
+            ({"ranks": -1}, ValueError, "both.layers_0_0.heads_0-1 must be 0 to 64, got -1"),
             ({"ranks": 8.0}, TypeError, "ranks must be an integer or a mapping"),
             ({"ranks": "8"}, TypeError, "ranks must be an integer or a mapping"),
             ({"ranks": {0: (8, 8)}}, ValueError, r"ranks must name the first layer .* \[0, 1, 2\], got \[0\]"),
             ({"ranks": {0: (8, 8), 1: (8, 8), 2: (8, 8), 9: (8, 8)}}, ValueError, "ranks must name"),
-            ({"ranks": {0: (33, 32), 1: (8, 8), 2: (8, 8)}}, ValueError, "layers_0_0.* allows ranks 0 to 64, got 65"),
+            ({"ranks": {0: (33, 32), 1: (8, 8), 2: (8, 8)}}, ValueError, "layers_0_0.* must be 0 to 64, got 65"),
             (
                 {"ranks": {0: (-1, 8), 1: (8, 8), 2: (8, 8)}},
                 ValueError,
@@ -131,9 +131,9 @@ class TestCacheArguments:
     @pytest.mark.parametrize(
         "ranks, message",
         [
-            (-1, "key.layers_0_0.heads_0-1 allows ranks 0 to 32, got -1"),
-            ({0: (33, 8), 1: (8, 8), 2: (8, 8)}, "key.layers_0_0.heads_0-1 allows ranks 0 to 32, got 33"),
-            ({0: (8, 8), 1: (8, 8), 2: (8, 33)}, "value.layers_2_2.heads_0-1 allows ranks 0 to 32, got 33"),
+            (-1, "key.layers_0_0.heads_0-1 must be 0 to 32, got -1"),
+            ({0: (33, 8), 1: (8, 8), 2: (8, 8)}, "key.layers_0_0.heads_0-1 must be 0 to 32, got 33"),
+            ({0: (8, 8), 1: (8, 8), 2: (8, 33)}, "value.layers_2_2.heads_0-1 must be 0 to 32, got 33"),
         ],
     )
     def test_ranks_of_keys_apart_from_values(self, model, ranks, message):

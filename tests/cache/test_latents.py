@@ -20,7 +20,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from lowrank_cache import LowRankCache
 from lowrank_cache.calibration import calibrate
-from lowrank_cache.kernels.packed import QUANTIZED_BITS, dequantize, quantize
+from lowrank_cache.kernels.packed import QUANTIZED_BITS, dequantize, pack_latents, quantize, read_latents
 from lowrank_cache.latents import GrowingTensor, PackedLatents
 from tests.oracle.inside import damaged_latents, without_reading
 from tests.oracle.models import full_rank_projections, random_tokens, tiny_model
@@ -210,7 +210,7 @@ def test_a_growing_tensor_holds_what_was_appended():
         growing.append(block)
         rows.append(block)
         assert torch.equal(growing.view(), torch.cat(rows, dim=1))
-        assert growing.buffer.shape[1] - growing.rows <= max(4, growing.rows // 8)
+        assert growing.buffer.shape[1] - growing.length <= max(4, growing.length // 8)
     assert torch.equal(growing.view(1, 4), torch.cat(rows, dim=1)[:, 1:4])
 
 
@@ -221,7 +221,7 @@ def test_speculative_decoding_does_not_copy_at_every_step():
     for _ in range(200):  # five proposed, one accepted
         with BytesCopied() as copied:
             growing.append(torch.zeros(5, 4))
-            growing.truncate(growing.rows - 4)
+            growing.truncate(growing.length - 4)
         copies += copied.total > 5 * 4 * 4  # more than was appended
     assert copies <= 4
 
@@ -268,8 +268,8 @@ def test_quantized_latents_are_finite(bits, row, weight):
 def test_stored_latents_are_finite(size, dtype):
     packed = PackedLatents(((16, 4), (8, 4), (4, 4), (2, 4)), dtype, block_size=2)
     latents = size * torch.sign(torch.randn(2, 3, 16))
-    packed.append(latents, torch.ones(16))
-    read = packed.read()
+    packed.append(pack_latents(latents, packed.tiers, torch.ones(16), dtype), 3)
+    read = read_latents(packed.views())
     assert torch.isfinite(read).all()
     if size > 1e-8:
         assert torch.equal(read.sign(), latents.sign()), "saturated, and not wrapped around"

@@ -21,8 +21,8 @@ from lowrank_cache import LowRankCache
 from lowrank_cache.calibration import calibrate
 from lowrank_cache.calibration.moments import Moments
 from lowrank_cache.kernels.rope import LAYOUTS, angle_tables, rotate
-from lowrank_cache.probe import model_shape, rope_buffer
-from lowrank_cache.shapes import RopeShape
+from lowrank_cache.probe import model_shape
+from lowrank_cache.shapes import RopeShape, rope_buffer
 from tests.oracle.inside import (
     change_ropes,
     keep_first_frequencies,

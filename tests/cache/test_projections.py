@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from lowrank_cache import LowRankCache, Projections
 from lowrank_cache.calibration import calibrate
-from lowrank_cache.projections import CONFIG_FILE, TENSOR_FILE
+from lowrank_cache.projections import ARTEFACT
 from tests.oracle.models import full_rank_projections, random_tokens, tiny_model
+
+CONFIG_FILE, TENSOR_FILE = ARTEFACT.config_file, ARTEFACT.tensor_file
 
 SIZES = {"residual_length": 4, "num_sink_tokens": 2, "block_size": 4}
 TENSORS = ("down_proj", "up_proj", "offset", "loss", "constant")

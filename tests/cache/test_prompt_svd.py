@@ -9,9 +9,10 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from lowrank_cache import LowRankCache, latent_attention
+from lowrank_cache.budget import prompt_ranks
 from lowrank_cache.probe import model_shape
-from lowrank_cache.prompt_svd import leading_directions, prompt_ranks
-from lowrank_cache.shapes import LayerShape, ModelShape, RopeShape, SideShape
+from lowrank_cache.prompt_svd import leading_directions
+from lowrank_cache.shapes import LayerShape, ModelShape, RopeShape, SideShape, layer_groups
 from tests.cache.test_generation import MODES, compare
 from tests.oracle.inside import has_prompt_bases, plant_shape, skip_products_of_prompts
 from tests.oracle.memory import held_bytes, reachable_tensors
@@ -362,19 +363,18 @@ class TestPaper:
     def test_value_rank_is_one_and_a_half_times_the_key_rank(self):
         shape = model_shape(llama_8b(8))
         for ratio in (2.0, 4.0, 8.0, 12.0, 16.0):
-            for (keys, values), layers in zip(
-                prompt_ranks(shape, ratio).values(), prompt_ranks(shape, ratio), strict=True
-            ):
-                assert len(layers) == 4
+            groups = layer_groups(shape, "both", 4)
+            assert {len(layers) for layers in groups} == {4}
+            for keys, values in prompt_ranks(shape, groups, ratio):
                 assert values == min(round(1.5 * keys), 4096)
                 assert 0.98 < 4 * 2048 * 2 / (2 * (keys + values)) / ratio < 1.02
 
     def test_mla_keeps_the_rotary_key_exactly(self):
         model = tiny_model("deepseek-v3")
         shape = model_shape(model)
-        ranks = prompt_ranks(shape, 2.0, layer_group_size=3)
+        ranks = prompt_ranks(shape, [(0, 1, 2)], 2.0)
         # Per layer 16 numbers of latent and 8 of rotary key, which stay: (3 · 24 / 2 - 3 · 8) numbers are left.
-        assert ranks == {(0, 1, 2): (8, 0)}  # 12, rounded down to rows of 16 bytes
+        assert ranks == [(8, 0)]  # 12, rounded down to rows of 16 bytes
         cache = xkv(model, 2.0, layer_group_size=3)
         tokens = random_tokens(1, 40)
         full = DynamicCache(config=model.config)
@@ -408,11 +408,11 @@ class TestBadInput:
     @pytest.mark.parametrize(
         "ranks, error, match",
         [
-            (0, ValueError, "allow ranks 1 to 64, got 0"),
+            (0, ValueError, "must be 1 to 64, got 0"),
             (1.5, TypeError, "ranks must be an integer or a mapping"),
             ({0: (1, 1)}, ValueError, r"ranks must name the first layer of each layer group, \[0, 2\]"),
-            ({0: (65, 1), 2: (1, 1)}, ValueError, "key states of layers .0, 1. allow ranks 1 to 64, got 65"),
-            ({0: (1, 1), 2: (1, 33)}, ValueError, "value states of layers .2,. allow ranks 1 to 32, got 33"),
+            ({0: (65, 1), 2: (1, 1)}, ValueError, "key states of layers .0, 1. must be 1 to 64, got 65"),
+            ({0: (1, 1), 2: (1, 33)}, ValueError, "value states of layers .2,. must be 1 to 32, got 33"),
         ],
     )
     def test_ranks(self, model, ranks, error, match):
@@ -420,7 +420,7 @@ class TestBadInput:
             xkv(model, layer_group_size=2, ranks=ranks)
 
     def test_rank_of_what_is_kept_exactly(self):
-        with pytest.raises(ValueError, match="MLA's rotary key, kept exactly. allow ranks 0 to 0, got 3"):
+        with pytest.raises(ValueError, match="MLA's rotary key, kept exactly. must be 0 to 0, got 3"):
             xkv(tiny_model("deepseek-v3"), layer_group_size=3, ranks={0: (4, 3)})
 
     @pytest.mark.parametrize("bits", [3, 0, "4"])

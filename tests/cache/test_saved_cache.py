@@ -18,11 +18,14 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicIndexedLayer
 
 from lowrank_cache import LowRankCache, Projections, latent_attention
-from lowrank_cache.artefact import CONFIG_FILE, config_digest
+from lowrank_cache.artefact import config_digest
+from lowrank_cache.saved_cache import ARTEFACT
 from tests.cache.test_projections import mutate, mutations
 from tests.oracle.inside import first_real
 from tests.oracle.models import SMALL_SIZES, full_rank_projections, random_tokens, tiny_model
 from tests.oracle.states import saved_facts, saved_tensors
+
+CONFIG_FILE = ARTEFACT.config_file
 
 PROMPT, MORE = 26, 5
 
@@ -503,9 +506,9 @@ def test_pushed_and_loaded_from_a_repository(saved, tmp_path, monkeypatch):
             calls["upload"] = (repo_id, delete_patterns, options)
             return "commit"
 
-    monkeypatch.setattr("lowrank_cache.saved_folder.HfApi", Api)
+    monkeypatch.setattr("lowrank_cache.artefact.HfApi", Api)
     monkeypatch.setattr(
-        "lowrank_cache.saved_folder.snapshot_download",
+        "lowrank_cache.artefact.snapshot_download",
         lambda name, allow_patterns, **options: calls.setdefault("download", (name, options)) and tmp_path / "hub",
     )
     assert saved.cache.push_to_hub("me/prompt", private=True, token="t", commit_message="one") == "commit"
@@ -514,5 +517,6 @@ def test_pushed_and_loaded_from_a_repository(saved, tmp_path, monkeypatch):
     card = huggingface_hub.ModelCard.load(tmp_path / "hub" / "README.md")
     assert card.data.library_name == "lowrank-cache" and 'from_pretrained("me/prompt", model, projections)' in card.text
     loaded = LowRankCache.from_pretrained("me/prompt", saved.model, projections_of("llama"), revision="v1")
-    assert calls["download"] == ("me/prompt", {"revision": "v1"})
+    name, options = calls["download"]
+    assert name == "me/prompt" and options["revision"] == "v1"
     assert loaded.get_seq_length() == saved.cache.get_seq_length()

@@ -306,7 +306,7 @@ def test_states_that_overflow_are_refused_and_undone(number, layer_group_size, j
         return output
 
     handle = model.model.layers[1].self_attn.v_proj.register_forward_hook(overflow)
-    with pytest.raises(ValueError, match=f"^{states} must be finite, got NaN or infinity"):
+    with pytest.raises(ValueError, match=f"^{states}: states must be finite, got NaN or infinity"):
         model(random_tokens(2, 16), past_key_values=cache)
     handle.remove()
     assert cache.get_seq_length() == 12

@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-from transformers import DynamicCache
 
 from lowrank_cache import LowRankCache
 from lowrank_cache.calibration.api import MAX_GROUP_LAYERS, MAX_GROUP_WIDTH, auto_group_size
-from lowrank_cache.evaluation.prefill import prefill_peak
 from lowrank_cache.probe import model_shape
 from lowrank_cache.shapes import LayerShape, ModelShape, SideShape, layer_groups
 from tests.cache.test_generation import compare
@@ -86,20 +84,6 @@ def test_prefill_keeps_one_groups_dense_states_alive_not_the_models(group, joint
     assert held[-1] == 0  # the last layer closes its group: nothing dense is left
     if group == 3:
         assert max(held) > dense_layer  # the measurement sees a group waiting for its last layer
-
-
-@pytest.mark.parametrize("group, joint", [(1, True), (3, True), (3, False)])
-def test_the_peak_of_a_prefill_is_counted_in_the_process(group, joint):
-    """``lowrank-cache prefill`` looks into the process, not into the cache; both must agree."""
-    model, tokens = tiny_model("llama"), 600
-    layer = model_shape(model).layers[0]
-    dense_layer = 4 * tokens * (layer.key.width + layer.value.width)
-    cache = LowRankCache(model, full_rank_projections("llama", 1, group, joint), compression_ratio=8)
-    peak = prefill_peak(model, cache, random_tokens(1, tokens))
-    assert peak.dense == group * dense_layer
-    assert peak.left >= cache.stored_bytes() and peak.allocated > peak.left
-    full = prefill_peak(model, DynamicCache(config=model.config), random_tokens(1, tokens))
-    assert full.dense >= 3 * dense_layer and full.left >= 3 * dense_layer
 
 
 def test_values_of_layers_whose_keys_differ_share_a_latent():

@@ -1,22 +1,21 @@
-"""The command line and what stands behind it: inspection, timed generation, errors as messages."""
+"""The command line: options reach what they name, and errors are messages."""
 
 import json
-import math
 import re
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
-import torch
-from lowrank_cache.allocation import full_bytes_per_token
-from transformers import BatchEncoding, DynamicCache
 from typer.testing import CliRunner
 
-from lowrank_cache import LowRankCache, Projections, cli
+from lowrank_cache import Projections, cli
 from lowrank_cache.calibration import calibrate
 from lowrank_cache.calibration.moments import Moments
-from lowrank_cache.evaluation.demo import generate_timed
-from lowrank_cache.evaluation.inspection import inspect_projections
-from lowrank_cache.evaluation.model_source import DownloadError
+from lowrank_cache.evaluation import inputs
+from lowrank_cache.evaluation.bench import BenchSettings
+from lowrank_cache.evaluation.demo import DownloadError
+from lowrank_cache.evaluation.evaluate import EvaluationSettings
+from lowrank_cache.evaluation.inputs import Run
 from tests.oracle.models import random_tokens, tiny_model
 
 
@@ -32,32 +31,6 @@ def projections(model):
 
 def run(*arguments):
     return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
-
-
-def test_inspection_agrees_with_the_cache(model, projections):
-    inspection = inspect_projections(projections, 3.0)
-    cache = LowRankCache(model, projections, compression_ratio=3.0)
-    assert inspection.basis_bytes == cache.projection_bytes()
-    assert inspection.full_bytes == full_bytes_per_token(projections)
-    assert inspection.latent_bytes <= inspection.full_bytes / 3
-    assert sum(row.full_bytes for row in inspection.rows) == inspection.full_bytes
-    assert len(inspection.rows) == len(projections.stores())
-
-
-@pytest.mark.parametrize("batch", [1, 8])
-def test_break_even_is_the_first_length_at_which_bases_are_earned_back(projections, batch):
-    inspection, exact = inspect_projections(projections, 3.0), 40
-    tokens = inspection.break_even(exact_tokens=exact, batch=batch)
-
-    def saved(tokens):
-        cached = exact * inspection.full_bytes + (tokens - exact) * inspection.latent_bytes
-        return batch * (tokens * inspection.full_bytes - cached) - inspection.basis_bytes
-
-    assert saved(tokens) >= 0 > saved(tokens - 1)
-
-
-def test_break_even_is_infinite_where_nothing_is_saved(projections):
-    assert inspect_projections(projections, 1.0).break_even() == math.inf
 
 
 @pytest.mark.parametrize(("joint", "sides"), [(True, ["both"]), (False, ["key", "value"])])
@@ -107,8 +80,12 @@ def test_download_error_is_a_message_and_a_bug_is_not(monkeypatch):
 @pytest.mark.parametrize(
     ("given", "expected"), [(None, None), ("5", 5), ("2,5", (2, 5)), ("auto", "auto"), ("1,x", "1,x")]
 )
-def test_group_size_option(given, expected):
-    assert cli._group_size(given) == expected
+def test_group_size_option(monkeypatch, given, expected):
+    asked = []
+    monkeypatch.setattr(cli, "calibrate_model", lambda *arguments, **options: asked.append(options))
+    option = [] if given is None else ["--layer-group-size", given]
+    assert run("calibrate", "tiny", "--out", "x", *option).exit_code == 0
+    assert asked[0]["layer_group_size"] == expected
 
 
 @pytest.fixture
@@ -121,8 +98,8 @@ def text(monkeypatch, model, tmp_path):
 
     text = tmp_path / "text.txt"
     text.write_text("Some words to calibrate on, again and again. " * 40)
-    monkeypatch.setattr(cli.AutoTokenizer, "from_pretrained", lambda name: Tokenizer())
-    monkeypatch.setattr(cli.AutoModelForCausalLM, "from_pretrained", lambda name, dtype: model)
+    monkeypatch.setattr(inputs.AutoTokenizer, "from_pretrained", lambda name: Tokenizer())
+    monkeypatch.setattr(inputs.AutoModelForCausalLM, "from_pretrained", lambda name, dtype: model)
     return text
 
 
@@ -150,8 +127,7 @@ def test_keys_and_values_apart_on_demand(text, tmp_path):
 
 
 @pytest.mark.parametrize("command", [
-    ["calibrate", "tiny", "--out", "x"], ["quality", "--out", "x", "--cache", "full"], ["bench", "--out", "x"],
-    ["eval", "tiny", "--out", "x"], ["prefill", "x"],
+    ["calibrate", "tiny", "--out", "x"], ["bench", "--out", "x"], ["eval", "tiny", "--out", "x"],
 ])  # fmt: skip
 def test_a_wrong_dtype_is_named_before_any_work(tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
@@ -175,24 +151,60 @@ def test_calibrate_saves_projections_with_their_text(text, tmp_path):
     assert max(len(basis["layers"]) for basis in config["bases"] if basis["side"] == "key") == 1
 
 
+@pytest.fixture
+def asked(monkeypatch):
+    """What ``eval`` and ``bench`` are asked to do, instead of doing it."""
+    calls = []
+    for name in ("run_evaluation", "run_bench"):
+        monkeypatch.setattr(cli, name, lambda *arguments: calls.append(arguments[:3]))
+    return calls
+
+
 @pytest.mark.parametrize(("given", "expected"), [([], ()), (["1024:16", "4096:8"], ((1024, 16), (4096, 8)))])
-def test_needles_option(given, expected):
-    assert cli._needles(given) == expected
+def test_needles_option(asked, given, expected):
+    assert run("eval", *(word for pair in given for word in ("--needles", pair))).exit_code == 0
+    assert asked[0][2].needles == expected
 
 
 @pytest.mark.parametrize("wrong", ["1024", "1024:", "a:4", "1024:4:4"])
-def test_wrong_needles_are_refused_by_name(wrong):
-    with pytest.raises(ValueError, match="needles must be TOKENS:QUESTIONS"):
-        cli._needles(["512:8", wrong])
+def test_wrong_needles_are_refused_by_name(asked, wrong):
+    result = run("eval", "--needles", "512:8", "--needles", wrong)
+    assert result.exit_code == 1 and "needles must be TOKENS:QUESTIONS" in result.output and not asked
 
 
-def test_timed_generation_gives_the_tokens_of_generate(model):
-    inputs = BatchEncoding({"input_ids": random_tokens(1, 12, seed=3), "attention_mask": torch.ones(1, 12).long()})
-    expected = model.generate(**inputs, max_new_tokens=5, do_sample=False)[0, 12:]
-    timed = generate_timed(model, inputs, DynamicCache(config=model.config), 5)
-    assert torch.equal(timed.token_ids, expected)
-    assert timed.prefill_seconds > 0 and timed.decode_seconds > 0
-    assert timed.seconds_per_token == pytest.approx(timed.decode_seconds / 4)
+def test_the_commands_defaults_are_those_of_the_settings(asked):
+    """One set of defaults: of the library for caches, of the settings and of a run for all else."""
+    for command, out, settings in (("eval", "eval", EvaluationSettings()), ("bench", "bench", BenchSettings())):
+        assert run(command).exit_code == 0
+        given, _, found = asked.pop()
+        assert found == settings
+        assert given == Run(Path("artefacts") / out, device=None)
+    assert inputs.CALIBRATION_TOKENS in cli.calibrate.__defaults__
+
+
+@pytest.mark.parametrize("command", ["eval", "bench"])
+def test_every_shared_option_reaches_the_run(asked, command):
+    options = [
+        "a-model", "--out", "o", "--calibrate-on", "c", "--evaluate-on", "e", "--moments", "m", "--projections", "p",
+        "--projections", "q", "--tokens", 7, "--recall-share", 0.25, "--sensitivity", "query", "--dtype", "float32",
+        "--device", "cpu", "--residual-length", 16, "--block-size", 8, "--cache", "xkv:2",
+    ]  # fmt: skip
+    result = run(command, *options)
+    assert result.exit_code == 0, result.output
+    given, caches, settings = asked[0]
+    assert given == Run(Path("o"), "a-model", "c", "e", Path("m"), ("p", "q"), 7, 0.25, "query", "float32", "cpu")
+    assert caches == ["xkv:2"] and (settings.residual_length, settings.block_size) == (16, 8)
+
+
+@pytest.mark.parametrize(("command", "wrong"), [("eval", "lengths"), ("bench", "contexts"), ("bench", "batches")])
+def test_numbers_are_positive(asked, command, wrong):
+    result = run(command, f"--{wrong}", "16,0")
+    assert result.exit_code == 1 and f"{wrong} must be positive integers separated by commas" in result.output
+
+
+def test_former_names_of_texts_still_work(asked):
+    assert run("eval", "--text", "t.txt").exit_code == 0
+    assert asked[0][0].evaluate_on == "t.txt"
 
 
 def test_env_names_every_version_a_report_needs():

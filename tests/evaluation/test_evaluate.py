@@ -1,45 +1,35 @@
-"""The evaluation: every number from a record, every record measured once, and intervals that hold the truth."""
+"""The evaluation: every number from a record, every record measured once, for the models that people have."""
 
 import dataclasses
 import json
-import math
 import re
 
-import numpy as np
 import pytest
 import torch
-from lowrank_cache.models import layer_groups, model_shape
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache
 from typer.testing import CliRunner
 
-from lowrank_cache import cli
-from lowrank_cache.calibration.moments import collect_moments
-from lowrank_cache.evaluation.answers import fill, greedy_answer
-from lowrank_cache.evaluation.baselines import make_baseline
-from lowrank_cache.evaluation.bootstrap import paired_interval
-from lowrank_cache.evaluation.cache_rows import cache_row
-from lowrank_cache.evaluation.configurations import build
+from lowrank_cache import LowRankCache, cli
+from lowrank_cache.calibration.collect import collect_moments
+from lowrank_cache.evaluation.caches import build, cache_entry
 from lowrank_cache.evaluation.evaluate import EvaluationSettings, evaluate
-from lowrank_cache.evaluation.perplexity import stream, windows_of
-from lowrank_cache.evaluation.plots import plot_evaluation
-from lowrank_cache.evaluation.report import metrics_of, report_markdown
-from lowrank_cache.evaluation.text_source import load_text
-from tests.evaluation.test_ruler import prose
+from lowrank_cache.evaluation.streaming import fill, force_answers, stream, windows_of
+from lowrank_cache.evaluation.tasks import Prompter, lookup_texts, needle_texts
+from lowrank_cache.probe import model_shape
+from lowrank_cache.shapes import layer_groups
+from tests.evaluation.test_tasks import prose
 from tests.oracle.character_tokenizer import character_tokenizer
 from tests.oracle.models import random_tokens, tiny_model, wide_llama
 
 SETTINGS = EvaluationSettings(
-    lengths=(2000,), tasks=("multi-key", "tracking"), samples=2, windows=3, window=96, chunk=200, batch=2, steps=2,
-    residual_length=8, block_size=8,
+    lengths=(2000,), tasks=("multi-key", "tracking"), samples=2, lookups=8, facts=6, needles=((400, 4), (500, 8)),
+    windows=3, window=96, chunk=200, batch=2, steps=2, residual_length=8, block_size=8,
 )  # fmt: skip
 NAMES = ["full", "kivi-2", "fisher:4", "xkv:2,groups=2"]
-CONFIG = {
-    "model": "wide",
-    "dtype": "float32",
-    "device": "cpu",
-    "text": "prose",
-    "settings": dataclasses.asdict(SETTINGS),
-}
+TEMPLATE = (
+    "{% for message in messages %}[{{ message.role }}]{{ message.content }}[end]{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -47,18 +37,20 @@ def measured(tmp_path_factory):
     model = wide_llama()
     moments = collect_moments(model, [random_tokens(2, 60)], {"both": layer_groups(model_shape(model), "both", 2)})
     built = build(NAMES, moments)
-    rows = [cache_row(name, *built[name], model, SETTINGS.sizes()) for name in NAMES]
+    entries = [cache_entry(name, *built[name], model, SETTINGS.sizes()) for name in NAMES]
     path = tmp_path_factory.mktemp("evaluation") / "samples.jsonl"
     seen = []
     records = evaluate(
-        model, character_tokenizer(), prose(200), rows, SETTINGS, path, {"model": "wide"}, lambda *a: seen.append(a)
+        model, character_tokenizer(), prose(200), entries, SETTINGS, path, {"model": "wide"}, lambda *a: seen.append(a)
     )
-    return model, rows, path, records, seen
+    return model, entries, path, records, seen
 
 
 def test_everything_is_measured_and_the_progress_ends_at_its_total(measured):
     _, _, path, records, seen = measured
     keys = {("window", None, None, index) for index in range(3)} | {("cost", None, 2000, 0)}
+    keys |= {("codes", "lookup", 6, index) for index in range(2)} | {("codes", "needle", 400, 0)}
+    keys |= {("codes", "needle", 500, index) for index in range(2)}
     keys |= {("answers", task, 2000, index) for task in SETTINGS.tasks for index in range(2)}
     assert {name: set(found) for name, found in records.items()} == dict.fromkeys(NAMES, keys)
     assert len(path.read_text().splitlines()) == 1 + 4 * len(keys)
@@ -67,25 +59,62 @@ def test_everything_is_measured_and_the_progress_ends_at_its_total(measured):
 
 
 def test_windows_are_what_the_cache_itself_gives(measured):
-    model, rows, _, records, _ = measured
+    model, entries, _, records, _ = measured
     windows = windows_of(torch.tensor(character_tokenizer()(prose(200))["input_ids"]), 96, 3)
-    for row in rows:
-        losses = stream(model, windows, row.make, chunk=200, batch=2).mean(1)
-        found = [records[row.name]["window", None, None, index]["loss"] for index in range(3)]
-        assert found == pytest.approx(losses.tolist(), rel=1e-4)
+    for entry in entries:
+        losses = stream(model, windows, entry.make, chunk=200, batch=2)
+        found = [records[entry.name]["window", None, None, index] for index in range(3)]
+        assert [one["loss"] for one in found] == pytest.approx(losses.mean(1).tolist(), rel=1e-4)
+        last = [one["quarters"][3] for one in found]
+        assert last == pytest.approx(losses.tensor_split(4, dim=1)[3].mean(1).tolist(), rel=1e-4)
+
+
+def test_a_prompt_is_not_scored_and_serves_xkv(tmp_path):
+    model, names = wide_llama(), ["full", "xkv:2,groups=3", "xkv:2,groups=3,new=exact"]
+    settings = dataclasses.replace(
+        SETTINGS, window=48, chunk=8, prompt=32, samples=0, lookups=0, needles=(), lengths=()
+    )
+    built = build(names, None)
+    entries = [cache_entry(name, *found, model, settings.sizes()) for name, found in built.items()]
+    records = evaluate(model, character_tokenizer(), prose(200), entries, settings, tmp_path / "samples.jsonl", {})
+    windows = windows_of(torch.tensor(character_tokenizer()(prose(200))["input_ids"]), 48, 3)
+    for name, (_, options) in built.items():
+
+        def make(options=options):
+            if not options:
+                return DynamicCache(config=model.config)
+            return LowRankCache(model, residual_length=8, block_size=8, **options)
+
+        losses = stream(model, windows, make, chunk=8, batch=2, prompt=32)[:, 31:]
+        found = [records[name]["window", None, None, index]["loss"] for index in range(3)]
+        assert found == pytest.approx(losses.mean(1).tolist(), rel=1e-5)
+
+
+def test_codes_are_forced_through_the_cache_itself(measured):
+    model, entries, _, records, _ = measured
+    tokenizer = character_tokenizer()
+    haystack = torch.tensor(tokenizer(prose(200))["input_ids"])
+    texts = {("lookup", 6): lookup_texts(tokenizer, 2, 6), ("needle", 500): needle_texts(tokenizer, haystack, 2, 500)}
+    for (task, length), part in texts.items():
+        contexts, questions = [text.context for text in part], [text.questions for text in part]
+        expected = force_answers(model, contexts, questions, entries[2].make, chunk=200)
+        for index, answers in enumerate(expected):
+            found = records["fisher:4"]["codes", task, length, index]
+            assert found["losses"] == pytest.approx([loss for loss, _ in answers], rel=1e-4)
+            assert found["exact"] == [float(exact) for _, exact in answers]
 
 
 def test_bytes_are_those_of_the_cache_itself(measured):
-    model, rows, _, records, _ = measured
-    cache = rows[2].make()
+    model, entries, _, records, _ = measured
+    cache = entries[2].make()
     fill(model, cache, torch.tensor(character_tokenizer()(prose(200))["input_ids"])[:2003], chunk=200)
     assert records["fisher:4"]["cost", None, 2000, 0]["stored_bytes"] == pytest.approx(cache.stored_bytes(), rel=0.01)
 
 
 def test_a_second_run_measures_only_what_is_new(measured, tmp_path, monkeypatch):
-    model, rows, path, records, _ = measured
+    model, entries, path, records, _ = measured
     again = tmp_path / "samples.jsonl"
-    arguments = (character_tokenizer(), prose(200), rows)
+    arguments = (character_tokenizer(), prose(200), entries)
     again.write_text(path.read_text()[:-20])  # a run that was killed while it wrote its last record
     asked = []
     monkeypatch.setattr("lowrank_cache.evaluation.evaluate.fill", lambda *a, **k: (asked.append(1), fill(*a, **k)))
@@ -93,7 +122,7 @@ def test_a_second_run_measures_only_what_is_new(measured, tmp_path, monkeypatch)
     assert len(asked) == 1 and set(resumed["xkv:2,groups=2"]) == set(records["xkv:2,groups=2"])
     more = dataclasses.replace(SETTINGS, samples=3, tasks=("multi-key",))
     grown = evaluate(model, *arguments, more, again, {"model": "wide"})
-    assert len(asked) == 1 + len(rows), "one more context of one task a cache"
+    assert len(asked) == 1 + len(entries), "one more context of one task a cache"
     assert all(grown[name][key] == resumed[name][key] for name in NAMES for key in grown[name] if key in resumed[name])
     with pytest.raises(ValueError, match="was made with other settings"):
         evaluate(model, *arguments, dataclasses.replace(SETTINGS, chunk=100), again, {"model": "wide"})
@@ -101,77 +130,17 @@ def test_a_second_run_measures_only_what_is_new(measured, tmp_path, monkeypatch)
         evaluate(model, *arguments, SETTINGS, again, {"model": "another"})
 
 
-def test_the_report_says_what_the_records_say(measured, tmp_path):
-    _, rows, _, records, _ = measured
-    metrics = json.loads(json.dumps(metrics_of(rows, records)))
-    losses = {
-        name: [found["window", None, None, index]["loss"] for index in range(3)] for name, found in records.items()
-    }
-    kivi = metrics["kivi-2"]
-    assert metrics["full"]["perplexity"] == {"value": pytest.approx(math.exp(sum(losses["full"]) / 3)), "windows": 3}
-    ratio = math.exp(sum(losses["kivi-2"]) / 3 - sum(losses["full"]) / 3)
-    assert kivi["perplexity"]["ratio"] == pytest.approx(ratio)
-    assert kivi["perplexity"]["low"] <= ratio <= kivi["perplexity"]["high"]
-    at = kivi["lengths"]["2000"]
-    assert at["fill_seconds"] is None and metrics["fisher:4"]["lengths"]["2000"]["fill_seconds"] > 0
-    scores = [record["score"] for key, record in records["kivi-2"].items() if key[0] == "answers"]
-    assert at["score"] == pytest.approx(sum(scores) / 4) and at["samples"] == 4
-    assert at["smaller"] > 2 and metrics["full"]["lengths"]["2000"]["smaller"] == 1
-    table = report_markdown(metrics, CONFIG)
-    assert all(f"| {name} |" in table for name in NAMES) and "## Tasks at 2,000 tokens" in table
-    widths = [line.count("|") for line in table.splitlines() if line.startswith("|")]
-    assert widths == [7] * 6 + [4] * 6 + [5] * 6  # three tables of four caches
-    plot_evaluation(metrics, tmp_path / "pareto.png")
-    assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_an_interval_holds_the_truth_about_as_often_as_it_says():
-    generator = np.random.default_rng(1)
-    held = 0
-    for index in range(300):
-        part = paired_interval([generator.exponential(size=40), generator.normal(1, 2, size=60)], draws=500, seed=index)
-        assert part.low <= part.mean <= part.high
-        held += part.low <= 1 <= part.high
-    assert 0.9 < held / 300 < 0.985
-
-
-def test_strata_count_alike_and_equal_differences_have_no_spread():
-    part = paired_interval([[1.0], [0.0, 0.0, 0.0]])
-    assert (part.mean, part.low, part.high) == (0.5, 0.5, 0.5)
-    assert paired_interval([[0.0, 1.0]], seed=3) == paired_interval([[0.0, 1.0]], seed=3)
-    for empty in ([], [[1.0], []]):
-        with pytest.raises(ValueError, match="must have samples in each stratum"):
-            paired_interval(empty)
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen3-next", "gemma3", "lfm2"])
-def test_answers_are_those_of_generate_and_leave_the_cache_as_it_is(family):
-    model = tiny_model(family)
-    context, question = random_tokens(1, 50, seed=1), random_tokens(1, 6, seed=2)
-    expected = model.generate(torch.cat([context, question], 1), max_new_tokens=7, do_sample=False)[0, 56:].tolist()
-    cache = DynamicCache(config=model.config)
-    fill(model, cache, context[0], chunk=13)
-    for _ in range(2):
-        assert greedy_answer(model, cache, question[0], 7, set()) == expected
-    assert cache.get_seq_length() == 50
-    assert greedy_answer(model, cache, question[0], 7, {expected[3]}) == expected[: expected.index(expected[3])]
-
-
-@pytest.mark.parametrize("name", ["full", "quantized-fp8", "kivi-2"])
-def test_an_answer_leaves_a_baseline_as_it_is(name):
-    model = wide_llama()
-    cache = make_baseline(name, model, 32)
-    fill(model, cache, random_tokens(1, 90)[0], chunk=30)
-    question = random_tokens(1, 40, seed=2)[0]
-    first = greedy_answer(model, cache, question, 12, set())
-    assert greedy_answer(model, cache, question, 12, set()) == first and cache.get_seq_length() == 90
-
-
 @pytest.mark.parametrize(
     "wrong", [{"tasks": ("single", "sums")}, {"samples": -1}, {"chunk": 0}, {"window": 1}, {"steps": 0}]
 )
 def test_wrong_settings_are_named(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
+        EvaluationSettings(**wrong)
+
+
+@pytest.mark.parametrize("wrong", [{"lookups": 6}, {"needles": ((1000, 4), (2000, 3))}, {"lookups": -4}])
+def test_questions_come_in_fours(wrong):
+    with pytest.raises(ValueError, match="must be a multiple of 4, asked of each text, got"):
         EvaluationSettings(**wrong)
 
 
@@ -206,9 +175,9 @@ def test_a_wrong_cache_fails_by_name_before_any_work(tmp_path, cache, message):
 def test_from_a_model_and_a_text_to_a_report(folder, tmp_path):
     out = tmp_path / "out"
     options = [
-        folder / "model", "--out", out, "--text", folder / "text.txt", "--calibrate-on", folder / "text.txt",
+        folder / "model", "--out", out, "--evaluate-on", folder / "text.txt", "--calibrate-on", folder / "text.txt",
         "--tokens", 1024, "--dtype", "float32", "--device", "cpu", "--lengths", 2000, "--tasks", "single",
-        "--samples", 1, "--windows", 2, "--window", 64, "--residual-length", 8, "--chunk", 200,
+        "--samples", 1, "--lookups", 4, "--windows", 2, "--window", 64, "--residual-length", 8, "--chunk", 200,
     ]  # fmt: skip
     caches = ["--cache", "fisher:3", "--cache", "recalkv:2"]
     unreachable = run(*options, *caches, "--cache", "fisher:1000")
@@ -216,7 +185,13 @@ def test_from_a_model_and_a_text_to_a_report(folder, tmp_path):
     assert not (out / "samples.jsonl").exists()
     result = run(*options, *caches)
     assert result.exit_code == 0, result.output
-    assert {path.name for path in out.iterdir()} >= {"config.json", "samples.jsonl", "metrics.json", "report.md"}
+    assert {path.name for path in out.iterdir()} >= {
+        "config.json",
+        "samples.jsonl",
+        "metrics.json",
+        "report.md",
+        "report.html",
+    }
     assert json.loads((out / "config.json").read_text())["caches"] == ["full", "fisher:3", "recalkv:2"]
     assert list(json.loads((out / "metrics.json").read_text())) == ["full", "fisher:3", "recalkv:2"]
     report = (out / "report.md").read_text()
@@ -237,15 +212,103 @@ def test_from_a_model_and_a_text_to_a_report(folder, tmp_path):
     assert unused.exit_code == 1 and "projections must be of a cache's method" in unused.output
 
 
-def test_texts_of_a_data_set(tmp_path):
-    rows = [{"text": "A line.\n", "more": "x"}, {"text": "Another.", "more": "y"}]
-    (tmp_path / "set").mkdir()
-    (tmp_path / "set" / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    name = f"dataset:{tmp_path / 'set'}"
-    assert load_text(name, split="test") == ("A line.\nAnother.\n\n", name)
-    assert load_text(f"{name},split=test,column=more")[0] == "x\n\ny\n\n"
-    with pytest.raises(ValueError, match="must name a column of"):
-        load_text(f"{name},column=words", split="test")
-    for wrong in ("dataset:", f"{name},columns=text", f"{name},split"):
-        with pytest.raises(ValueError, match="data set must be dataset:NAME"):
-            load_text(wrong)
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(prose(200))
+    return path
+
+
+def measure(model, out, text, *options):
+    """Metrics of the full cache and of ``fisher:2``."""
+    result = CliRunner().invoke(cli.app, arguments(model, out, text, *options))
+    assert result.exit_code == 0, result.output
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert list(metrics) == ["full", "fisher:2"]
+    return metrics
+
+
+def arguments(model, out, text, *options):
+    given = [
+        "eval", model, "--out", out, "--evaluate-on", text, "--calibrate-on", text, "--tokens", 1024, "--dtype",
+        "float32", "--device", "cpu", "--lengths", 1500, "--tasks", "single", "--samples", 1, "--lookups", 0,
+        "--windows", 2, "--window", 64, "--residual-length", 8, "--chunk", 200, "--cache", "fisher:2", *options,
+    ]  # fmt: skip
+    return [str(argument) for argument in given]
+
+
+def save(model, folder):
+    model.save_pretrained(folder)
+    character_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def blockwise_llama():
+    """4-bit products on CPUs want widths of whole blocks of 64."""
+    config = tiny_model("llama").config
+    config.intermediate_size = 128
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.filterwarnings("ignore:bitsandbytes.*an autograd kernel was not registered")
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantized_model(text, tmp_path, kind):
+    pytest.importorskip("bitsandbytes")
+    whole = save(blockwise_llama(), tmp_path / "whole")
+    format = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"} if kind == "nf4" else {"load_in_8bit": True}
+    quantized = AutoModelForCausalLM.from_pretrained(
+        whole, quantization_config=BitsAndBytesConfig(**format), dtype=torch.float32, device_map="cpu"
+    )
+    stored = save(quantized, tmp_path / "quantized")
+    by_queries = ["--sensitivity", "query"]  # gradients do not pass through 4-bit weights on CPUs
+    metrics = measure(stored, tmp_path / "out", text, *by_queries)
+    reference = measure(whole, tmp_path / "reference", text, *by_queries)
+    if kind == "nf4":
+        refused = CliRunner().invoke(cli.app, arguments(stored, tmp_path / "refused", text))
+        assert refused.exit_code == 1 and "Error: no gradient reached" in refused.output
+        assert "Traceback" not in refused.output and "sensitivity='query'" in refused.output
+    ours, theirs = (found["full"]["perplexity"]["value"] for found in (metrics, reference))
+    assert ours != theirs and ours == pytest.approx(theirs, rel=0.15), "of the quantized weights"
+
+
+def test_an_adapter(text, tmp_path):
+    peft = pytest.importorskip("peft")
+    whole = save(blockwise_llama(), tmp_path / "whole")
+    torch.manual_seed(0)
+    options = peft.LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(whole), options)
+    adapted.save_pretrained(tmp_path / "adapter")
+    character_tokenizer().save_pretrained(tmp_path / "adapter")
+    metrics = measure(tmp_path / "adapter", tmp_path / "out", text)
+    merged = save(adapted.merge_and_unload(), tmp_path / "merged")
+    expected = measure(merged, tmp_path / "expected", text)
+    plain = measure(whole, tmp_path / "plain", text)
+    value = {name: found["full"]["perplexity"]["value"] for name, found in
+             (("adapter", metrics), ("merged", expected), ("plain", plain))}  # fmt: skip
+    assert value["adapter"] == pytest.approx(value["merged"], rel=1e-4)
+    assert value["adapter"] != pytest.approx(value["plain"], rel=1e-3)
+    ratio = {name: found["fisher:2"]["perplexity"]["value"] for name, found in (("a", metrics), ("m", expected))}
+    assert ratio["a"] == pytest.approx(ratio["m"], rel=1e-2)
+
+
+def test_a_chat_template(text, tmp_path, monkeypatch):
+    tokenizer = character_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    asked = []
+    context = Prompter.context
+    monkeypatch.setattr(Prompter, "context", lambda self, text: asked.append(context(self, text)) or asked[-1])
+    for name, options, start in (("chat", ["--chat"], "[user]"), ("plain", [], "")):
+        asked.clear()
+        measure(tmp_path / "model", tmp_path / name, text, *options)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert config["settings"]["chat"] is (name == "chat")
+        read = tokenizer.decode(asked[-1])
+        assert read.startswith(start) and read.startswith("[user]") is (name == "chat") and len(read) > 1000
+    without = CliRunner().invoke(
+        cli.app, ["eval", str(save(tiny_model("llama"), tmp_path / "without")), "--out", str(tmp_path / "none"),
+                  "--evaluate-on", str(text), "--chat", "--device", "cpu", "--lengths", "1500", "--cache", "full"]
+    )  # fmt: skip
+    assert without.exit_code == 1 and "chat needs a tokenizer with a chat template" in without.output

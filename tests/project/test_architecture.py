@@ -10,110 +10,10 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.tools.module_map import ALLOWED, PAGE, ROOT, TOUCH_TRANSFORMERS, module_map, page_with, rule, sources
+
 PACKAGE = "lowrank_cache"
 TASKS = ROOT / PACKAGE / "evaluation" / "lm_eval_tasks"
-
-# What each file may import of this project. A folder's line holds for all its files, which may also
-# import each other; a line of its own wins over the folder's.
-ALLOWED = {
-    "lowrank_cache/__init__.py": {"attention", "cache", "projections"},
-    "lowrank_cache/artefact_config.py": set(),
-    "lowrank_cache/atomic.py": set(),
-    "lowrank_cache/attended.py": set(),
-    "lowrank_cache/turn.py": set(),
-    "lowrank_cache/attention.py": {"attended", "kernels.api", "models", "view"},
-    "lowrank_cache/view.py": {"kernels.api", "kernels.packed"},
-    "lowrank_cache/growing.py": set(),
-    "lowrank_cache/budget.py": {"kernels.packed"},
-    "lowrank_cache/cache_argument.py": set(),
-    "lowrank_cache/hooks.py": {"cache_argument"},
-    "lowrank_cache/hadamard.py": set(),
-    "lowrank_cache/models.py": {"cache_argument", "kernels.rope"},
-    "lowrank_cache/projections.py": {"allocation", "artefact_config", "atomic", "models"},
-    "lowrank_cache/allocation.py": {"budget", "models"},
-    "lowrank_cache/latents.py": {
-        "allocation",
-        "growing",
-        "hadamard",
-        "kernels.packed",
-        "kernels.reference",
-        "models",
-        "projections",
-        "saved_tensors",
-    },
-    "lowrank_cache/positions.py": {"growing", "kernels.packed", "kernels.rope", "models", "saved_tensors"},
-    "lowrank_cache/store.py": {"growing", "kernels", "latents", "models", "positions", "saved_tensors", "view"},
-    "lowrank_cache/saved_tensors.py": set(),
-    "lowrank_cache/saved_folder.py": {"artefact_config", "atomic", "saved_tensors"},
-    "lowrank_cache/saved_cache.py": {"models", "other_layers", "positions", "saved_tensors", "store"},
-    "lowrank_cache/other_layers.py": {"saved_tensors"},
-    "lowrank_cache/cache.py": {
-        "allocation",
-        "attended",
-        "budget",
-        "hooks",
-        "kernels.reference",
-        "latents",
-        "models",
-        "positions",
-        "projections",
-        "prompt_svd",
-        "saved_cache",
-        "saved_folder",
-        "saved_tensors",
-        "store",
-        "turn",
-        "view",
-    },
-    "lowrank_cache/prompt_svd.py": {
-        "allocation",
-        "budget",
-        "hadamard",
-        "models",
-        "positions",
-        "saved_tensors",
-        "store",
-    },
-    "lowrank_cache/cli.py": {"", "calibration", "evaluation", "projections", "cache"},
-    "lowrank_cache/evaluation/": {
-        "",
-        "allocation",
-        "atomic",
-        "attention",
-        "budget",
-        "cache",
-        "cache_argument",
-        "calibration",
-        "growing",
-        "kernels.api",
-        "kernels.packed",
-        "kernels.rope",
-        "latents",
-        "models",
-        "projections",
-        "prompt_svd",
-        "store",
-    },
-    "kernels/": set(),
-    "calibration/": {"allocation", "atomic", "cache_argument", "kernels.rope", "models", "projections"},
-}
-# transformers changes often; a change of it must not reach further than these.
-TOUCH_TRANSFORMERS = {
-    "lowrank_cache/cache.py",
-    "lowrank_cache/models.py",
-    "lowrank_cache/other_layers.py",
-    "lowrank_cache/attention.py",
-    "lowrank_cache/cli.py",
-    "lowrank_cache/evaluation/",
-    "calibration/",
-}
-
-
-def sources() -> list[Path]:
-    files = [path for folder in (PACKAGE, "kernels", "calibration") for path in (ROOT / folder).rglob("*.py")]
-    # The package's kernels and calibration are links to the top-level folders.
-    return [path for path in files if not {"kernels", "calibration"} & set(path.relative_to(ROOT).parts[1:-1])]
 
 
 def name_of(path: Path) -> str:
@@ -127,14 +27,11 @@ def module_of(path: Path) -> str:
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:
-    """Absolute module names that a file imports when it runs, and whether at module level."""
+    """Absolute module names that a file imports, for types too, and whether at module level."""
     tree = ast.parse(path.read_text())
     inside = {id(node) for outer in ast.walk(tree) if isinstance(outer, ast.FunctionDef) for node in ast.walk(outer)}
-    for_types = {id(node) for outer in ast.walk(tree) if is_for_types(outer) for node in ast.walk(outer)}
     found = []
     for node in ast.walk(tree):
-        if id(node) in for_types:
-            continue
         if isinstance(node, ast.Import):
             found += [(alias.name, id(node) not in inside) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -144,23 +41,6 @@ def imports(path: Path) -> list[tuple[str, bool]]:
                 whole = f"{node.module}.{alias.name}"
                 found.append((whole if whole in modules else node.module, id(node) not in inside))
     return found
-
-
-def is_for_types(node: ast.AST) -> bool:
-    """Whether a node is an ``if TYPE_CHECKING:`` without an ``else``."""
-    return (
-        isinstance(node, ast.If)
-        and isinstance(node.test, ast.Name)
-        and node.test.id == "TYPE_CHECKING"
-        and not node.orelse
-    )
-
-
-def rule(table, path: Path):
-    """The table's entry for a file, or for the nearest folder that has one."""
-    name = name_of(path)
-    folders = [f"{parent.as_posix()}/" for parent in Path(name).parents]
-    return next((entry for entry in (name, *folders) if entry in table), None)
 
 
 def own(module: str) -> str | None:
@@ -176,17 +56,23 @@ def within(inner: str, allowed: str) -> bool:
 def test_imports_follow_the_arrows(path):
     entry = rule(ALLOWED, path)
     assert entry is not None, f"{name_of(path)} has no line in ALLOWED: say what it may import"
-    folder = (
-        module_of(path.parent / "__init__.py")[len(PACKAGE) + 1 :]
-        if entry.endswith("/") or path.parent != ROOT / PACKAGE
-        else None
-    )
+    folder = module_of(path.parent / "__init__.py")[len(PACKAGE) + 1 :] if entry.endswith("/") else None
     for module, _ in imports(path):
         assert module.split(".")[0] not in ("kernels", "calibration"), f"{name_of(path)} imports top-level {module}"
         name = own(module)
         if name is None or (folder and within(name, folder)):
             continue
         assert any(within(name, allowed) for allowed in ALLOWED[entry]), f"{name_of(path)} may not import {module}"
+
+
+def test_the_map_in_the_docs_is_that_of_the_rules():
+    page = PAGE.read_text(encoding="utf-8")
+    assert page_with(module_map(), page) == page, "python -m tests.tools.module_map rewrites it"
+
+
+def test_the_house_stays_small():
+    lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in sources())
+    assert len(sources()) <= 52 and lines <= 10_800, f"{len(sources())} files of {lines} lines in all"
 
 
 def test_no_circles():
@@ -213,6 +99,17 @@ def test_transformers_is_touched_in_few_places(path):
     assert not touches or rule(TOUCH_TRANSFORMERS, path), f"{name_of(path)} may not import transformers"
 
 
+@pytest.mark.parametrize("module", ["projections", "store", "prompt_svd", "kernels.api"])
+def test_what_does_without_transformers(module):
+    modules = {module_of(path): path for path in sources()}
+    done, waiting = set(), {f"{PACKAGE}.{module}"}
+    while waiting:
+        found = {name for name, _ in imports(modules[waiting.pop()])}
+        assert not any(name.split(".")[0] == "transformers" for name in found)
+        waiting |= (found & set(modules)) - done - {PACKAGE}
+        done |= waiting
+
+
 def test_kernels_need_torch_alone_and_triton_lazily():
     for path in (ROOT / "kernels").glob("*.py"):
         others = {module.split(".")[0] for module, _ in imports(path)} - {"torch", *sys.stdlib_module_names}
@@ -221,11 +118,11 @@ def test_kernels_need_torch_alone_and_triton_lazily():
 
 
 def test_lm_eval_is_needed_by_its_own_model_alone():
-    ours = {"lowrank_cache/evaluation/hf_lowrank.py", "lowrank_cache/evaluation/lm_eval.py"}
+    ours = {"lowrank_cache/evaluation/lm_eval_model.py"}
     for path in sources():
         names = {module for module, _ in imports(path)}
         needs = any(name.split(".")[0] == "lm_eval" for name in names)
-        leads = names & {f"{PACKAGE}.evaluation.hf_lowrank", f"{PACKAGE}.evaluation.lm_eval"}
+        leads = names & {f"{PACKAGE}.evaluation.lm_eval_model"}
         assert name_of(path) in ours or not (needs or leads), f"{name_of(path)} may not need lm-eval"
 
 

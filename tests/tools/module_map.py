@@ -6,7 +6,7 @@
 import ast
 from pathlib import Path
 
-__all__ = ["ALLOWED", "ROOT", "TOUCH_TRANSFORMERS", "module_map", "page_with", "sources"]
+__all__ = ["ALLOWED", "PAGE", "ROOT", "TOUCH_TRANSFORMERS", "module_map", "page_with", "rule", "sources"]
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "contributing.md"
@@ -18,7 +18,7 @@ PACKAGE = "lowrank_cache"
 ALLOWED = {
     "lowrank_cache/__init__.py": {"attention", "cache", "projections"},
     "lowrank_cache/cache.py": {
-        *("budget", "coder", "forward", "latent_view", "layers", "positions", "probe", "projections", "prompt_svd"),
+        *("artefact", "coder", "forward", "latent_view", "layers", "positions", "probe", "projections", "prompt_svd"),
         *("saved_cache", "shapes", "store"),
     },
     "lowrank_cache/layers.py": {"latent_view", "shapes", "store"},
@@ -34,7 +34,7 @@ ALLOWED = {
     },
     "lowrank_cache/latent_view.py": {"kernels.api", "kernels.packed", "kernels.segments"},
     "lowrank_cache/positions.py": {
-        *("artefact", "kernels.packed", "kernels.rope", "latents", "probe", "shapes"),
+        *("artefact", "kernels.packed", "kernels.rope", "latents", "shapes"),
     },
     "lowrank_cache/latents.py": {"artefact", "kernels.packed"},
     "lowrank_cache/projections.py": {"artefact", "basis", "budget", "shapes"},

@@ -1,7 +1,7 @@
 """SmolLM2 with bitsandbytes weights, nf4 and int8, on this CPU: its caches against ``DynamicCache``.
 
-``python -P tests/tools/real_bitsandbytes.py [PROJECTIONS]``; without projections they are calibrated first, from the whole
-model. Not part of the tests, which use tiny models (``test_bitsandbytes.py``): it takes minutes.
+``python -P tests/tools/real_bitsandbytes.py [PROJECTIONS]``; without projections they are calibrated
+first, from the whole model. Not part of the tests, which use tiny models (``test_bitsandbytes.py``): it takes minutes.
 """
 
 import sys
@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Cache, Dynami
 from lowrank_cache import LowRankCache, Projections, latent_attention
 from lowrank_cache.calibration import calibrate
 from lowrank_cache.calibration.text import mixed_batches
-from lowrank_cache.evaluation.model_source import demo_model
-from lowrank_cache.evaluation.perplexity import stream, windows_of
-from lowrank_cache.evaluation.text_source import bundled_text
+from lowrank_cache.evaluation.demo import demo_model
+from lowrank_cache.evaluation.inputs import bundled_text
+from lowrank_cache.evaluation.streaming import stream, windows_of
 
 FORMATS = {"nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "int8": {"load_in_8bit": True}}
 WINDOW, ROWS, CHUNK = 320, 2, 64  # with a window of 32 to 64 exact tokens, most of what is read is latents

@@ -21,7 +21,7 @@ from packaging.metadata import Metadata
 ROOT = Path(__file__).resolve().parents[2]
 IMPORTS = """
 import importlib.util
-import lowrank_cache, lowrank_cache.calibration, lowrank_cache.kernels.reference, lowrank_cache.evaluation.quality
+import lowrank_cache, lowrank_cache.calibration, lowrank_cache.kernels.reference, lowrank_cache.evaluation.evaluate
 assert importlib.util.find_spec("calibration") is None and importlib.util.find_spec("kernels") is None
 print(lowrank_cache.__file__)
 """

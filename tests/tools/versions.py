@@ -28,7 +28,7 @@ TESTS = {
     "triton": [
         "tests/kernels/test_triton_decode.py",
         "tests/kernels/test_triton_encode.py",
-        "tests/cache/test_latent_attention.py",
+        "tests/cache/test_attention.py",
     ]
     + ["tests/kernels/test_aot_gates.py"],
 }

