@@ -33,6 +33,12 @@ def looks_inside(source: str) -> list[str]:
     tree, found = ast.parse(source), []
     own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     own |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
+    patched = {
+        id(argument)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")).endswith("attr")
+        for argument in node.args
+    }
     for node in ast.walk(tree):
         names = []
         if isinstance(node, ast.Attribute):
@@ -40,8 +46,8 @@ def looks_inside(source: str) -> list[str]:
             names = [] if on_itself and node.attr in own else [node.attr]
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == PACKAGE:
             names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):  # monkeypatch.setattr takes names
-            dotted = node.value.split(".")
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) in patched:
+            dotted = node.value.split(".")  # monkeypatch.setattr takes names
             names = dotted[1:] if dotted[0] == PACKAGE else [node.value]
         found += [f"{node.lineno}: {name}" for name in names if name in PRIVATE or name in OF_STORES]
     return found
@@ -62,9 +68,10 @@ def test_only_one_file_looks_inside(path):
     [
         "cache._stores[0]",
         "store.coder.tiers",
-        "from lowrank_cache.cache import _coders",
-        "monkeypatch.setattr('lowrank_cache.store.LatentStore._framed', None)",
-        "monkeypatch.setattr(LatentStore, '_framed', None)",
+        "from lowrank_cache.coder import _narrow",
+        "monkeypatch.setattr('lowrank_cache.store.LatentStore._frames', None)",
+        "monkeypatch.setattr(LatentStore, '_frames', None)",
+        "getattr(store, 'windows')",
     ],
 )
 def test_what_looks_inside_is_found(source):
