@@ -42,10 +42,9 @@ DAMAGE: tuple[type[Exception], ...] = (
 def write_files(contents: Mapping[Path, bytes | Callable[[Path], object]]) -> None:
     """Write several files that belong together; if one cannot be written, all stay as they were.
 
-    Each is written under another name in its folder and brought to disk; only when all are there are they renamed,
-    in the order given, which takes no room. A process that is killed may leave files named ``.NAME.*``, which nothing
-    reads; one that is killed between two renames leaves files that do not belong together, so one of them should
-    hold a digest of the others.
+    Each is written under another name and brought to disk; then all are renamed, in the order given, which takes no
+    room. A process that is killed may leave files named ``.NAME.*``, which nothing reads, or, between two renames,
+    files that do not belong together: one of them should hold a digest of the others.
 
     Args:
         contents: What each path shall hold: bytes, or a function that writes to the path it is given.

@@ -9,8 +9,8 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -61,7 +61,7 @@ def latent_attention(model: PreTrainedModel, *, impl: str = "auto") -> "LatentAt
     return LatentAttention(decoder)
 
 
-class LatentAttention:
+class LatentAttention(AbstractContextManager):
     """A model's switch to attention over latents, until ``remove``."""
 
     def __init__(self, decoder: PreTrainedModel):
@@ -79,12 +79,7 @@ class LatentAttention:
             if switched.users == 0:
                 _switch_back(decoder)
 
-    def __enter__(self) -> "LatentAttention":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.remove()
 
 
@@ -165,24 +160,18 @@ _DIRECT: "weakref.WeakKeyDictionary[PreTrainedModel, frozenset[int]]" = weakref.
 def _layers_that_attend_directly(model: PreTrainedModel, decoder: PreTrainedModel) -> frozenset[int]:
     """Compressible layers between whose ``Cache.update`` and attention function nothing happens; probed once."""
     if decoder not in _DIRECT:
-        _DIRECT[decoder] = _probe(model)
+        shape, probes = model_shape(model), dict[int, _Probe]()
+
+        def mark(layer_idx: int, given: tuple, returned: tuple) -> None:
+            keys, values = returned
+            probes[layer_idx] = _Probe(values)
+            attach_view(keys, probes[layer_idx])
+
+        if "dummy" not in shape.layer_types:  # layers that reuse others' keys (Gemma 3n)
+            one_token_forward(model, SpyCache(model, mark))
+        layers = [layer.layer_idx for layer in shape.layers]
+        _DIRECT[decoder] = frozenset(layer for layer in layers if layer in probes and probes[layer].arrivals == 1)
     return _DIRECT[decoder]
-
-
-def _probe(model: PreTrainedModel) -> frozenset[int]:
-    shape = model_shape(model)
-    if "dummy" in shape.layer_types:  # layers that reuse others' keys (Gemma 3n)
-        return frozenset()
-    probes: dict[int, _Probe] = {}
-
-    def mark(layer_idx: int, given: tuple, returned: tuple) -> None:
-        keys, values = returned
-        probes[layer_idx] = _Probe(values)
-        attach_view(keys, probes[layer_idx])
-
-    one_token_forward(model, SpyCache(model, mark))
-    layers = [layer.layer_idx for layer in shape.layers]
-    return frozenset(layer for layer in layers if layer in probes and probes[layer].arrivals == 1)
 
 
 def _attend_over_sdpa(module, query, key, value, attention_mask, **kwargs) -> tuple[Tensor, Tensor | None]:
