@@ -11,7 +11,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from lowrank_cache import LowRankCache, Projections
-from lowrank_cache.budget import plan_groups
 
 name = "HuggingFaceTB/SmolLM2-135M-Instruct"
 model = AutoModelForCausalLM.from_pretrained(name, dtype="float32").eval()
@@ -49,7 +48,7 @@ plt.show()
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(13, 3.2), layout="constrained", sharey=True)
 for axis, ratio in zip(axes, (4, 8, 16), strict=True):
-    plans = plan_groups(projections, ratio)
+    plans = projections.plan(ratio)
     picture = np.zeros((len(plans), plans[0].bases[0].rank))
     for line, plan in enumerate(plans):
         start = 0
