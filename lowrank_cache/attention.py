@@ -1,4 +1,4 @@
-"""``latent_attention``: let a model attend to a ``LowRankCache``'s latents without rebuilding keys and values.
+"""``latent_attention``: let a model attend to a ``LowRankCache``'s latents without reconstructing keys and values.
 
 The model is switched to an attention function that reads latents where a layer's cache offers them, and calls
 the model's previous one everywhere else: other caches, prefills, sliding and linear layers, and layers whose

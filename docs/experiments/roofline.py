@@ -1,7 +1,7 @@
 """What a decode step's attention over latents costs on paper: bytes and operations per token, against GPUs' peaks.
 
 Counts follow the Triton kernels as they are written: positions padded to whole chunks, rows padded to tiles, joint
-latents read by two kernels, keys unpacked once per head where they are rebuilt. Nothing here was measured on a GPU.
+latents read by two kernels, keys unpacked once per head where they are reconstructed. Nothing here was measured on a GPU.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ __all__ = [
 WANTED = 0.8  # of the byte ratio
 FRAME_LENGTHS = (1, 16, 64, 128)
 _CHUNK = 128  # positions that the kernels unpack at once
-_REBUILD_CHUNK, _REBUILD_TILE = 64, 128  # the same where keys are rebuilt, and tokens of a tile
+_RECONSTRUCT_CHUNK, _RECONSTRUCT_TILE = 64, 128  # the same where keys are reconstructed, and tokens of a tile
 _TILE = 64  # tokens of a tile of scores
 _SPLIT = 2048  # tokens of a split
 # Vector instructions of `weigh` per position beside unpacking: counted at 32 rows, the share that rows have is a guess.
@@ -173,8 +173,8 @@ def kernel_costs(attention: Attention, groups: list[LatentGroup], frame_length: 
             add("scores", group.key_bytes, read, 2 * padded * positions, 0, positions * -(-rows // 128))
         else:
             # Every head reads and unpacks the whole latent, and a tile of the up-projection for every tile of tokens.
-            positions = _positions(group.keys, _REBUILD_CHUNK)
-            read = group.heads * (group.key_bytes + 2 * positions * dim / _REBUILD_TILE) + 4 * rows
+            positions = _positions(group.keys, _RECONSTRUCT_CHUNK)
+            read = group.heads * (group.key_bytes + 2 * positions * dim / _RECONSTRUCT_TILE) + 4 * rows
             matrix = group.heads * dim * 2 * (positions + _padded_rows(per_head, 64))
             add("scores", group.key_bytes, read, matrix, 0, positions * group.heads)
         positions = _positions(group.values, _CHUNK)

@@ -1,4 +1,4 @@
-"""A model that attends to latents gives what it gives with rebuilt keys and values, in every mode, and is restored."""
+"""A model that attends to latents gives what it gives with reconstructed keys and values, in every mode, and is restored."""
 
 import contextlib
 import copy
@@ -29,7 +29,7 @@ from tests.oracle.states import saved_tensors
 from tests.oracle.tolerance import assert_within_reference_error, rounding_band
 
 # Families of which no layer hands its cache's keys to attention as they are, and why.
-REBUILT = {
+RECONSTRUCTED = {
     "deepseek-v3": "expands its latents in between",
     "deepseek-v3-yarn": "expands its latents in between",
     "deepseek-v2": "expands its latents in between",
@@ -58,18 +58,18 @@ def switching():
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(REBUILT)))
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(RECONSTRUCTED)))
 def test_generation_mode_equals_dynamic_cache(family, mode, switching):
     compare(family, mode, switching(full_rank_projections(family, 4)), rounding_band(family, 4))
 
 
 @pytest.mark.parametrize("mode", MORE_MODES)
-@pytest.mark.parametrize("family", sorted({*FAMILIES, *MORE_FAMILIES} - set(REBUILT)))
+@pytest.mark.parametrize("family", sorted({*FAMILIES, *MORE_FAMILIES} - set(RECONSTRUCTED)))
 def test_pre_rope_keys_equal_dynamic_cache(family, mode, switching):
     compare(family, mode, switching(full_rank_projections(family)), rounding_band(family))
 
 
-@pytest.mark.parametrize("family", sorted(REBUILT))
+@pytest.mark.parametrize("family", sorted(RECONSTRUCTED))
 def test_what_cannot_attend_to_latents_says_so_and_is_left_as_it_was(family):
     model = tiny_model(family)
     before = model.config._attn_implementation
@@ -120,7 +120,7 @@ def lossy_logits(model, projections, tokens, chunks, **options):
     ],
 )
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
-def test_lossy_logits_equal_those_of_rebuilt_states(family, method, frame_length, groups, joint, options):
+def test_lossy_logits_equal_those_of_reconstructed_states(family, method, frame_length, groups, joint, options):
     model = tiny_model(family)
     batches = [random_tokens(4, 20, seed=seed) for seed in (101, 102)]
     projections = calibrate(
@@ -254,7 +254,7 @@ def test_a_cache_lives_through_switching():
     assert_within_reference_error(torch.cat(logits, 1), reference, truth, rounding_band("llama", 4))
 
 
-def test_other_models_with_the_same_cache_class_rebuild():
+def test_other_models_with_the_same_cache_class_reconstruct():
     model, other = tiny_model("llama"), tiny_model("llama")
     projections, tokens = full_rank_projections("llama"), random_tokens(1, 20)
 
@@ -308,7 +308,7 @@ def test_what_attention_cannot_honour_is_refused():
         assert cache.get_seq_length() == 21
 
 
-@pytest.mark.parametrize("attend", [False, True], ids=["rebuilt", "attended"])
+@pytest.mark.parametrize("attend", [False, True], ids=["reconstructed", "attended"])
 def test_a_compiled_forward_gives_the_same(attend):
     """The cache breaks the graph; what is around it is compiled. Eager back-end: tracing is what could fail."""
     model, tokens = tiny_model("llama"), random_tokens(1, 24)
@@ -330,7 +330,7 @@ def test_a_compiled_forward_gives_the_same(attend):
 
 
 @pytest.mark.parametrize("new_tokens", ["encode", "exact"])
-def test_bases_of_prompts_are_rebuilt(new_tokens):
+def test_bases_of_prompts_are_reconstructed(new_tokens):
     """xKV's bases differ by row, which no kernel takes; such a cache goes on as without the switch."""
     model, tokens = tiny_model("llama"), random_tokens(2, 40)
 

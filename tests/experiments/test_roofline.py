@@ -33,7 +33,7 @@ def test_costs_are_those_counted_by_hand():
     assert costs["scores"].unpacked == costs["weigh"].unpacked == 256
     assert costs["absorb"].matrix == 2 * 32 * 128 * 256 / 64
     assert costs["absorb"].l2 == 2 * 32 * 256 / 64
-    # Rebuilding multiplies every channel with every number of every head, then 16 rows with every key.
+    # Reconstructing multiplies every channel with every number of every head, then 16 rows with every key.
     assert by_kernel(1)["scores"].matrix == 8 * 128 * 2 * (256 + 16)
 
 

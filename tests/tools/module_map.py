@@ -108,13 +108,17 @@ def rule(table, path: Path) -> str | None:
 
 def module_map() -> str:
     """A Markdown table of all files: what each is, by the first line of its docstring, and what it may import."""
-    lines = ["| file | what it holds | may import |", "| --- | --- | --- |"]
+    lines, folders = ["| file | what it holds | may import |", "| --- | --- | --- |"], set()
     for path in sorted(sources(), key=lambda path: (path.parent.as_posix(), path.name)):
         docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
         first = " ".join(docstring.split("\n\n")[0].split()).replace("|", r"\|").replace("``", "`")
-        entry = rule(ALLOWED, path)
-        allowed = sorted(ALLOWED[entry]) if entry is not None else []
-        names = ", ".join(f"`{name or PACKAGE}`" for name in allowed) or "nothing"
+        entry = rule(ALLOWED, path) or ""
+        names = ", ".join(f"`{name or PACKAGE}`" for name in sorted(ALLOWED[entry])) or "nothing"
+        if entry.endswith("/"):
+            if entry not in folders:
+                lines.append(f"| `{entry}` | | itself, {names} |")
+                folders.add(entry)
+            names = f"as `{entry}`"
         lines.append(f"| `{path.relative_to(ROOT).as_posix()}` | {first} | {names} |")
     return "\n".join(lines)
 

@@ -7,7 +7,7 @@ Every call draws a family, a way of generating, bases and sizes, and is made twi
 
 - with full-rank bases, tokens and logits must be those of DynamicCache; what transformers refuses with
   DynamicCache must be refused in the same words;
-- with lossy ones, logits must be finite, and attention to latents must agree with rebuilt states;
+- with lossy ones, logits must be finite, and attention to latents must agree with reconstructed states;
 - bytes must be those of the tensors held, and the second run must equal the first bit for bit;
 - after it, no tensor, hook or attention function may be left, and memory must stay what it was.
 """
@@ -33,7 +33,7 @@ from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 from lowrank_cache import LowRankCache, latent_attention
 from lowrank_cache.cache import LowRankLayer
 from lowrank_cache.probe import decoder_of
-from tests.cache.test_attention import REBUILT, registered
+from tests.cache.test_attention import RECONSTRUCTED, registered
 from tests.oracle.memory import held_bytes, live_tensors
 from tests.oracle.models import FAMILIES, MORE_FAMILIES, exact_cache, full_rank_projections, random_tokens, tiny_model
 from tests.oracle.tolerance import REFERENCE_FACTOR, rounding_band
@@ -88,7 +88,7 @@ def draw(seed: int, number: int) -> Call:
         family=family,
         mode=mode,
         prelude=prelude,
-        attend=family not in REBUILT and rng.random() < 0.5,
+        attend=family not in RECONSTRUCTED and rng.random() < 0.5,
         exact=exact,
         bases=bases,
         batch=batch,
@@ -327,11 +327,11 @@ def compare(call: Call, ours: Outcome, stock: Outcome) -> str:
     return "turned by rounding" if turned else "exact"
 
 
-def assert_close_bulk(attended: list[Tensor], rebuilt: list[Tensor]) -> None:
+def assert_close_bulk(attended: list[Tensor], reconstructed: list[Tensor]) -> None:
     """The same numbers in another order; a level that flips on a tie changes a latent by a whole step."""
-    one, other = torch.cat(attended), torch.cat(rebuilt)
-    assert float((one - other).abs().median()) <= 1e-5 * float(other.abs().max()), "attended, not as rebuilt"
-    assert float((one - other).norm()) <= 2e-2 * float(other.norm()), "attended, not as rebuilt"
+    one, other = torch.cat(attended), torch.cat(reconstructed)
+    assert float((one - other).abs().median()) <= 1e-5 * float(other.abs().max()), "attended, not as reconstructed"
+    assert float((one - other).norm()) <= 2e-2 * float(other.norm()), "attended, not as reconstructed"
 
 
 @functools.cache
