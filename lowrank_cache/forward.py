@@ -218,7 +218,7 @@ class Forward:
         """
         if self._half_changed:
             raise ValueError(
-                "a crop or a change of rows of this cache was interrupted, so its layers do not agree any more; "
+                "a crop or a change of the batch of this cache was interrupted, so its layers do not agree any more; "
                 "call cache.reset() and start again"
             )
         if self._updated is None:

@@ -1,8 +1,8 @@
-"""Where every cached token stands: positions per row, padding, and rotary tables for stored frames.
+"""Where every cached token stands: positions per sequence, padding, and rotary tables for stored frames.
 
 One ``PositionTrack`` serves all layers of a cache. The decoder's pre-hook tells it about a forward
 before any layer updates; layers then ask it for the rotation of any range of slots. A slot is an
-index into the cache, equal for all rows; a position is what the rotary embedding was given.
+index into the cache, equal for the whole batch; a position is what the rotary embedding was given.
 """
 
 from collections.abc import Iterable, Mapping
@@ -38,9 +38,9 @@ class PositionTrack:
 
     def clear(self) -> None:
         self._positions = GrowingTensor(axis=1, min_room=64)
-        self._next: Tensor | None = None  # [batch], the position that must come next in each row
-        self.first_real: Tensor | None = None  # [batch], slot of each row's first real token; None: all 0
-        self.rows_equal = True  # all rows have the same positions, so one row of tables serves all
+        self._next: Tensor | None = None  # [batch], the position that must come next in each sequence
+        self.first_real: Tensor | None = None  # [batch], slot of each sequence's first real token; None: all 0
+        self.all_alike = True  # all sequences have the same positions, so one table serves all
         self._segments: dict[str, list[tuple[int, Tensor]]] = {}  # inverse frequencies from a slot on
         self._frames: dict[tuple, RotaryFrames] = {}
         self._noted: set[str] = set()  # sources looked at in the current forward
@@ -67,7 +67,7 @@ class PositionTrack:
 
         Raises:
             ValueError: If there are no tokens, the batch changed, or positions do not continue each
-                row's last one. The track is unchanged then.
+                sequence's last one. The track is unchanged then.
         """
         if tokens == 0:
             raise ValueError("input_ids must hold at least one token for a LowRankCache, got 0")
@@ -82,8 +82,8 @@ class PositionTrack:
         following = self._following(positions, real, past)
         self._mark_first_real(real)
         recorded = torch.where(real, positions, PADDING).to(torch.int32)
-        if self.rows_equal and batch > 1:
-            self.rows_equal = bool((recorded == recorded[:1]).all())
+        if self.all_alike and batch > 1:
+            self.all_alike = bool((recorded == recorded[:1]).all())
         self._positions.append(recorded)
         self._next = following
         self.end()
@@ -96,17 +96,17 @@ class PositionTrack:
         return position_ids.to(device).expand(batch, tokens)
 
     def _following(self, positions: Tensor, real: Tensor, past: Tensor) -> Tensor:
-        """The position that must come after this forward in each row; raises if the forward is wrong."""
-        nth_real = real.long().cumsum(1)  # 1 at a row's first real token
+        """The position that must come after this forward in each sequence; raises if the forward is wrong."""
+        nth_real = real.long().cumsum(1)  # 1 at a sequence's first real token
         first = positions.gather(1, real.long().argmax(1, keepdim=True))[:, 0]
-        start = torch.where(past == PADDING, first, past)  # a row of padding so far may start anywhere
+        start = torch.where(past == PADDING, first, past)  # a sequence of padding so far may start anywhere
         expected = start[:, None] + nth_real - 1
         wrong = real & (positions != expected)
         if bool(wrong.any()):
-            row, token = (int(index) for index in wrong.nonzero()[0])
+            number, token = (int(index) for index in wrong.nonzero()[0])
             raise ValueError(
-                f"position_ids must continue the cached tokens: row {row} must have position "
-                f"{int(expected[row, token])} at token {token} of this forward, got {int(positions[row, token])}. "
+                f"position_ids must continue the cached tokens: sequence {number} must have position "
+                f"{int(expected[number, token])} at token {token} of this forward, got {int(positions[number, token])}. "
                 "A cache can only go on with the sequence it holds; call cache.reset() to start another"
             )
         return torch.where(nth_real[:, -1] > 0, start + nth_real[:, -1], past)
@@ -137,8 +137,8 @@ class PositionTrack:
     def frames(self, rope: RopeShape, start: int, stop: int, device: torch.device) -> RotaryFrames:
         """How slots ``start`` to ``stop`` are rotated: by frame, or by token if they are not cut into whole frames.
 
-        That is so where a dynamic rotary embedding has changed its frequencies, which ends a frame early. One row of
-        tables serves all batch elements that have equal positions.
+        That is so where a dynamic rotary embedding has changed its frequencies, which ends a frame early. One
+        table serves batch elements that all have equal positions.
         """
         key = (rope, start, stop, device)
         if key not in self._frames:
@@ -151,7 +151,7 @@ class PositionTrack:
     def _tables(self, segments: list[tuple[int, Tensor]], start: int, stop: int, step: int) -> tuple[Tensor, Tensor]:
         """Cosine and sine ``[1 or batch, slots, rotary_dim / 2]`` float32 of the frames of every ``step``-th slot."""
         positions = self._positions.view()
-        if self.rows_equal:
+        if self.all_alike:
             positions = positions[:1]
         edges = [begin for begin, _ in segments[1:]] + [stop]
         parts = []
@@ -166,7 +166,7 @@ class PositionTrack:
         return cos, sin
 
     def real_after_sinks(self, start: int, stop: int, sinks: int) -> Tensor:
-        """``[batch, stop - start]`` bool: neither padding nor one of its row's first ``sinks`` tokens."""
+        """``[batch, stop - start]`` bool: neither padding nor one of its sequence's first ``sinks`` tokens."""
         real = self._positions.view(start, stop) != PADDING
         first = 0 if self.first_real is None else self.first_real[:, None].to(real.device)
         return real & (torch.arange(start, stop, device=real.device) >= first + sinks)
@@ -222,7 +222,7 @@ class PositionTrack:
         order = torch.where(real, positions - real.int().cumsum(1), 0)
         first = order.gather(1, real.int().argmax(1, keepdim=True))
         if bool((positions < PADDING).any() or (real & (order != first)).any()):
-            raise ValueError("positions must be consecutive in each row, but for padding")
+            raise ValueError("positions must be consecutive in each sequence, but for padding")
         widths = {rope.source: rope.rotary_dim // 2 for rope in ropes}
         if set(segments) != set(widths):
             raise ValueError(f"frequencies must be of {sorted(widths)}, got {sorted(segments)}")
@@ -237,12 +237,12 @@ class PositionTrack:
         self._positions.adopt(positions)
         last = positions.max(1).values.long()
         self._next = torch.where(last == PADDING, last, last + 1)
-        self.rows_equal = bool((positions == positions[:1]).all())
+        self.all_alike = bool((positions == positions[:1]).all())
         if not bool(real[:, 0].all()):
             self.first_real = torch.where(real.any(1), real.int().argmax(1), slots)
 
     def map_batch(self, function) -> None:
-        """Apply a change of the batch axis, e.g. ``lambda rows: rows[indices]``."""
+        """Apply a change of the batch axis, e.g. ``lambda states: states[indices]``."""
         self.end()
         self._positions.map_batch(function)
         if self._next is not None:
@@ -252,11 +252,11 @@ class PositionTrack:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of positions, row starts, frequencies and, inside a forward, rotary tables."""
-        rows = [tensor for tensor in (self._next, self.first_real) if tensor is not None]
+        """Bytes of positions, starts, frequencies and, inside a forward, rotary tables."""
+        starts = [tensor for tensor in (self._next, self.first_real) if tensor is not None]
         frequencies = [inv_freq for segments in self._segments.values() for _, inv_freq in segments]
         tables = [table for frames in self._frames.values() for table in frames.tables()]
-        return self._positions.nbytes + sum(t.numel() * t.element_size() for t in rows + frequencies + tables)
+        return self._positions.nbytes + sum(t.numel() * t.element_size() for t in starts + frequencies + tables)
 
 
 def _real_tokens(attention_mask: Tensor | None, positions: Tensor) -> Tensor:

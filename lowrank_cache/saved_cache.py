@@ -40,7 +40,7 @@ tags:
 
 # A compressed prompt
 
-The KV cache of {tokens} tokens in {batch} row(s), {megabytes:.2f} MB, for {base_model} ({model_type}).
+The KV cache of {tokens} tokens in {batch} sequence(s), {megabytes:.2f} MB, for {base_model} ({model_type}).
 
 ```python
 from lowrank_cache import LowRankCache

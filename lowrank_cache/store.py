@@ -219,8 +219,8 @@ class LatentStore:
             everything[:, :, : min(sinks, past)] = kept[:, :, :past]
         else:
             everything[:, :, : min(sinks, past)] = 0
-            row, nth, slot = self._sinks_between(slots, 0, past)
-            everything[row, :, slot] = kept[row, :, nth]
+            element, nth, slot = self._sinks_between(slots, 0, past)
+            everything[element, :, slot] = kept[element, :, nth]
         return everything
 
     def _keep_sinks(self, member: int, states: Tensor, past: int) -> None:
@@ -239,14 +239,14 @@ class LatentStore:
                 new = min(sinks - past, states.shape[2])
                 kept[:, :, past : past + new] = states[:, :, :new]
         else:
-            row, nth, slot = self._sinks_between(slots, past, past + states.shape[2])
-            kept[row, :, nth] = states[row, :, slot - past]
+            element, nth, slot = self._sinks_between(slots, past, past + states.shape[2])
+            kept[element, :, nth] = states[element, :, slot - past]
 
     @staticmethod
     def _sinks_between(slots: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Row, number and slot of every sink token of ``sink_slots`` that stands in slots ``start`` to ``stop``."""
-        row, nth = ((slots >= start) & (slots < stop)).nonzero(as_tuple=True)
-        return row, nth, slots[row, nth]
+        """Batch element, number and slot of every sink token of ``sink_slots`` that stands in slots ``start`` to ``stop``."""
+        element, nth = ((slots >= start) & (slots < stop)).nonzero(as_tuple=True)
+        return element, nth, slots[element, nth]
 
     def begin(self, impl: str = "auto") -> None:
         """Note the state before a forward, so that `rollback` can return to it; ``impl``: see ``kernels.api``."""

@@ -1,4 +1,4 @@
-"""A model that attends to latents gives what it gives with reconstructed keys and values, in every mode, and is restored."""
+"""A model that attends to latents gives what it gives with reconstructed states, in every mode, and is restored."""
 
 import contextlib
 import copy

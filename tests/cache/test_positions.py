@@ -29,7 +29,7 @@ def test_positions_that_do_not_continue(model, filled, shift, row):
     positions = _next(3)
     positions[row] += shift
     expected = 20 - row
-    message = f"row {row} must have position {expected} at token 0 of this forward, got {expected + shift}"
+    message = f"sequence {row} must have position {expected} at token 0 of this forward, got {expected + shift}"
     with Unchanged(model, filled):
         with pytest.raises(ValueError, match=message):
             model(random_tokens(2, 3), past_key_values=filled, position_ids=positions)
@@ -47,7 +47,7 @@ def test_a_jump_inside_a_forward(model, filled):
     positions = _next(4)
     positions[:, 2:] += 1
     with Unchanged(model, filled):
-        with pytest.raises(ValueError, match="row 0 must have position 22 at token 2 of this forward, got 23"):
+        with pytest.raises(ValueError, match="sequence 0 must have position 22 at token 2 of this forward, got 23"):
             model(random_tokens(2, 4), past_key_values=filled, position_ids=positions)
 
 
