@@ -7,6 +7,7 @@ whatever the cache does.
 import copy
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -28,12 +29,6 @@ def windows_of(token_ids: Tensor, tokens: int, count: int | None = None) -> Tens
     if count is None or count >= available:
         return windows
     return windows[torch.linspace(0, available - 1, count).round().long()]
-
-
-def chunk_bounds(tokens: int, chunk: int, first: int = 0) -> list[tuple[int, int]]:
-    """Start and stop of each forward: ``first`` tokens (0 for ``chunk``), then ``chunk`` tokens each."""
-    starts = [0, *range(first or chunk, tokens, chunk)]
-    return list(zip(starts, [*starts[1:], tokens], strict=True))
 
 
 def padded(sequences: list[Tensor], side: str) -> tuple[Tensor, Tensor]:
@@ -68,7 +63,7 @@ def feed(
     """
     cached = mask.shape[1] - ids.shape[1]
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, cached:]
-    for start, stop in chunk_bounds(ids.shape[1], chunk, first):
+    for start, stop in pairwise(sorted({0, *range(first or chunk, ids.shape[1], chunk), ids.shape[1]})):
         output = model(
             input_ids=ids[:, start:stop],
             attention_mask=mask[:, : cached + stop],
@@ -111,15 +106,13 @@ def stream(
     Returns:
         ``[windows, tokens - 1]`` float64 on CPU, in nats.
     """
-    losses: list[Tensor] = []
-    for part in windows.split(batch):
-        cache, part, parts = make_cache(), part.to(model.device), []
-        for start, stop in chunk_bounds(part.shape[1], chunk, prompt):
-            logits = model(input_ids=part[:, start:stop], **cache_argument(model, cache), use_cache=True).logits
-            targets = part[:, start + 1 : stop + 1]  # the last token of a window has none
-            predictions = logits[:, : targets.shape[1]].flatten(0, 1).float()
-            loss = torch.nn.functional.cross_entropy(predictions, targets.flatten(), reduction="none")
-            parts.append(loss.view(targets.shape).double().cpu())
+    losses = []
+    for ids in windows.to(model.device).split(batch):
+        parts = []
+        for start, logits in feed(model, ids, torch.ones_like(ids), make_cache(), chunk=chunk, first=prompt):
+            targets = ids[:, start + 1 : start + 1 + logits.shape[1]]  # the last token of a window has none
+            predictions = logits[:, : targets.shape[1]].mT.float()
+            parts.append(torch.nn.functional.cross_entropy(predictions, targets, reduction="none").double().cpu())
         losses.append(torch.cat(parts, 1))
     return torch.cat(losses)
 
@@ -173,21 +166,15 @@ def force_answers(
     ids, mask = (tensor.to(model.device) for tensor in padded(contexts, "left"))
     for _ in feed(model, ids, mask, cache, chunk=chunk, first=prompt, logits_to_keep=1):
         pass
-    # The first question of every context, then the second of every context, and so on.
-    asked = [_ask(model, pairs, mask, branch(cache)) for pairs in zip(*questions, strict=True)]
-    return [list(scores) for scores in zip(*asked, strict=True)]
-
-
-def _ask(model, questions: tuple[tuple[Tensor, Tensor], ...], mask: Tensor, cache: Cache) -> list[tuple[float, bool]]:
-    """Loss of the answer and whether it is exact, for one question of each batch element."""
-    # Shorter questions are padded on the right, where no earlier token sees it.
-    ids, real = (tensor.to(mask.device) for tensor in padded([torch.cat(pair) for pair in questions], "right"))
-    ((_, logits),) = feed(model, ids, torch.cat([mask, real], dim=1), cache, chunk=ids.shape[1])
-    scores = []
-    for index, (question, answer) in enumerate(questions):
-        steps = logits[index, len(question) - 1 : len(question) + len(answer) - 1].double().cpu()
-        loss = torch.nn.functional.cross_entropy(steps, answer)
-        scores.append((loss.item(), bool((steps.argmax(-1) == answer).all())))
+    scores: list[list[tuple[float, bool]]] = [[] for _ in contexts]
+    for pairs in zip(*questions, strict=True):  # the first question of every context, then the second, and so on
+        # Shorter questions are padded on the right, where no earlier token sees it.
+        ids, real = (tensor.to(model.device) for tensor in padded([torch.cat(pair) for pair in pairs], "right"))
+        ((_, logits),) = feed(model, ids, torch.cat([mask, real], dim=1), branch(cache), chunk=ids.shape[1])
+        for found, row, (question, answer) in zip(scores, logits, pairs, strict=True):
+            steps = row[len(question) - 1 : len(question) + len(answer) - 1].double().cpu()
+            loss = torch.nn.functional.cross_entropy(steps, answer)
+            found.append((loss.item(), bool((steps.argmax(-1) == answer).all())))
     return scores
 
 

@@ -13,10 +13,10 @@ import re
 import string
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from operator import itemgetter
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,8 +38,7 @@ _COMMON = 10  # words to be found in a list
 _LONG = 4096  # tokens from which on lists repeat their words more often
 
 
-@dataclass(frozen=True)
-class CodeText:
+class CodeText(NamedTuple):
     """What is read, ``[tokens]`` ids, and questions about it with their answers, ``[tokens]`` ids each."""
 
     context: Tensor
@@ -116,8 +115,7 @@ def _questions(tokenizer, asked: str, codes: dict[str, str]) -> tuple[tuple[Tens
     return tuple((_ids(tokenizer, asked.format(name)), _ids(tokenizer, f" {code}")) for name, code in codes.items())
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(NamedTuple):
     """What is asked, how the answer begins, and the strings that the rest of the answer must hold."""
 
     text: str
@@ -125,13 +123,9 @@ class Question:
     expected: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """A context and questions that are asked about it independently of each other."""
 
-    task: str
-    length: int
-    index: int
     context: str
     questions: list[Question]
 
@@ -156,12 +150,9 @@ class Haystack:
             )
 
 
-Text = tuple[str, list[Question]]
-
-
 def _needles(
     keys: int, values: int, asked: int, draw: random.Random, haystack: Haystack, size: int, length: int
-) -> Text:
+) -> Sample:
     """``keys`` keys with ``values`` numbers each in ``size`` sentences, and questions for ``asked`` keys at a time."""
     names = [name.replace(" ", "-") for name in draw.sample(_NAMES, keys)]
     numbers = {name: [str(draw.randrange(10**6, 10**7)) for _ in range(values)] for name in names}
@@ -182,7 +173,7 @@ def _needles(
         start, noun = ("is the", "number") if len(expected) == 1 else ("are all the", "numbers")
         what = f"special magic {noun} for {query} mentioned in the provided text"
         questions.append(Question(f"\nWhat {start} {what}?", f" The {what} {start.split()[0]}", expected))
-    return context, questions
+    return Sample(context, questions)
 
 
 def _inserted(sentences: list[str], needles: list[str], places: list[float]) -> list[str]:
@@ -193,65 +184,60 @@ def _inserted(sentences: list[str], needles: list[str], places: list[float]) -> 
     return sentences
 
 
-def _after_example(example: str, shown: Question, answer: str, context: str, asked: Question) -> Text:
-    return f"{example}{shown.text}{shown.prefix} {answer}\n\n{context}", [asked]
-
-
-def _tracking(draw: random.Random, haystack: Haystack, size: int, length: int) -> Text:
-    example, shown = _assignments(draw, 4)
-    return _after_example(example, shown, " ".join(shown.expected), *_assignments(draw, size))
-
-
-def _assignments(draw: random.Random, size: int) -> tuple[str, Question]:
+def _tracking(draw: random.Random, haystack: Haystack, size: int, length: int) -> Sample:
     """A chain of assignments in ``size`` lines of noise, in order, and the question for all its variables."""
-    names: dict[str, None] = {}
-    while len(names) <= _HOPS:
-        names["".join(draw.choices(string.ascii_uppercase, k=5))] = None
-    value = _code(draw)
-    sources = [value, *(f"VAR {name}" for name in names)]
-    lines = [f"VAR {name} = {source}" for name, source in zip(names, sources, strict=False)]
-    places = sorted(draw.random() for _ in lines)
-    text = "\n".join(_inserted([_NOISE] * size, lines, places))
-    return (
-        f"Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{text}",
-        Question(
-            f"\nQuestion: Find all variables that are assigned the value {value} in the text above.",
+    parts = []
+    for lines in (4, size):
+        names: dict[str, None] = {}
+        while len(names) <= _HOPS:
+            names["".join(draw.choices(string.ascii_uppercase, k=5))] = None
+        value = _code(draw)
+        sources = [value, *(f"VAR {name}" for name in names)]
+        chained = [f"VAR {name} = {source}" for name, source in zip(names, sources, strict=False)]
+        text = "\n".join(_inserted([_NOISE] * lines, chained, sorted(draw.random() for _ in chained)))
+        context = f"Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{text}"
+        question = f"\nQuestion: Find all variables that are assigned the value {value} in the text above."
+        prefix = (
             " Answer: According to the chain(s) of variable assignment in the text above, "
-            f"{len(names)} variables are assigned the value {value}, they are:",
-            tuple(names),
-        ),
-    )
+            f"{len(names)} variables are assigned the value {value}, they are:"
+        )
+        parts.append((context, Question(question, prefix, tuple(names))))
+    return _after_example(*parts, " ".join)
 
 
-def _common(draw: random.Random, haystack: Haystack, size: int, length: int) -> Text:
-    often, seldom = (30, 3) if length >= _LONG else (6, 1)
+def _common(draw: random.Random, haystack: Haystack, size: int, length: int) -> Sample:
+    """A list in which ten words come more often than ``size`` others, and the question for these ten."""
     order = draw.sample(haystack.words, len(haystack.words))  # the same whatever the size
     while len(order) < _COMMON + size:  # more than the text has: pairs of its words
         order.append("-".join(draw.sample(haystack.words, 2)))
-    example, shown = _word_list(draw, order[: len(haystack.words)][-2 * _COMMON :], 3, 1)
-    context, asked = _word_list(draw, order[: _COMMON + size], often, seldom)
-    return _after_example(example, shown, _numbered(shown.expected), context, asked)
+    often, seldom = (30, 3) if length >= _LONG else (6, 1)
+    shown = order[: len(haystack.words)][-2 * _COMMON :]
+    parts = []
+    for words, many, few in ((shown, 3, 1), (order[: _COMMON + size], often, seldom)):
+        listed = words[:_COMMON] * many + words[_COMMON:] * few
+        draw.shuffle(listed)
+        context = (
+            "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones "
+            f"that appear most often.\n{_numbered(listed)}"
+        )
+        question = f"\nQuestion: What are the {_COMMON} most common words in the above list?"
+        prefix = f" Answer: The top {_COMMON} words that appear most often in the list are:"
+        parts.append((context, Question(question, prefix, tuple(words[:_COMMON]))))
+    return _after_example(*parts, _numbered)
 
 
-def _word_list(draw: random.Random, words: list[str], often: int, seldom: int) -> tuple[str, Question]:
-    listed = words[:_COMMON] * often + words[_COMMON:] * seldom
-    draw.shuffle(listed)
-    return (
-        "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that "
-        f"appear most often.\n{_numbered(listed)}",
-        Question(
-            f"\nQuestion: What are the {_COMMON} most common words in the above list?",
-            f" Answer: The top {_COMMON} words that appear most often in the list are:",
-            tuple(words[:_COMMON]),
-        ),
-    )
+def _after_example(
+    example: tuple[str, Question], asked: tuple[str, Question], write: Callable[[Sequence[str]], str]
+) -> Sample:
+    (context, shown), (text, question) = example, asked
+    return Sample(f"{context}{shown.text}{shown.prefix} {write(shown.expected)}\n\n{text}", [question])
 
 
 def _numbered(words: Sequence[str]) -> str:
     return " ".join(f"{index}. {word}" for index, word in enumerate(words, 1))
 
 
-TASKS: dict[str, Callable[..., Text]] = {
+TASKS: dict[str, Callable[..., Sample]] = {
     "single": partial(_needles, 1, 1, 1),
     "multi-key": partial(_needles, 4, 1, 1),
     "multi-value": partial(_needles, 1, 4, 1),
@@ -279,7 +265,7 @@ def sample_of(
 
     def build(size: int) -> Sample:
         draw = random.Random(f"{seed} {task} {length} {index}")
-        return Sample(task, length, index, *TASKS[task](draw, haystack, size, length))
+        return TASKS[task](draw, haystack, size, length)
 
     def too_long(size: int) -> bool:
         sample = build(size)
