@@ -31,7 +31,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #1c2430; max-width: 68rem; m
 p, figcaption { max-width: 46rem } footer, figcaption { color: #5b6675; font-size: .86rem }
 svg { max-width: 100%; height: auto } figure { margin: 1rem 0 } .table { overflow-x: auto }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem .6rem; border-bottom: 1px solid #d6dce3; text-align: right; vertical-align: top; max-width: 8rem }
+th, td { padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: right; vertical-align: top; max-width: 8rem }
 td:first-child, td span { white-space: nowrap }
 th:first-child, td:first-child { text-align: left; max-width: none; position: sticky; left: 0; background: #fff }
 """

@@ -11,6 +11,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
@@ -31,19 +32,14 @@ def windows_of(token_ids: Tensor, tokens: int, count: int | None = None) -> Tens
     return windows[torch.linspace(0, available - 1, count).round().long()]
 
 
-def padded(sequences: list[Tensor], side: str) -> tuple[Tensor, Tensor]:
+def padded(sequences: list[Tensor], side: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """Token ids ``[tokens]`` of several sequences as one batch, padded on the left or the right.
 
     Returns:
-        ids and mask, int64 ``[batch, tokens]``; the mask is 0 for padding.
+        ids and mask, int64 ``[batch, tokens]`` on ``device``; the mask is 0 for padding.
     """
-    length = max(len(sequence) for sequence in sequences)
-    ids = torch.zeros(len(sequences), length, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for index, sequence in enumerate(sequences):
-        place = slice(length - len(sequence), length) if side == "left" else slice(len(sequence))
-        ids[index, place] = sequence
-        mask[index, place] = 1
+    masks = [torch.ones_like(sequence) for sequence in sequences]
+    ids, mask = (pad_sequence(part, True, padding_side=side).to(device) for part in (sequences, masks))
     return ids, mask
 
 
@@ -111,17 +107,21 @@ def stream(
         parts = []
         for start, logits in feed(model, ids, torch.ones_like(ids), make_cache(), chunk=chunk, first=prompt):
             targets = ids[:, start + 1 : start + 1 + logits.shape[1]]  # the last token of a window has none
-            predictions = logits[:, : targets.shape[1]].mT.float()
-            parts.append(torch.nn.functional.cross_entropy(predictions, targets, reduction="none").double().cpu())
+            predictions = logits[:, : targets.shape[1]].flatten(0, 1).float()
+            loss = torch.nn.functional.cross_entropy(predictions, targets.flatten(), reduction="none")
+            parts.append(loss.view(targets.shape).double().cpu())
         losses.append(torch.cat(parts, 1))
     return torch.cat(losses)
 
 
 @torch.no_grad()
-def fill(model: PreTrainedModel, cache: Cache, context: Tensor, *, chunk: int, first: int = 0) -> None:
-    """Stream ``[tokens]`` ids into an empty cache; ``chunk`` and ``first`` as in ``feed``."""
-    ids = context.to(model.device)[None]
-    for _ in feed(model, ids, torch.ones_like(ids), cache, chunk=chunk, first=first, logits_to_keep=1):
+def fill(
+    model: PreTrainedModel, cache: Cache, ids: Tensor, mask: Tensor | None = None, *, chunk: int, first: int = 0
+) -> None:
+    """Stream ``[tokens]`` ids, or ``[batch, tokens]`` with a mask, into an empty cache; all as in ``feed``."""
+    ids = torch.atleast_2d(ids).to(model.device)
+    mask = torch.ones_like(ids) if mask is None else mask
+    for _ in feed(model, ids, mask, cache, chunk=chunk, first=first, logits_to_keep=1):
         pass
 
 
@@ -163,13 +163,12 @@ def force_answers(
         first choice.
     """
     cache = make_cache()
-    ids, mask = (tensor.to(model.device) for tensor in padded(contexts, "left"))
-    for _ in feed(model, ids, mask, cache, chunk=chunk, first=prompt, logits_to_keep=1):
-        pass
+    ids, mask = padded(contexts, "left", model.device)
+    fill(model, cache, ids, mask, chunk=chunk, first=prompt)
     scores: list[list[tuple[float, bool]]] = [[] for _ in contexts]
     for pairs in zip(*questions, strict=True):  # the first question of every context, then the second, and so on
         # Shorter questions are padded on the right, where no earlier token sees it.
-        ids, real = (tensor.to(model.device) for tensor in padded([torch.cat(pair) for pair in pairs], "right"))
+        ids, real = padded([torch.cat(pair) for pair in pairs], "right", model.device)
         ((_, logits),) = feed(model, ids, torch.cat([mask, real], dim=1), branch(cache), chunk=ids.shape[1])
         for found, row, (question, answer) in zip(scores, logits, pairs, strict=True):
             steps = row[len(question) - 1 : len(question) + len(answer) - 1].double().cpu()
