@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from lowrank_cache.evaluation import report, tasks
 from lowrank_cache.evaluation.caches import CacheEntry, CacheSizes, tensor_bytes
-from lowrank_cache.evaluation.inputs import Prepared, Run, append_result, prepare, resume_results
+from lowrank_cache.evaluation.inputs import Run, append_result, prepare, resume_results
 from lowrank_cache.evaluation.streaming import fill, force_answers, greedy_answer, now, stream, windows_of
 from lowrank_cache.evaluation.tasks import QUESTIONS, TASKS, CodeText, Prompter, Question
 from lowrank_cache.probe import cache_argument
@@ -93,8 +93,6 @@ def evaluate(
     """Measure what ``results`` does not hold yet.
 
     Args:
-        model: In eval mode.
-        tokenizer: Of transformers.
         text: Evaluation text; never the one calibrated on.
         entries: The caches, the full one first: others are compared with it.
         results: JSON Lines file with one record a sample.
@@ -143,11 +141,12 @@ def _jobs(model, tokenizer, text: str, settings: EvaluationSettings) -> Iterator
     if settings.windows:
         windows = windows_of(ids, settings.window, settings.windows)
         yield from batches("window", None, None, windows, partial(_windows, model, settings, windows))
-    codes = [("lookup", settings.facts, settings.prompt,
-              tasks.lookup_texts(tokenizer, settings.lookups // QUESTIONS, settings.facts, settings.seed))]  # fmt: skip
+    lookups = tasks.lookup_texts(tokenizer, settings.lookups // QUESTIONS, settings.facts, settings.seed)
+    codes = [("lookup", settings.facts, settings.prompt, lookups)]
     for tokens, count in settings.needles:
-        texts = tasks.needle_texts(tokenizer, ids, count // QUESTIONS, tokens, settings.seed)
-        codes.append(("needle", tokens, 0, texts))
+        codes.append(
+            ("needle", tokens, 0, tasks.needle_texts(tokenizer, ids, count // QUESTIONS, tokens, settings.seed))
+        )
     for task, length, prompt, texts in codes:
         contexts = [text.context for text in texts]
         yield from batches("codes", task, length, contexts, partial(_codes, model, settings.chunk, prompt, texts))
@@ -168,11 +167,8 @@ def _jobs(model, tokenizer, text: str, settings: EvaluationSettings) -> Iterator
 def _windows(model, settings: EvaluationSettings, windows: Tensor, part: slice, entry: CacheEntry) -> list[dict]:
     options = {"chunk": settings.chunk, "batch": settings.batch, "prompt": settings.prompt}
     losses = stream(model, windows[part], entry.make, **options)[:, max(settings.prompt - 1, 0) :]
-    quarters = losses.tensor_split(4, dim=1)
-    return [
-        {"loss": float(losses[index].mean()), "quarters": [float(quarter[index].mean()) for quarter in quarters]}
-        for index in range(len(losses))
-    ]
+    quarters = torch.stack([quarter.mean(1) for quarter in losses.tensor_split(4, dim=1)], 1)
+    return [{"loss": loss, "quarters": of} for loss, of in zip(losses.mean(1).tolist(), quarters.tolist(), strict=True)]
 
 
 def _codes(model, chunk: int, prompt: int, texts: list[CodeText], part: slice, entry: CacheEntry) -> list[dict]:
@@ -241,30 +237,24 @@ def run_evaluation(
         say(f"{found.name} is made for {most} tokens, and lengths go to {max(settings.lengths)}")
     samples = run.out / "samples.jsonl"
     resume_results(samples, {**settings.fixed(), **found.identity})  # fails before config.json is replaced
-    config = _config(found, names, settings)
+    versions = {name: version(name) for name in ("lowrank-cache", "torch", "transformers")}
+    machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+    if found.identity["device"] == "cuda":
+        machine["gpu"] = torch.cuda.get_device_name()
+    config = {**found.identity, "text": found.source, "caches": names, "settings": asdict(settings)}
+    config |= {"versions": {**versions, "python": platform.python_version()}, "machine": machine}
     _write_json(run.out / "config.json", config)
     given = (found.model, found.tokenizer, found.text, found.entries, settings, samples, found.identity)
     with tqdm(desc="evaluating", unit=" tokens", unit_scale=True) as bar:
 
         def progress(name: str, done: int, total: int) -> None:
-            bar.total = total
-            bar.set_description(name or "evaluated", refresh=False)
-            bar.update(done - bar.n)
+            bar.total, bar.n = total, done
+            bar.set_description(name or "evaluated")
 
         records = evaluate(*given, progress)
     metrics = report.metrics_of(found.entries, records)
     _write_json(run.out / "metrics.json", metrics)
     say(report.write_report(run.out, metrics, config))
-
-
-def _config(found: Prepared, specifications: list[str], settings: EvaluationSettings) -> dict[str, Any]:
-    versions = {name: version(name) for name in ("lowrank-cache", "torch", "transformers")}
-    versions["python"] = platform.python_version()
-    machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-    if found.identity["device"] == "cuda":
-        machine["gpu"] = torch.cuda.get_device_name()
-    facts = {"text": found.source, "caches": specifications, "settings": asdict(settings)}
-    return {**found.identity, **facts, "versions": versions, "machine": machine}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -138,11 +138,9 @@ class LowRankLM(HFLM):
     def _score(
         self, asked: list[list[int]], cut: list[tuple[list[int], list[int]]]
     ) -> list[tuple[int, tuple[float, bool]]]:
-        """Answers by request, of the contexts in one batch; the n-th continuations of all contexts go together.
+        """Of the requests that are ``asked`` about each context, all contexts as one batch: index and answer.
 
-        Args:
-            asked: Of each context, the requests about it.
-            cut: Of each request, context and continuation.
+        ``cut`` has all requests' contexts and continuations; the n-th continuations of all contexts go together.
         """
         answers = []
         with self._reading():

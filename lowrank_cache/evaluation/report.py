@@ -8,7 +8,7 @@ import importlib.util
 import io
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from operator import itemgetter
 from pathlib import Path
@@ -61,15 +61,12 @@ class Interval(NamedTuple):
     high: float
 
 
-def paired_interval(
-    differences: Sequence[Sequence[float]], *, level: float = 0.95, draws: int = 10_000, seed: int = 0
-) -> Interval:
-    """The percentile interval of a mean over samples, of which ``differences`` to the baseline are given.
+def paired_interval(differences: Sequence[Sequence[float]], *, draws: int = 10_000, seed: int = 0) -> Interval:
+    """The percentile interval (95 %) of a mean over samples, of which ``differences`` to the baseline are given.
 
     Args:
         differences: One list for each stratum (task, length, ...), one number a sample. Samples are drawn again within
             their stratum, and the means of the strata are averaged.
-        level: Share of the draws' means within the interval.
         draws: Of the bootstrap.
 
     Raises:
@@ -86,7 +83,6 @@ def paired_interval(
         [part.repeat(2) if len(part) == 1 else part for part in strata],  # which are drawn again as the one is
         lambda *parts, axis: sum(part.mean(axis) for part in parts) / len(parts),
         n_resamples=draws,
-        confidence_level=level,
         method="percentile",
         rng=np.random.default_rng(seed),
     ).confidence_interval
@@ -122,13 +118,17 @@ def _grouped(records: Records, kind: str) -> dict[tuple, Records]:
     return found
 
 
-def _paired(strata: Iterable[Records], full: Records, value: Callable[[dict[str, Any]], float]) -> Interval | tuple[()]:
-    """Of the differences to the full cache; nothing for that cache itself, or if a stratum shares no key with it."""
+def _compared(
+    strata: Sequence[Records], full: Records, value: Callable[[dict[str, Any]], float],
+    name: str = "difference", unit: Callable[[float], float] = float,
+) -> dict[str, float]:  # fmt: skip
+    """The difference to the full cache; nothing for that cache itself, or if a stratum shares no key with it."""
     paired = [
         [value(record) - value(full[key]) for key, record in part.items() if full.get(key, record) is not record]
         for part in strata
     ]
-    return paired_interval(paired) if all(paired) else ()
+    found = paired_interval(paired) if all(paired) else ()
+    return dict(zip((name, "low", "high"), map(unit, found), strict=False))
 
 
 def _perplexity(records: Records, full: Records) -> dict[str, Any] | None:
@@ -137,28 +137,27 @@ def _perplexity(records: Records, full: Records) -> dict[str, Any] | None:
         return None
 
     def summary(loss_of: Callable[[dict[str, Any]], float]) -> dict[str, float]:
-        ratio = map(math.exp, _paired([windows], full, loss_of))
-        found = {"value": math.exp(fmean(map(loss_of, windows.values())))}
-        return found | dict(zip(("ratio", "low", "high"), ratio, strict=False))
+        value = math.exp(fmean(map(loss_of, windows.values())))
+        return {"value": value, **_compared([windows], full, loss_of, "ratio", math.exp)}
 
     quarters = [summary(lambda record, at=at: record["quarters"][at]) for at in range(4)]  # type: ignore[misc]
     return {**summary(itemgetter("loss")), "windows": len(windows), "quarters": quarters}
+
+
+def _mean(strata: Sequence[Records], field: str) -> float:
+    return fmean(float(np.mean([record[field] for record in part.values()])) for part in strata)
 
 
 def _codes(records: Records, full: Records) -> dict[str, dict[str, dict[str, Any]]]:
     """By task and length: loss of forced answers and share of exact ones, also where the full cache has them exact."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for (task, length), part in _grouped(records, "codes").items():
-        losses = [loss for record in part.values() for loss in record["losses"]]
-        exact = [right for record in part.values() for right in record["exact"]]
-        at: dict[str, Any] = {"loss": fmean(losses), "exact": fmean(exact), "questions": len(exact)}
-        if paired := _paired([part], full, lambda record: fmean(record["losses"])):
-            both = [
-                zip(record["exact"], full[key]["exact"], strict=True) for key, record in part.items() if key in full
-            ]
-            kept = [ours for pairs in both for ours, theirs in pairs if theirs]
-            at |= dict(zip(("difference", "low", "high"), paired, strict=True))
-            at["kept"] = fmean(kept) if kept else None
+        at: dict[str, Any] = {"loss": _mean([part], "losses"), "exact": _mean([part], "exact")}
+        at["questions"] = sum(len(record["exact"]) for record in part.values())
+        if compared := _compared([part], full, lambda record: fmean(record["losses"])):
+            both = [(record["exact"], full[key]["exact"]) for key, record in part.items() if key in full]
+            kept = [ours for pair in both for ours, theirs in zip(*pair, strict=True) if theirs]
+            at |= compared | {"kept": fmean(kept) if kept else None}
         found.setdefault(task, {})[str(length)] = at
     return found
 
@@ -185,11 +184,8 @@ def _lengths(records: Records, full: Records, simulated: bool) -> dict[str, dict
 
 def _score(strata: Sequence[Records], full: Records) -> dict[str, Any]:
     """Mean over the strata of their mean score, and its difference to the full cache."""
-    found: dict[str, Any] = {"samples": sum(map(len, strata))}
-    for field in ("score", "exact"):
-        found[field] = fmean(fmean(record[field] for record in part.values()) for part in strata)
-    paired = _paired(strata, full, itemgetter("score"))
-    return found | dict(zip(("difference", "low", "high"), paired, strict=False))
+    found = {"score": _mean(strata, "score"), "exact": _mean(strata, "exact")}
+    return {"samples": sum(map(len, strata)), **found, **_compared(strata, full, itemgetter("score"))}
 
 
 class Table(NamedTuple):
@@ -202,11 +198,12 @@ class Table(NamedTuple):
         return "\n".join(f"| {' | '.join(cells)} |" for cells in (self.head, ["---"] * len(self.head), *self.lines))
 
     def html(self) -> str:
-        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in self.head)
-        ranged = (re.sub(r"\[.*?]", r"<span>\g<0></span>", html.escape(cell)) for cells in self.lines for cell in cells)
-        lines = ["".join(f"<td>{next(ranged)}</td>" for _ in cells) for cells in self.lines]
-        body = "\n".join(f"<tr>{line}</tr>" for line in lines)
-        return f'<div class="table"><table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
+        def row(tag: str, cells: list[str]) -> str:
+            kept = (re.sub(r"\[.*?]", r"<span>\g<0></span>", html.escape(cell)) for cell in cells)
+            return f"<tr>{''.join(f'<{tag}>{cell}</{tag}>' for cell in kept)}</tr>"
+
+        rows = "\n".join([row("th", self.head), *(row("td", cells) for cells in self.lines)])
+        return f'<div class="table"><table>\n{rows}\n</table></div>'
 
 
 def report_markdown(metrics: Metrics, config: dict[str, Any]) -> str:
@@ -220,29 +217,19 @@ def report_markdown(metrics: Metrics, config: dict[str, Any]) -> str:
 
 def report_html(metrics: Metrics, config: dict[str, Any]) -> str:
     """The report as one page that needs no other file: tables, and plots as inline SVG."""
-    figures: dict[str, str] = {}
-    if _lengths_of(metrics):
-        figures["Size and quality"] = _svg(
-            _pareto(metrics), "Quality against stored bytes",
-            "Better is to the left, and low for the perplexity, high for scores. A line joins the caches that no other "
-            "one beats in size and quality at once.",
-        )  # fmt: skip
-    if any(_at(entry, "perplexity", "ratio") for entry in metrics.values()):
-        figures["Perplexity by quarter of the windows"] = _svg(
-            _ratios(metrics), "Perplexity ratios",
-            "Left: the ratio over whole windows with its interval. Right: by quarter of the windows, in the same "
-            "colours; a line that rises shows errors that build up.",
-        )  # fmt: skip
-    parts = [f"<h2>{title}</h2>\n{table.html()}\n{figures.get(title, '')}" for title, table in _tables(metrics)]
+    parts = []
+    for title, table in _tables(metrics):
+        parts.append(f"<h2>{title}</h2>\n{table.html()}")
+        draw, caption = _FIGURES.get(title, (None, ""))
+        if draw and (figure := draw(metrics)):
+            parts.append(_svg(figure, title, caption))
     name, conditions = html.escape(config["model"]), html.escape(_conditions(config))
-    facts = [
-        ", ".join(f"{name} {fact}" for name, fact in config.get(part, {}).items()) for part in ("versions", "machine")
-    ]
+    facts = [f"{one} {fact}" for part in ("versions", "machine") for one, fact in config.get(part, {}).items()]
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<meta charset="utf-8">\n<title>Caches on {name}</title>\n'
         f"<style>{_STYLE}</style>\n<h1>Caches on {name}</h1>\n<p>{conditions}</p>\n"
         + "\n".join(parts)
-        + f"\n<footer>{html.escape('; '.join(filter(None, facts)))}</footer>\n</html>\n"
+        + f"\n<footer>{html.escape(', '.join(facts))}</footer>\n</html>\n"
     )
 
 
@@ -251,21 +238,19 @@ def write_report(out: Path, metrics: Metrics, config: dict[str, Any]) -> str:
     text = report_markdown(metrics, config)
     (out / "report.md").write_text(text, encoding="utf-8")
     (out / "report.html").write_text(report_html(metrics, config), encoding="utf-8")
-    if _lengths_of(metrics):
-        _pareto(metrics).savefig(out / "pareto.png", dpi=120)
+    if figure := _pareto(metrics):
+        figure.savefig(out / "pareto.png", dpi=120)
     return text
 
 
 def _conditions(config: dict[str, Any]) -> str:
-    settings = config["settings"]
     return (
-        f"{config['model']} in {config['dtype']} on {config['device']}. Text: {config['text']}. Perplexity of "
-        f"{settings['windows']} windows of {settings['window']} tokens; {settings['samples']} contexts of each task "
-        f"and length. All of it is streamed {settings['chunk']} tokens a forward through caches with a window of "
-        f"{settings['residual_length']} tokens and {settings['num_sink_tokens']} sinks. Answers to tasks are "
-        "generated, codes of look-ups and needles are forced. Differences to the full cache are paired; brackets "
-        "hold 95 % of a bootstrap over windows, texts or contexts."
-    )
+        "{model} in {dtype} on {device}. Text: {text}. Perplexity of {windows} windows of {window} tokens; {samples} "
+        "contexts of each task and length. All of it is streamed {chunk} tokens a forward through caches with a window "
+        "of {residual_length} tokens and {num_sink_tokens} sinks. Answers to tasks are generated, codes of look-ups "
+        "and needles are forced. Differences to the full cache are paired; brackets hold 95 % of a bootstrap over "
+        "windows, texts or contexts."
+    ).format(**(config["settings"] | config))
 
 
 def _lengths_of(metrics: Metrics) -> list[str]:
@@ -348,13 +333,12 @@ def _svg(figure, title: str, caption: str) -> str:
 
 def _figure(height: float, rows: int = 1):
     """A figure and its axes, two a row."""
+    import matplotlib
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, height), layout="constrained")
-    axes = figure.subplots(rows, 2, squeeze=False).flatten()
-    for axis in axes:
-        axis.grid(alpha=0.3)
-    return figure, axes
+    with matplotlib.rc_context({"axes.grid": True, "grid.alpha": 0.3, "axes.formatter.useoffset": False}):
+        figure = Figure(figsize=(10, height), layout="constrained")
+        return figure, figure.subplots(rows, 2, squeeze=False).flatten()
 
 
 def _style(index: int) -> dict[str, Any]:
@@ -363,8 +347,10 @@ def _style(index: int) -> dict[str, Any]:
 
 
 def _pareto(metrics: Metrics):
-    """Perplexity ratio at the longest length and task scores at each, against stored bytes."""
+    """Perplexity ratio at the longest length and task scores at each, against stored bytes; None without any."""
     lengths = _lengths_of(metrics)
+    if not lengths:
+        return None
     panels = [(lengths[-1], "perplexity to the full cache", -1)]  # -1: less is better
     panels += [(length, "mean score of the tasks", 1) for length in lengths
                if any(_at(entry, "lengths", length, "tasks") for entry in metrics.values())]  # fmt: skip
@@ -395,20 +381,31 @@ def _pareto(metrics: Metrics):
 
 
 def _ratios(metrics: Metrics):
-    """Perplexity ratios with their intervals, and by quarter of the windows."""
+    """Perplexity ratios with their intervals, and by quarter of the windows; None without any."""
     found = {name: entry["perplexity"] for name, entry in metrics.items() if _at(entry, "perplexity", "ratio")}
+    if not found:
+        return None
     figure, (whole, quarters) = _figure(max(3.2, 0.32 * len(found) + 1.2))
     for place, (name, one) in enumerate(found.items()):
         style, bars = _style(list(metrics).index(name)), [[one["ratio"] - one["low"]], [one["high"] - one["ratio"]]]
         whole.errorbar(one["ratio"], place, xerr=bars, capsize=3, **style)
-        quarters.plot(range(4), [quarter["ratio"] for quarter in one["quarters"]], **style)
-    whole.set_yticks(range(len(found)), list(found))
-    whole.invert_yaxis()
+        quarters.plot([quarter["ratio"] for quarter in one["quarters"]], **style)
     whole.axvline(1, color="grey", linestyle=":")
     quarters.axhline(1, color="grey", linestyle=":")
-    quarters.set_xticks(range(4), ["first", "second", "third", "last"])
-    whole.set_xlabel("perplexity to the full cache")
-    quarters.set(xlabel="quarter of the windows", ylabel="perplexity to the full cache")
-    whole.ticklabel_format(useOffset=False, axis="x")
-    quarters.ticklabel_format(useOffset=False, axis="y")
+    whole.set(xlabel="perplexity to the full cache", yticks=range(len(found)), yticklabels=found)
+    whole.invert_yaxis()
+    quarters.set(xlabel="quarter of the windows", ylabel="perplexity to the full cache", xticks=range(4))
+    quarters.set_xticklabels(["first", "second", "third", "last"])
     return figure
+
+
+_FIGURES: dict[str, tuple[Callable[[Metrics], Any], str]] = {
+    "Size and quality": (_pareto, (
+        "Better is to the left, and low for the perplexity, high for scores. A line joins the caches that no other one "
+        "beats in size and quality at once."
+    )),
+    "Perplexity by quarter of the windows": (_ratios, (
+        "Left: the ratio over whole windows with its interval. Right: by quarter of the windows, in the same colours; "
+        "a line that rises shows errors that build up."
+    )),
+}  # fmt: skip

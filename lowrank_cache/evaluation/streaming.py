@@ -46,7 +46,7 @@ def padded(sequences: list[Tensor], side: str, device: torch.device) -> tuple[Te
 def feed(
     model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Cache, *, chunk: int, first: int = 0, **arguments
 ) -> Iterator[tuple[int, Tensor]]:
-    """Feed ``ids`` to the model through ``cache``, ``chunk`` tokens a forward.
+    """Feed ``ids`` to the model through ``cache``, ``chunk`` tokens a forward, which sees only its own tokens exactly.
 
     Args:
         ids: ``[batch, tokens]`` on the model's device.
@@ -92,12 +92,8 @@ def stream(
     """Next-token losses of windows of text, each streamed through a fresh cache.
 
     Args:
-        model: In eval mode.
-        windows: ``[windows, tokens]`` token ids.
-        make_cache: Called once per batch of windows.
-        chunk: Tokens per forward; a forward sees its own tokens exactly and all others as cached.
-        batch: Windows per forward.
-        prompt: Tokens of the first forward, 0 for ``chunk``.
+        windows: ``[windows, tokens]`` token ids, ``batch`` of them per forward.
+        chunk, prompt: As ``chunk`` and ``first`` in ``feed``.
 
     Returns:
         ``[windows, tokens - 1]`` float64 on CPU, in nats.
@@ -150,13 +146,12 @@ def force_answers(
 ) -> list[list[tuple[float, bool]]]:  # fmt: skip
     """Stream contexts as one batch, padded on the left, through a fresh cache, ask, and force each answer.
 
-    Every question is put to a copy of the cache. Only its own and its answer's tokens are seen exactly besides what the
-    cache keeps exact.
+    Every question is put to a copy of the cache; its own and its answer's tokens are seen exactly.
 
     Args:
         contexts: ``[tokens]`` ids each.
         questions: Of each context as many pairs of a question's and its answer's ``[tokens]`` ids.
-        chunk, prompt: As in ``stream``.
+        chunk, prompt: As ``chunk`` and ``first`` in ``feed``.
 
     Returns:
         By context and question: mean loss of the answer's tokens in nats, and whether each of them is the model's

@@ -69,11 +69,9 @@ def needle_texts(tokenizer, haystack: Tensor, count: int, tokens: int, seed: int
 
 
 def lookup_documents(count: int = 64, entries: int = 22, seed: int = 0) -> list[dict]:
-    """Documents of an lm-eval task: ``text``, a list and a question, ``choices`` of codes, and the right one's index.
+    """``count`` documents of an lm-eval task, each with ``entries`` codes in its list, at least 4.
 
-    Args:
-        count: Of documents.
-        entries: Codes in a list, at least 4.
+    Their ``text`` is a list and a question; ``choices`` are codes, ``answer`` is the right one's index.
     """
     documents = []
     for draw, context, codes in _lookups(count, entries, seed):
@@ -201,7 +199,7 @@ def _tracking(draw: random.Random, haystack: Haystack, size: int, length: int) -
             " Answer: According to the chain(s) of variable assignment in the text above, "
             f"{len(names)} variables are assigned the value {value}, they are:"
         )
-        parts.append((context, Question(question, prefix, tuple(names))))
+        parts.append(Sample(context, [Question(question, prefix, tuple(names))]))
     return _after_example(*parts, " ".join)
 
 
@@ -222,15 +220,14 @@ def _common(draw: random.Random, haystack: Haystack, size: int, length: int) -> 
         )
         question = f"\nQuestion: What are the {_COMMON} most common words in the above list?"
         prefix = f" Answer: The top {_COMMON} words that appear most often in the list are:"
-        parts.append((context, Question(question, prefix, tuple(words[:_COMMON]))))
+        parts.append(Sample(context, [Question(question, prefix, tuple(words[:_COMMON]))]))
     return _after_example(*parts, _numbered)
 
 
-def _after_example(
-    example: tuple[str, Question], asked: tuple[str, Question], write: Callable[[Sequence[str]], str]
-) -> Sample:
-    (context, shown), (text, question) = example, asked
-    return Sample(f"{context}{shown.text}{shown.prefix} {write(shown.expected)}\n\n{text}", [question])
+def _after_example(example: Sample, asked: Sample, write: Callable[[Sequence[str]], str]) -> Sample:
+    (shown,) = example.questions
+    solved = f"{example.context}{shown.text}{shown.prefix} {write(shown.expected)}"
+    return Sample(f"{solved}\n\n{asked.context}", asked.questions)
 
 
 def _numbered(words: Sequence[str]) -> str:
@@ -254,8 +251,7 @@ def sample_of(
     """The longest sample whose context, one question and answer take at most ``length`` tokens.
 
     Args:
-        task: One of ``TASKS``.
-        count: Tokens of a text.
+        count: Gives the tokens of a text.
         index, seed: Equal ones give equal samples.
         reserved: Of the tokens, those to leave for what a chat template or the tokenizer adds.
 
