@@ -43,8 +43,8 @@ class LatentView:
         key, value: What is stored.
         slots: Tokens in all, those of the forward included.
         encoded_end: First slot of the tail; latents stand before it.
-        sink_slots: ``[batch, sinks]``, the slot of each sequence's sinks, ``slots`` or more where a sequence has not come
-            to one yet; None if they are the first slots of all.
+        sink_slots: ``[batch, sinks]``, the slot of each sequence's sinks, ``slots`` or more where one has not come yet;
+            None if they are the first slots of all.
         impl: Kernels that read the latents, see ``kernels.api``.
     """
 

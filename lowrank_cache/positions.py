@@ -104,9 +104,10 @@ class PositionTrack:
         wrong = real & (positions != expected)
         if bool(wrong.any()):
             number, token = (int(index) for index in wrong.nonzero()[0])
+            found, needed = int(positions[number, token]), int(expected[number, token])
             raise ValueError(
                 f"position_ids must continue the cached tokens: sequence {number} must have position "
-                f"{int(expected[number, token])} at token {token} of this forward, got {int(positions[number, token])}. "
+                f"{needed} at token {token} of this forward, got {found}. "
                 "A cache can only go on with the sequence it holds; call cache.reset() to start another"
             )
         return torch.where(nth_real[:, -1] > 0, start + nth_real[:, -1], past)

@@ -244,7 +244,7 @@ class LatentStore:
 
     @staticmethod
     def _sinks_between(slots: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Batch element, number and slot of every sink token of ``sink_slots`` that stands in slots ``start`` to ``stop``."""
+        """Batch element, number and slot of every sink of ``sink_slots`` that stands in slots ``start`` to ``stop``."""
         element, nth = ((slots >= start) & (slots < stop)).nonzero(as_tuple=True)
         return element, nth, slots[element, nth]
 

@@ -9,9 +9,11 @@ import platform
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,13 +22,14 @@ from transformers import PreTrainedModel
 
 from lowrank_cache.evaluation import report, tasks
 from lowrank_cache.evaluation.caches import CacheEntry, CacheSizes, tensor_bytes
-from lowrank_cache.evaluation.inputs import Prepared, Run, append_result, prepare, resume_results
+from lowrank_cache.evaluation.inputs import Run, append_result, prepare, resume_results
 from lowrank_cache.evaluation.streaming import fill, force_answers, greedy_answer, now, stream, windows_of
-from lowrank_cache.evaluation.tasks import QUESTIONS, TASKS, CodeText, Prompter, Sample
+from lowrank_cache.evaluation.tasks import QUESTIONS, TASKS, CodeText, Prompter, Question
 from lowrank_cache.probe import cache_argument
 
 __all__ = ["EvaluationSettings", "evaluate", "record_key", "run_evaluation"]
 
+_KEY = ("kind", "task", "length", "index")
 _GROWING = ("lengths", "tasks", "samples", "lookups", "needles")  # a record says which of them it is of
 
 
@@ -69,9 +72,8 @@ class EvaluationSettings(CacheSizes):
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _GROWING}
 
 
-@dataclass(frozen=True)
-class _Job:
-    """Some records, measured together, and the tokens that this takes."""
+class _Job(NamedTuple):
+    """Records that are measured together, the tokens that this takes, and what gives the facts of each of them."""
 
     keys: list[tuple]
     tokens: int
@@ -80,7 +82,7 @@ class _Job:
 
 def record_key(record: dict[str, Any]) -> tuple:
     """What a record is of, its cache apart: kind, task, length and index."""
-    return record["kind"], record.get("task"), record.get("length"), record["index"]
+    return tuple(map(record.get, _KEY))
 
 
 def evaluate(
@@ -91,8 +93,6 @@ def evaluate(
     """Measure what ``results`` does not hold yet.
 
     Args:
-        model: In eval mode.
-        tokenizer: Of transformers.
         text: Evaluation text; never the one calibrated on.
         entries: The caches, the full one first: others are compared with it.
         results: JSON Lines file with one record a sample.
@@ -107,133 +107,110 @@ def evaluate(
     Raises:
         ValueError: If ``results`` was made with other settings, or the text is too short.
     """
-    known: dict[str, dict[tuple, dict[str, Any]]] = {}
+    known: dict[str, dict[tuple, dict[str, Any]]] = {entry.name: {} for entry in entries}
     for record in resume_results(results, {**settings.fixed(), **identity}):
         known.setdefault(record["cache"], {})[record_key(record)] = record
     jobs = list(_jobs(model, tokenizer, text, settings))
-    pending = {one.name: [job for job in jobs if not set(job.keys) <= set(known.get(one.name, {}))] for one in entries}
-    total, done = sum(job.tokens for part in pending.values() for job in part), 0
-    for entry in entries:
-        for job in pending[entry.name]:
-            progress(entry.name, done, total)
-            with entry.attention(model, settings.attend):
-                records = job.run(entry)
-            for record in records:
-                record = {"cache": entry.name, **record}
-                append_result(results, record)
-                known.setdefault(entry.name, {})[record_key(record)] = record
-            done += job.tokens
+    pending = [(entry, job) for entry in entries for job in jobs if not known[entry.name].keys() >= set(job.keys)]
+    total, done = sum(job.tokens for _, job in pending), 0
+    for entry, job in pending:
+        progress(entry.name, done, total)
+        with entry.attention(model, settings.attend):
+            measured = job.run(entry)
+        for key, facts in zip(job.keys, measured, strict=True):
+            named = {name: value for name, value in zip(_KEY, key, strict=True) if value is not None}
+            known[entry.name][key] = {"cache": entry.name, **named, **facts}
+            append_result(results, known[entry.name][key])
+        done += job.tokens
     progress("", done, total)
     asked = {key for job in jobs for key in job.keys}
-    return {one.name: {key: known[one.name][key] for key in known.get(one.name, {}) if key in asked} for one in entries}
+    return {one.name: {key: found for key, found in known[one.name].items() if key in asked} for one in entries}
 
 
 def _jobs(model, tokenizer, text: str, settings: EvaluationSettings) -> Iterator[_Job]:
-    """Windows first, then tasks, then times, by when the machine is warm."""
+    """Windows first, then codes and tasks, then times, by when the machine is warm."""
+
+    def batches(kind: str, task: str | None, length: int | None, contexts, measure: Callable) -> Iterator[_Job]:
+        for start in range(0, len(contexts), settings.batch):
+            part = slice(start, start + settings.batch)
+            sizes = list(map(len, contexts[part]))
+            keys: list[tuple] = [(kind, task, length, start + offset) for offset in range(len(sizes))]
+            yield _Job(keys, sum(sizes), partial(measure, part))
+
     ids = torch.tensor(tokenizer(text)["input_ids"])
     if settings.windows:
-        yield from _window_jobs(model, ids, settings)
-    texts = tasks.lookup_texts(tokenizer, settings.lookups // QUESTIONS, settings.facts, settings.seed)
-    yield from _code_jobs(model, "lookup", settings.facts, texts, settings)
+        windows = windows_of(ids, settings.window, settings.windows)
+        yield from batches("window", None, None, windows, partial(_windows, model, settings, windows))
+    lookups = tasks.lookup_texts(tokenizer, settings.lookups // QUESTIONS, settings.facts, settings.seed)
+    codes = [("lookup", settings.facts, settings.prompt, lookups)]
     for tokens, count in settings.needles:
-        texts = tasks.needle_texts(tokenizer, ids, count // QUESTIONS, tokens, settings.seed)
-        yield from _code_jobs(model, "needle", tokens, texts, settings)
+        codes.append(
+            ("needle", tokens, 0, tasks.needle_texts(tokenizer, ids, count // QUESTIONS, tokens, settings.seed))
+        )
+    for task, length, prompt, texts in codes:
+        contexts = [text.context for text in texts]
+        yield from batches("codes", task, length, contexts, partial(_codes, model, settings.chunk, prompt, texts))
     prompter = Prompter(tokenizer, settings.chat)
     if settings.samples and settings.tasks and settings.lengths:
         haystack, overhead = tasks.Haystack(text), prompter.overhead()
-        for length in settings.lengths:
-            for task in settings.tasks:
-                for index in range(settings.samples):
-                    sample = tasks.sample_of(task, prompter.count, haystack, length, index, settings.seed, overhead)
-                    yield _answers_job(model, prompter, sample, settings)
+        for length, task, index in product(settings.lengths, settings.tasks, range(settings.samples)):
+            sample = tasks.sample_of(task, prompter.count, haystack, length, index, settings.seed, overhead)
+            context = prompter.context(sample.context)
+            measure = partial(_answers, model, settings, prompter, context, sample.questions)
+            yield _Job([("answers", task, length, index)], len(context), measure)
     for length in settings.lengths:
-        yield _cost_job(model, ids, length, settings)
+        needed = length + settings.steps + 1
+        tokens = ids.repeat(-(-needed // len(ids)))[:needed]
+        yield _Job([("cost", None, length, 0)], needed, partial(_cost, model, settings, tokens, length))
 
 
-def _window_jobs(model, ids: Tensor, settings: EvaluationSettings) -> Iterator[_Job]:
-    windows, scored = windows_of(ids, settings.window, settings.windows), max(settings.prompt - 1, 0)
-    for start in range(0, len(windows), settings.batch):
-        part = windows[start : start + settings.batch]
-
-        def run(entry: CacheEntry, part=part, start=start) -> list[dict[str, Any]]:
-            options = {"chunk": settings.chunk, "batch": len(part), "prompt": settings.prompt}
-            losses = stream(model, part, entry.make, **options)[:, scored:]
-            records = []
-            for index, window in enumerate(losses, start):
-                quarters = [float(quarter.mean()) for quarter in window.tensor_split(4)]
-                records.append({"kind": "window", "index": index, "loss": float(window.mean()), "quarters": quarters})
-            return records
-
-        yield _Job([("window", None, None, start + offset) for offset in range(len(part))], part.numel(), run)
+def _windows(model, settings: EvaluationSettings, windows: Tensor, part: slice, entry: CacheEntry) -> list[dict]:
+    options = {"chunk": settings.chunk, "batch": settings.batch, "prompt": settings.prompt}
+    losses = stream(model, windows[part], entry.make, **options)[:, max(settings.prompt - 1, 0) :]
+    quarters = torch.stack([quarter.mean(1) for quarter in losses.tensor_split(4, dim=1)], 1)
+    return [{"loss": loss, "quarters": of} for loss, of in zip(losses.mean(1).tolist(), quarters.tolist(), strict=True)]
 
 
-def _code_jobs(model, task: str, length: int, texts: list[CodeText], settings: EvaluationSettings) -> Iterator[_Job]:
-    for start in range(0, len(texts), settings.batch):
-        part = texts[start : start + settings.batch]
-
-        def run(entry: CacheEntry, part=part, start=start) -> list[dict[str, Any]]:
-            contexts, questions = [text.context for text in part], [text.questions for text in part]
-            options = {"chunk": settings.chunk, "prompt": settings.prompt if task == "lookup" else 0}
-            scores = force_answers(model, contexts, questions, entry.make, **options)
-            records = []
-            for index, answers in enumerate(scores, start):
-                found = {"losses": [loss for loss, _ in answers], "exact": [float(exact) for _, exact in answers]}
-                records.append({"kind": "codes", "task": task, "length": length, "index": index, **found})
-            return records
-
-        keys: list[tuple] = [("codes", task, length, start + offset) for offset in range(len(part))]
-        yield _Job(keys, sum(len(text.context) for text in part), run)
+def _codes(model, chunk: int, prompt: int, texts: list[CodeText], part: slice, entry: CacheEntry) -> list[dict]:
+    contexts, questions = (list(column) for column in zip(*texts[part], strict=True))
+    scores = force_answers(model, contexts, questions, entry.make, chunk=chunk, prompt=prompt)
+    columns = (zip(*answers, strict=True) for answers in scores)
+    return [{"losses": list(losses), "exact": list(map(float, exact))} for losses, exact in columns]
 
 
-def _answers_job(model, prompter: Prompter, sample: Sample, settings: EvaluationSettings) -> _Job:
-    context = prompter.context(sample.context)
-
-    def run(entry: CacheEntry) -> list[dict[str, Any]]:
-        stop, cache, answers = _end_tokens(model, prompter.tokenizer), entry.make(), []
-        fill(model, cache, context, chunk=settings.chunk, first=settings.prompt)
-        for question in sample.questions:
-            ids = prompter.question(question.text, question.prefix)
-            generated = greedy_answer(model, cache, ids, tasks.answer_tokens(prompter.count, question), stop)
-            answer = prompter.tokenizer.decode(generated, skip_special_tokens=True)
-            answers.append({**asdict(question), "answer": answer, "score": tasks.score(question.expected, answer)})
-        scores = [answer["score"] for answer in answers]
-        means = {"score": statistics.fmean(scores), "exact": statistics.fmean(one == 1 for one in scores)}
-        record = {"kind": "answers", "task": sample.task, "length": sample.length, "index": sample.index}
-        return [{**record, "tokens": len(context), **means, "answers": answers}]
-
-    return _Job([("answers", sample.task, sample.length, sample.index)], len(context), run)
-
-
-def _end_tokens(model, tokenizer) -> set[int]:
-    """Ids that end an answer, of the model's generation settings and the tokenizer."""
-    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ends = {found} if isinstance(found, int) else set(found or ())
-    own = getattr(tokenizer, "eos_token_id", None)
-    return ends if own is None else ends | {own}
+def _answers(
+    model, settings: EvaluationSettings, prompter: Prompter, context: Tensor, questions: list[Question],
+    entry: CacheEntry,
+) -> list[dict]:  # fmt: skip
+    ends = model.generation_config.eos_token_id  # one, several or None
+    stop = {*(ends if isinstance(ends, list) else [ends]), prompter.tokenizer.eos_token_id}
+    cache, answers = entry.make(), []
+    fill(model, cache, context, chunk=settings.chunk, first=settings.prompt)
+    for question in questions:
+        ids = prompter.question(question.text, question.prefix)
+        generated = greedy_answer(model, cache, ids, tasks.answer_tokens(prompter.count, question), stop)
+        answer = prompter.tokenizer.decode(generated, skip_special_tokens=True)
+        found = {"answer": answer, "score": tasks.score(question.expected, answer)}
+        answers.append(question._asdict() | found)
+    scores = [answer["score"] for answer in answers]
+    means = {"score": statistics.fmean(scores), "exact": statistics.fmean(one == 1 for one in scores)}
+    return [{"tokens": len(context), **means, "answers": answers}]
 
 
-def _cost_job(model, ids: Tensor, length: int, settings: EvaluationSettings) -> _Job:
-    needed = length + settings.steps + 1
-    tokens = ids.repeat(-(-needed // len(ids)))[:needed]
-
-    @torch.no_grad()
-    def run(entry: CacheEntry) -> list[dict[str, Any]]:
-        cache = entry.make()
+@torch.no_grad()
+def _cost(model, settings: EvaluationSettings, tokens: Tensor, length: int, entry: CacheEntry) -> list[dict]:
+    cache, start = entry.make(), now(model.device)
+    fill(model, cache, tokens[:length], chunk=settings.chunk, first=settings.prompt)
+    record: dict[str, Any] = {"fill_seconds": now(model.device) - start, "stored_bytes": tensor_bytes(cache)}
+    if entry.name == "full":
+        states = [getattr(layer, side, None) for layer in cache.layers for side in ("keys", "values")]
+        record["bytes_at_16_bits"] = 2 * sum(part.numel() for part in states if isinstance(part, Tensor))
+    steps, argument = [], cache_argument(model, cache)
+    for token in tokens[length:].to(model.device):
         start = now(model.device)
-        fill(model, cache, tokens[:length], chunk=settings.chunk, first=settings.prompt)
-        record: dict[str, Any] = {"kind": "cost", "length": length, "index": 0}
-        record |= {"fill_seconds": now(model.device) - start, "stored_bytes": tensor_bytes(cache)}
-        if entry.name == "full":
-            states = [getattr(layer, side, None) for layer in cache.layers for side in ("keys", "values")]
-            record["bytes_at_16_bits"] = 2 * sum(part.numel() for part in states if isinstance(part, Tensor))
-        steps, argument = [], cache_argument(model, cache)
-        for token in tokens[length:].to(model.device):
-            start = now(model.device)
-            model(input_ids=token.view(1, 1), **argument, use_cache=True)
-            steps.append(now(model.device) - start)
-        return [{**record, "step_seconds": statistics.median(steps[1:])}]  # the first one warms up
-
-    return _Job([("cost", None, length, 0)], needed, run)
+        model(input_ids=token.view(1, 1), **argument, use_cache=True)
+        steps.append(now(model.device) - start)
+    return [{**record, "step_seconds": statistics.median(steps[1:])}]  # the first one warms up
 
 
 def run_evaluation(
@@ -260,30 +237,24 @@ def run_evaluation(
         say(f"{found.name} is made for {most} tokens, and lengths go to {max(settings.lengths)}")
     samples = run.out / "samples.jsonl"
     resume_results(samples, {**settings.fixed(), **found.identity})  # fails before config.json is replaced
-    config = _config(found, names, settings)
+    versions = {name: version(name) for name in ("lowrank-cache", "torch", "transformers")}
+    machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+    if found.identity["device"] == "cuda":
+        machine["gpu"] = torch.cuda.get_device_name()
+    config = {**found.identity, "text": found.source, "caches": names, "settings": asdict(settings)}
+    config |= {"versions": {**versions, "python": platform.python_version()}, "machine": machine}
     _write_json(run.out / "config.json", config)
     given = (found.model, found.tokenizer, found.text, found.entries, settings, samples, found.identity)
     with tqdm(desc="evaluating", unit=" tokens", unit_scale=True) as bar:
 
         def progress(name: str, done: int, total: int) -> None:
-            bar.total = total
-            bar.set_description(name or "evaluated", refresh=False)
-            bar.update(done - bar.n)
+            bar.total, bar.n = total, done
+            bar.set_description(name or "evaluated")
 
         records = evaluate(*given, progress)
     metrics = report.metrics_of(found.entries, records)
     _write_json(run.out / "metrics.json", metrics)
     say(report.write_report(run.out, metrics, config))
-
-
-def _config(found: Prepared, specifications: list[str], settings: EvaluationSettings) -> dict[str, Any]:
-    versions = {name: version(name) for name in ("lowrank-cache", "torch", "transformers")}
-    versions["python"] = platform.python_version()
-    machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-    if found.identity["device"] == "cuda":
-        machine["gpu"] = torch.cuda.get_device_name()
-    facts = {"text": found.source, "caches": specifications, "settings": asdict(settings)}
-    return {**found.identity, **facts, "versions": versions, "machine": machine}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -11,19 +11,18 @@ nothing else of this project imports.
 
 import logging
 import sys
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import Cache
 
 from lowrank_cache import Projections
-from lowrank_cache.evaluation.caches import BASELINES, CacheEntry, cache_entry
-from lowrank_cache.evaluation.streaming import branch, feed, padded
+from lowrank_cache.evaluation.caches import BASELINES, cache_entry
+from lowrank_cache.evaluation.streaming import branch, feed, fill, padded
 from lowrank_cache.probe import cache_argument
 
 try:
@@ -80,15 +79,17 @@ class LowRankLM(HFLM):
         if cache == "lowrank":
             if isinstance(projections, str):
                 projections = Projections.from_pretrained(projections)
-            options = {"method": method, "compression_ratio": compression_ratio, "ranks": ranks, "bits": bits}
-            options |= {"layer_group_size": layer_group_size, "new_tokens": new_tokens}
-            options["latent_dtype"] = _dtype(latent_dtype)
-        else:
-            projections = None
+            if isinstance(latent_dtype, str):
+                if not isinstance(getattr(torch, latent_dtype, None), torch.dtype):
+                    raise ValueError(f"latent_dtype must be None or the name of a torch dtype, got {latent_dtype!r}")
+                latent_dtype = getattr(torch, latent_dtype)
+            options = {
+                "method": method, "compression_ratio": compression_ratio, "ranks": ranks, "bits": bits,
+                "layer_group_size": layer_group_size, "new_tokens": new_tokens, "latent_dtype": latent_dtype,
+            }  # fmt: skip
         sizes = {"residual_length": residual_length, "num_sink_tokens": num_sink_tokens, "block_size": block_size}
-        self.chunk, self.attend = chunk, attend
-        self.entry: CacheEntry = cache_entry(cache, projections, options, self.model, sizes)
-        self._exactly = residual_length + num_sink_tokens + block_size
+        self.chunk, self.attend, self._exactly = chunk, attend, sum(sizes.values())
+        self.entry = cache_entry(cache, projections if options else None, options, self.model, sizes)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
@@ -97,12 +98,16 @@ class LowRankLM(HFLM):
 
         A context is streamed once for all continuations that are asked of it.
         """
-        cut = [self._cut(*request[1:]) for request in requests]
-        self._warn_if_exact([len(context) + len(continuation) for context, continuation in cut])
+        cut: list[tuple[list[int], list[int]]] = []
         groups: dict[tuple, list[int]] = {}
-        for index, (context, _) in enumerate(cut):
+        for index, (_, context, continuation) in enumerate(requests):
+            # What is too long for the model is cut on the left, as lm-eval cuts.
+            kept = (context + continuation)[-(self.max_length + 1) :]
+            kept = kept[: len(kept) - len(continuation)]
+            cut.append((kept, continuation))
             # Of a context of one token, as rolling windows have it, there is nothing to share.
-            groups.setdefault((tuple(context), index if len(context) == 1 else None), []).append(index)
+            groups.setdefault((tuple(kept), index if len(kept) == 1 else None), []).append(index)
+        self._warn_if_exact([len(context) + len(continuation) for context, continuation in cut])
         ordered = sorted(groups.values(), key=lambda indices: -len(cut[indices[0]][0]))
         found: dict[int, tuple[float, bool]] = {}
         batch = override_bs or int(self.batch_size)
@@ -115,11 +120,6 @@ class LowRankLM(HFLM):
                     bar.update()
         return [found[index] for index in range(len(requests))]
 
-    def _cut(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
-        """Both without what is too long for the model, on the left, as lm-eval cuts."""
-        kept = (context + continuation)[-(self.max_length + 1) :]
-        return kept[: len(kept) - len(continuation)], continuation
-
     def _warn_if_exact(self, lengths: list[int]) -> None:
         if self.entry.latent_ratio is not None and lengths and max(lengths) <= self._exactly:
             _log.warning(
@@ -127,66 +127,45 @@ class LowRankLM(HFLM):
                 "choose a smaller residual_length or longer contexts", len(lengths), self._exactly,
             )  # fmt: skip
 
-    def _attention(self) -> AbstractContextManager:
-        return self.entry.attention(self.model, self.attend)
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        dtype = self.mixed_precision_dtype
+        precision = torch.autocast(device_type=self.device.type, dtype=dtype, enabled=dtype is not None)
+        with self.entry.attention(self.model, self.attend), precision:
+            yield
 
     @torch.no_grad()
     def _score(
         self, asked: list[list[int]], cut: list[tuple[list[int], list[int]]]
     ) -> list[tuple[int, tuple[float, bool]]]:
-        """Answers by request, of the contexts in one batch; the n-th continuations of all contexts go together.
+        """Of the requests that are ``asked`` about each context, all contexts as one batch: index and answer.
 
-        Args:
-            asked: Of each context, the requests about it.
-            cut: Of each request, context and continuation.
+        ``cut`` has all requests' contexts and continuations; the n-th continuations of all contexts go together.
         """
         answers = []
-        with self._attention(), self._precision():
-            cache, mask = self._streamed([torch.tensor(cut[indices[0]][0][:-1]).long() for indices in asked])
+        with self._reading():
+            contexts = [torch.tensor(cut[indices[0]][0][:-1]).long() for indices in asked]
+            ids, mask = padded(contexts, "left", self.device)
+            read = self.entry.make()
+            fill(self.model, read, ids, mask, chunk=self.chunk)
             for turn in range(max(map(len, asked))):
                 # A context without a continuation left repeats its last one, so that the batch stays as it is.
-                chosen = [indices[min(turn, len(indices) - 1)] for indices in asked]
-                inputs = [torch.tensor([cut[index][0][-1], *cut[index][1][:-1]]) for index in chosen]
-                targets = [torch.tensor(cut[index][1]) for index in chosen]
-                found = self._continued(inputs, targets, None if cache is None else branch(cache), mask)
-                answers += [
-                    (index, answer)
-                    for index, answer, indices in zip(chosen, found, asked, strict=True)
-                    if turn < len(indices)
-                ]
+                chosen = [cut[indices[min(turn, len(indices) - 1)]] for indices in asked]
+                inputs = [torch.tensor([context[-1], *continuation[:-1]]) for context, continuation in chosen]
+                ids, real = padded(inputs, "right", self.device)
+                wanted, _ = padded([torch.tensor(continuation) for _, continuation in chosen], "right", self.device)
+                values, likeliest = [], []
+                for start, logits in feed(self.model, ids, torch.cat([mask, real], 1), branch(read), chunk=self.chunk):
+                    part = wanted[:, start : start + logits.shape[1], None]
+                    values.append(logits.log_softmax(-1, dtype=self.softmax_dtype).gather(2, part)[..., 0])
+                    likeliest.append(logits.argmax(-1) == part[..., 0])
+                value, greedy = torch.cat(values, 1), torch.cat(likeliest, 1)
+                for row, indices in enumerate(asked):
+                    if turn < len(indices):
+                        size = len(inputs[row])
+                        answer = float(value[row, :size].sum()), bool(greedy[row, :size].all())
+                        answers.append((indices[turn], answer))
         return answers
-
-    def _precision(self) -> AbstractContextManager:
-        dtype = self.mixed_precision_dtype
-        return torch.autocast(device_type=self.device.type, dtype=dtype, enabled=dtype is not None)
-
-    def _streamed(self, contexts: list[Tensor]) -> tuple[Cache | None, Tensor]:
-        """A cache that holds the contexts, left-padded, and its mask; no cache yet if all of them are empty."""
-        ids, mask = (tensor.to(self.device) for tensor in padded(contexts, "left"))
-        if ids.shape[1] == 0:
-            return None, mask
-        cache = self.entry.make()
-        for _ in feed(self.model, ids, mask, cache, chunk=self.chunk, logits_to_keep=1):
-            pass
-        return cache, mask
-
-    def _continued(
-        self, inputs: list[Tensor], targets: list[Tensor], cache: Cache | None, mask: Tensor
-    ) -> list[tuple[float, bool]]:
-        """Of each batch element, log-probability of the targets after its tokens, and whether each is the likeliest."""
-        ids, real = (tensor.to(self.device) for tensor in padded(inputs, "right"))
-        wanted = padded(targets, "right")[0].to(self.device)
-        cache = self.entry.make() if cache is None else cache
-        values, likeliest = [], []
-        for start, logits in feed(self.model, ids, torch.cat([mask, real], 1), cache, chunk=self.chunk):
-            part = wanted[:, start : start + logits.shape[1], None]
-            values.append(logits.log_softmax(-1, dtype=self.softmax_dtype).gather(2, part)[..., 0])
-            likeliest.append(logits.argmax(-1) == part[..., 0])
-        value, greedy = torch.cat(values, 1), torch.cat(likeliest, 1)
-        return [
-            (float(value[index, : len(part)].sum()), bool(greedy[index, : len(part)].all()))
-            for index, part in enumerate(targets)
-        ]
 
     @torch.no_grad()
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs) -> Tensor:
@@ -196,23 +175,11 @@ class LowRankLM(HFLM):
         mask = generation_kwargs.pop("attention_mask", torch.ones_like(context))
         cache = self.entry.make()
         self._warn_if_exact([int(mask.sum(1).max())])
-        with self._attention():
-            if context.shape[1] > 1:
-                with self._precision():
-                    for _ in feed(self.model, context[:, :-1], mask[:, :-1], cache, chunk=self.chunk, logits_to_keep=1):
-                        pass
+        with self._reading():
+            fill(self.model, cache, context[:, :-1], mask[:, :-1], chunk=self.chunk)
             return super()._model_generate(
                 context, max_length, stop, attention_mask=mask, **cache_argument(self.model, cache), **generation_kwargs
             )
-
-
-def _dtype(name: str | torch.dtype | None) -> torch.dtype | None:
-    """A dtype by its name in torch."""
-    if not isinstance(name, str):
-        return name
-    if not isinstance(getattr(torch, name, None), torch.dtype):
-        raise ValueError(f"latent_dtype must be None or the name of a torch dtype, got {name!r}")
-    return getattr(torch, name)
 
 
 def main() -> None:

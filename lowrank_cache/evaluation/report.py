@@ -9,6 +9,8 @@ import io
 import math
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -18,26 +20,30 @@ import numpy as np
 from lowrank_cache.evaluation.caches import CacheEntry
 
 __all__ = [
-    "Interval", "Table", "check_installed", "metrics_of", "paired_interval", "percent_ticks", "report_html",
-    "report_markdown", "write_report",
+    "Interval", "Table", "check_installed", "metrics_of", "paired_interval", "report_html", "report_markdown",
+    "write_report",
 ]  # fmt: skip
 
 Records = dict[tuple, dict[str, Any]]
 Metrics = dict[str, dict[str, Any]]
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c2430; background: #fff; max-width: 68rem; margin: 2rem auto;
-  padding: 0 1.5rem }
-h1 { font-size: 1.6rem } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem }
-p { max-width: 46rem } footer { margin: 2.5rem 0; color: #5b6675; font-size: .85rem }
-.table { overflow-x: auto } table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem .6rem; text-align: right; vertical-align: top; max-width: 8rem }
-td { border-bottom: 1px solid #e3e7ec }
-th { vertical-align: bottom; min-width: 3.5rem; border-bottom: 2px solid #b9c2cd; font-weight: 600 }
+body { font: 15px/1.5 system-ui, sans-serif; color: #1c2430; max-width: 68rem; margin: 2rem auto; padding: 0 1.5rem }
+p, figcaption { max-width: 46rem } footer, figcaption { color: #5b6675; font-size: .86rem }
+svg { max-width: 100%; height: auto } figure { margin: 1rem 0 } .table { overflow-x: auto }
+table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums }
+th, td { padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: right; vertical-align: top; max-width: 8rem }
 td:first-child, td span { white-space: nowrap }
 th:first-child, td:first-child { text-align: left; max-width: none; position: sticky; left: 0; background: #fff }
-tbody tr:hover td { background: #f4f7fa } figure { margin: 1rem 0 } svg { max-width: 100%; height: auto }
-figcaption { color: #5b6675; font-size: .87rem; max-width: 46rem }
 """
+# How a cell is written: in the last of the forms whose fields have all been measured.
+_PERPLEXITY = "{value:.3f}", "x{ratio:.4f} [{low:.4f}, {high:.4f}]"
+_SCORE = "{score:.2f}", "{score:.2f}, {difference:+.2f} [{low:+.2f}, {high:+.2f}]"
+_LOSS = "{loss:.3f}", "{difference:+.3f} [{low:+.3f}, {high:+.3f}]"
+_EXACT = "{exact:.2f}", "{exact:.2f} ({kept:.2f})"  # in brackets the share among those that the full cache has exact
+_SCALES = {"projection_bytes": 1e-6, "stored_bytes": 1e-6, "step_seconds": 1e3}  # of MB and ms
+_COSTS = {"stored, MB": "{stored_bytes:.2f}", "to 16 bits": "{real_ratio:.2f}x", "filled in, s": "{fill_seconds:.2f}",
+          "a token in, ms": "{step_seconds:.1f}"}  # fmt: skip
+_CODES = {"lookup": "look-ups, {:d} facts", "needle": "needles, {:,} tokens"}
 
 
 def check_installed() -> None:
@@ -55,15 +61,12 @@ class Interval(NamedTuple):
     high: float
 
 
-def paired_interval(
-    differences: Sequence[Sequence[float]], *, level: float = 0.95, draws: int = 10_000, seed: int = 0
-) -> Interval:
-    """The percentile interval of a mean over samples, of which ``differences`` to the baseline are given.
+def paired_interval(differences: Sequence[Sequence[float]], *, draws: int = 10_000, seed: int = 0) -> Interval:
+    """The percentile interval (95 %) of a mean over samples, of which ``differences`` to the baseline are given.
 
     Args:
         differences: One list for each stratum (task, length, ...), one number a sample. Samples are drawn again within
             their stratum, and the means of the strata are averaged.
-        level: Share of the draws' means within the interval.
         draws: Of the bootstrap.
 
     Raises:
@@ -80,7 +83,6 @@ def paired_interval(
         [part.repeat(2) if len(part) == 1 else part for part in strata],  # which are drawn again as the one is
         lambda *parts, axis: sum(part.mean(axis) for part in parts) / len(parts),
         n_resamples=draws,
-        confidence_level=level,
         method="percentile",
         rng=np.random.default_rng(seed),
     ).confidence_interval
@@ -107,78 +109,83 @@ def metrics_of(entries: list[CacheEntry], records: dict[str, Records]) -> Metric
     }
 
 
-def _grouped(records: Records, field: str) -> dict[Any, Records]:
-    found: dict[Any, Records] = {}
+def _grouped(records: Records, kind: str) -> dict[tuple, Records]:
+    """Records of one kind, by task and length."""
+    found: dict[tuple, Records] = {}
     for key, record in records.items():
-        found.setdefault(record[field], {})[key] = record
+        if key[0] == kind:
+            found.setdefault(key[1:3], {})[key] = record
     return found
 
 
+def _compared(
+    strata: Sequence[Records], full: Records, value: Callable[[dict[str, Any]], float],
+    name: str = "difference", unit: Callable[[float], float] = float,
+) -> dict[str, float]:  # fmt: skip
+    """The difference to the full cache; nothing for that cache itself, or if a stratum shares no key with it."""
+    paired = [
+        [value(record) - value(full[key]) for key, record in part.items() if full.get(key, record) is not record]
+        for part in strata
+    ]
+    found = paired_interval(paired) if all(paired) else ()
+    return dict(zip((name, "low", "high"), map(unit, found), strict=False))
+
+
 def _perplexity(records: Records, full: Records) -> dict[str, Any] | None:
-    windows = _grouped(records, "kind").get("window", {})
+    windows = _grouped(records, "window").get((None, None), {})
     if not windows:
         return None
 
     def summary(loss_of: Callable[[dict[str, Any]], float]) -> dict[str, float]:
-        found = {"value": math.exp(fmean(map(loss_of, windows.values())))}
-        paired = [loss_of(record) - loss_of(full[key]) for key, record in windows.items() if key in full]
-        if records is not full and paired:
-            found |= dict(zip(("ratio", "low", "high"), map(math.exp, paired_interval([paired])), strict=True))
-        return found
+        value = math.exp(fmean(map(loss_of, windows.values())))
+        return {"value": value, **_compared([windows], full, loss_of, "ratio", math.exp)}
 
-    def quarter(at: int) -> dict[str, float]:
-        return summary(lambda record: record["quarters"][at])
+    quarters = [summary(lambda record, at=at: record["quarters"][at]) for at in range(4)]  # type: ignore[misc]
+    return {**summary(itemgetter("loss")), "windows": len(windows), "quarters": quarters}
 
-    whole = summary(lambda record: record["loss"])
-    return {**whole, "windows": len(windows), "quarters": list(map(quarter, range(4)))}
+
+def _mean(strata: Sequence[Records], field: str) -> float:
+    return fmean(float(np.mean([record[field] for record in part.values()])) for part in strata)
 
 
 def _codes(records: Records, full: Records) -> dict[str, dict[str, dict[str, Any]]]:
     """By task and length: loss of forced answers and share of exact ones, also where the full cache has them exact."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    for task, of_task in _grouped(_grouped(records, "kind").get("codes", {}), "task").items():
-        for length, part in _grouped(of_task, "length").items():
-            losses = [loss for record in part.values() for loss in record["losses"]]
-            exact = [right for record in part.values() for right in record["exact"]]
-            at: dict[str, Any] = {"loss": fmean(losses), "exact": fmean(exact), "questions": len(exact)}
-            paired = [(record, full[key]) for key, record in part.items() if key in full]
-            if records is not full and paired:
-                means = [fmean(ours["losses"]) - fmean(theirs["losses"]) for ours, theirs in paired]
-                at |= dict(zip(("difference", "low", "high"), paired_interval([means]), strict=True))
-                answers = [pair for both in paired for pair in zip(*(one["exact"] for one in both), strict=True)]
-                at["kept"] = fmean(kept) if (kept := [ours for ours, theirs in answers if theirs]) else None
-            found.setdefault(task, {})[str(length)] = at
+    for (task, length), part in _grouped(records, "codes").items():
+        at: dict[str, Any] = {"loss": _mean([part], "losses"), "exact": _mean([part], "exact")}
+        at["questions"] = sum(len(record["exact"]) for record in part.values())
+        if compared := _compared([part], full, lambda record: fmean(record["losses"])):
+            both = [(record["exact"], full[key]["exact"]) for key, record in part.items() if key in full]
+            kept = [ours for pair in both for ours, theirs in zip(*pair, strict=True) if theirs]
+            at |= compared | {"kept": fmean(kept) if kept else None}
+        found.setdefault(task, {})[str(length)] = at
     return found
 
 
 def _lengths(records: Records, full: Records, simulated: bool) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
-    for key, cost in _grouped(records, "kind").get("cost", {}).items():
-        entry = found.setdefault(str(cost["length"]), {})
-        entry["stored_bytes"] = cost["stored_bytes"]
+    for (_, length), part in _grouped(records, "cost").items():
+        ((key, cost),) = part.items()
+        entry = found[str(length)] = {"stored_bytes": cost["stored_bytes"]}
         if key in full:
             entry["smaller"] = full[key]["stored_bytes"] / cost["stored_bytes"]
             entry["real_ratio"] = full[key]["bytes_at_16_bits"] / cost["stored_bytes"]
-        # A simulated cache's times are not those of the cache that it stands for.
-        entry["fill_seconds"] = None if simulated else cost["fill_seconds"]
-        entry["step_seconds"] = None if simulated else cost["step_seconds"]
-    for length, answers in sorted(_grouped(_grouped(records, "kind").get("answers", {}), "length").items()):
-        tasks = _grouped(answers, "task")
+        for field in ("fill_seconds", "step_seconds"):
+            # A simulated cache's times are not those of the cache that it stands for.
+            entry[field] = None if simulated else cost[field]
+    answers = _grouped(records, "answers")
+    for length in sorted({length for _, length in answers}):
+        tasks = {task: part for (task, at), part in answers.items() if at == length}
         entry = found.setdefault(str(length), {})
-        entry["tasks"] = {task: _score([part], full, records is full) for task, part in tasks.items()}
-        entry |= _score(list(tasks.values()), full, records is full)
+        entry["tasks"] = {task: _score([part], full) for task, part in tasks.items()}
+        entry |= _score(list(tasks.values()), full)
     return found
 
 
-def _score(strata: Sequence[Records], full: Records, is_full: bool) -> dict[str, Any]:
+def _score(strata: Sequence[Records], full: Records) -> dict[str, Any]:
     """Mean over the strata of their mean score, and its difference to the full cache."""
-    found: dict[str, Any] = {"samples": sum(map(len, strata))}
-    for field in ("score", "exact"):
-        found[field] = fmean(fmean(record[field] for record in part.values()) for part in strata)
-    paired = [[rec["score"] - full[key]["score"] for key, rec in part.items() if key in full] for part in strata]
-    if not is_full and all(paired):
-        found |= dict(zip(("difference", "low", "high"), paired_interval(paired), strict=True))
-    return found
+    found = {"score": _mean(strata, "score"), "exact": _mean(strata, "exact")}
+    return {"samples": sum(map(len, strata)), **found, **_compared(strata, full, itemgetter("score"))}
 
 
 class Table(NamedTuple):
@@ -191,18 +198,18 @@ class Table(NamedTuple):
         return "\n".join(f"| {' | '.join(cells)} |" for cells in (self.head, ["---"] * len(self.head), *self.lines))
 
     def html(self) -> str:
-        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in self.head)
-        ranged = (re.sub(r"\[.*?]", r"<span>\g<0></span>", html.escape(cell)) for cells in self.lines for cell in cells)
-        lines = ["".join(f"<td>{next(ranged)}</td>" for _ in cells) for cells in self.lines]
-        body = "\n".join(f"<tr>{line}</tr>" for line in lines)
-        return f'<div class="table"><table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
+        def row(tag: str, cells: list[str]) -> str:
+            kept = (re.sub(r"\[.*?]", r"<span>\g<0></span>", html.escape(cell)) for cell in cells)
+            return f"<tr>{''.join(f'<{tag}>{cell}</{tag}>' for cell in kept)}</tr>"
+
+        rows = "\n".join([row("th", self.head), *(row("td", cells) for cells in self.lines)])
+        return f'<div class="table"><table>\n{rows}\n</table></div>'
 
 
 def report_markdown(metrics: Metrics, config: dict[str, Any]) -> str:
     """The report without its pictures, but for the one beside it."""
     parts = ["# Evaluation", _conditions(config)]
-    for title, table in _tables(metrics):
-        parts += [f"## {title}", table.markdown()]
+    parts += [f"## {title}\n\n{table.markdown()}" for title, table in _tables(metrics)]
     if _lengths_of(metrics):
         parts.append("![Quality against stored bytes](pareto.png)")
     return "\n\n".join(parts) + "\n"
@@ -210,30 +217,19 @@ def report_markdown(metrics: Metrics, config: dict[str, Any]) -> str:
 
 def report_html(metrics: Metrics, config: dict[str, Any]) -> str:
     """The report as one page that needs no other file: tables, and plots as inline SVG."""
-    figures: dict[str, str] = {}
-    if _lengths_of(metrics):
-        caption = (
-            "Better is to the left, and low for the perplexity, high for scores. A line joins the caches that no other "
-            "one beats in size and quality at once."
-        )
-        figures["Size and quality"] = _svg(_pareto(metrics), "Quality against stored bytes", caption)
-    if any((entry["perplexity"] or {}).get("ratio") for entry in metrics.values()):
-        caption = (
-            "Left: the ratio over whole windows with its interval. Right: by quarter of the windows, in the same "
-            "colours; a line that rises shows errors that build up."
-        )
-        figures["Perplexity by quarter of the windows"] = _svg(_ratios(metrics), "Perplexity ratios", caption)
     parts = []
     for title, table in _tables(metrics):
-        parts.append(f"<h2>{html.escape(title)}</h2>\n{table.html()}\n{figures.get(title, '')}")
+        parts.append(f"<h2>{html.escape(title)}</h2>\n{table.html()}")
+        draw, caption = _FIGURES.get(title, (None, ""))
+        if draw and (figure := draw(metrics)):
+            parts.append(_svg(figure, title, caption))
     name, conditions = html.escape(config["model"].partition(",")[0]), html.escape(_conditions(config))
-    packages = ", ".join(f"{package} {found}" for package, found in config.get("versions", {}).items())
-    machine = ", ".join(f"{fact} {found}" for fact, found in config.get("machine", {}).items())
+    facts = [f"{one} {fact}" for part in ("versions", "machine") for one, fact in config.get(part, {}).items()]
     return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>Caches on {name}</title>\n'
-        f"<style>{_STYLE}</style>\n</head>\n<body>\n<h1>Caches on {name}</h1>\n<p>{conditions}</p>\n"
+        f'<!DOCTYPE html>\n<html lang="en">\n<meta charset="utf-8">\n<title>Caches on {name}</title>\n'
+        f"<style>{_STYLE}</style>\n<h1>Caches on {name}</h1>\n<p>{conditions}</p>\n"
         + "\n".join(parts)
-        + f"\n<footer>{html.escape('; '.join(filter(None, (packages, machine))))}</footer>\n</body>\n</html>\n"
+        + f"\n<footer>{html.escape(', '.join(facts))}</footer>\n</html>\n"
     )
 
 
@@ -242,112 +238,83 @@ def write_report(out: Path, metrics: Metrics, config: dict[str, Any]) -> str:
     text = report_markdown(metrics, config)
     (out / "report.md").write_text(text, encoding="utf-8")
     (out / "report.html").write_text(report_html(metrics, config), encoding="utf-8")
-    if _lengths_of(metrics):
-        _pareto(metrics).savefig(out / "pareto.png", dpi=120)
+    if figure := _pareto(metrics):
+        figure.savefig(out / "pareto.png", dpi=120)
     return text
 
 
 def _conditions(config: dict[str, Any]) -> str:
-    settings = config["settings"]
     return (
-        f"{config['model']} in {config['dtype']} on {config['device']}. Text: {config['text']}. Perplexity of "
-        f"{settings['windows']} windows of {settings['window']} tokens; {settings['samples']} contexts of each task "
-        f"and length. All of it is streamed {settings['chunk']} tokens a forward through caches with a window of "
-        f"{settings['residual_length']} tokens and {settings['num_sink_tokens']} sinks. Answers to tasks are "
-        "generated, codes of look-ups and needles are forced. Differences to the full cache are paired; brackets "
-        "hold 95 % of a bootstrap over windows, texts or contexts."
-    )
+        "{model} in {dtype} on {device}. Text: {text}. Perplexity of {windows} windows of {window} tokens; {samples} "
+        "contexts of each task and length. All of it is streamed {chunk} tokens a forward through caches with a window "
+        "of {residual_length} tokens and {num_sink_tokens} sinks. Answers to tasks are generated, codes of look-ups "
+        "and needles are forced. Differences to the full cache are paired; brackets hold 95 % of a bootstrap over "
+        "windows, texts or contexts."
+    ).format(**(config["settings"] | config))
 
 
 def _lengths_of(metrics: Metrics) -> list[str]:
     return list(dict.fromkeys(length for entry in metrics.values() for length in entry["lengths"]))
 
 
-def _at(entry: dict[str, Any], length: str) -> dict[str, Any]:
-    return entry["lengths"].get(length, {})
+def _at(entry: Any, *path: Any) -> Any:
+    """What is found there in an entry; None if something on the way is missing."""
+    for step in path:
+        entry = entry[step] if isinstance(entry, list) else (entry or {}).get(step)
+    return entry
 
 
 def _tables(metrics: Metrics) -> list[tuple[str, Table]]:
-    """Titles and tables: all caches, quarters, codes, tasks at each length, bytes and times."""
-    lengths = _lengths_of(metrics)
-    head = ["cache", "ratio in latents", *(f"smaller at {int(length):,}" for length in lengths), "perplexity"]
-    head += [*(f"score at {int(length):,}" for length in lengths), "bases, MB"]
-    lines = []
-    for name, entry in metrics.items():
-        smaller, scores = ([_at(entry, length).get(what) for length in lengths] for what in ("smaller", "score"))
-        cells = [_number(value, "{:.2f}x") for value in (entry["latent_ratio"], *smaller)]
-        cells += [_perplexity_cell(entry["perplexity"]), *(_number(value, "{:.2f}") for value in scores)]
-        lines.append([name, *cells, f"{entry['projection_bytes'] / 1e6:.1f}"])
-    found = [("Size and quality", Table(head, lines))]
-    if any(entry["perplexity"] for entry in metrics.values()):
-        quarters = {name: (entry["perplexity"] or {}).get("quarters", [None] * 4) for name, entry in metrics.items()}
-        lines = [[name, *map(_perplexity_cell, of_cache)] for name, of_cache in quarters.items()]
-        head = ["cache", "first quarter", "second", "third", "last"]
-        found.append(("Perplexity by quarter of the windows", Table(head, lines)))
-    kinds = list(dict.fromkeys((task, length) for one in metrics.values() for task in one["codes"]
-                               for length in one["codes"][task]))  # fmt: skip
-    if kinds:
-        units = {"lookup": "look-ups, {} facts", "needle": "needles, {:,} tokens"}
-        head = ["cache"]
-        for task, length in kinds:
-            head += [f"{units[task].format(int(length))}: loss, nats", "exact"]
-        lines = []
-        for name, entry in metrics.items():
-            pairs = [_code_cells(entry["codes"].get(task, {}).get(length)) for task, length in kinds]
-            lines.append([name, *(cell for pair in pairs for cell in pair)])
-        found.append(("Look-ups and needles", Table(head, lines)))
-    for length in lengths:
-        tasks = list(dict.fromkeys(task for entry in metrics.values() for task in _at(entry, length).get("tasks", {})))
-        lines = []
-        for name, entry in metrics.items():
-            of_task = _at(entry, length).get("tasks", {})
-            lines.append([name, *map(_score_cell, (_at(entry, length), *(of_task.get(task, {}) for task in tasks)))])
-        if tasks:
-            found.append((f"Tasks at {int(length):,} tokens", Table(["cache", "all of them", *tasks], lines)))
-    if lengths:
-        found.append(("Bytes and times", _costs(metrics, lengths)))
-    return found
+    """Titles and tables in which something was measured.
+
+    A column is its head, the path in an entry to the fields that it shows, and the forms of its cells.
+    """
+    lengths = {length: f"{int(length):,}" for length in _lengths_of(metrics)}
+    found: dict[str, list[tuple]] = {
+        "Size and quality": [
+            ("ratio in latents", (), "{latent_ratio:.2f}x"),
+            *((f"smaller at {shown}", ("lengths", length), "{smaller:.2f}x") for length, shown in lengths.items()),
+            ("perplexity", ("perplexity",), *_PERPLEXITY),
+            *((f"score at {shown}", ("lengths", length), "{score:.2f}") for length, shown in lengths.items()),
+            ("bases, MB", (), "{projection_bytes:.1f}"),
+        ],
+        "Perplexity by quarter of the windows": [
+            (head, ("perplexity", "quarters", at), *_PERPLEXITY)
+            for at, head in enumerate(("first quarter", "second", "third", "last"))
+        ],
+        "Look-ups and needles": [],
+    }
+    for task, length in dict.fromkeys(
+        (task, at) for one in metrics.values() for task, of in one["codes"].items() for at in of
+    ):
+        head, path = _CODES[task].format(int(length)), ("codes", task, length)
+        found["Look-ups and needles"] += [(f"{head}: loss, nats", path, *_LOSS), ("exact", path, *_EXACT)]
+    for length, shown in lengths.items():
+        path = "lengths", length
+        tasks = dict.fromkeys(task for entry in metrics.values() for task in _at(entry, *path, "tasks") or ())
+        columns = [("all of them", path, *_SCORE), *((task, (*path, "tasks", task), *_SCORE) for task in tasks)]
+        found[f"Tasks at {shown} tokens"] = columns
+    found["Bytes and times"] = [
+        (f"{shown} tokens: {head}", ("lengths", length), form)
+        for length, shown in lengths.items()
+        for head, form in _COSTS.items()
+    ]
+    tables = []
+    for title, columns in found.items():
+        lines = [[_cell(_at(entry, *path), forms) for _, path, *forms in columns] for entry in metrics.values()]
+        if any(cell != "–" for line in lines for cell in line):
+            named = [[name, *line] for name, line in zip(metrics, lines, strict=True)]
+            tables.append((title, Table(["cache", *(column[0] for column in columns)], named)))
+    return tables
 
 
-def _costs(metrics: Metrics, lengths: list[str]) -> Table:
-    units = [("stored, MB", "stored_bytes", 1e-6, "{:.2f}"), ("to 16 bits", "real_ratio", 1, "{:.2f}x")]
-    units += [("filled in, s", "fill_seconds", 1, "{:.2f}"), ("a token in, ms", "step_seconds", 1e3, "{:.1f}")]
-    head = ["cache", *(f"{int(length):,} tokens: {name}" for length in lengths for name, *_ in units)]
-    lines = []
-    for name, entry in metrics.items():
-        found = ((_at(entry, length).get(field), form, scale) for length in lengths for _, field, scale, form in units)
-        lines.append([name, *(_number(*one) for one in found)])
-    return Table(head, lines)
-
-
-def _number(value: float | None, form: str, scale: float = 1) -> str:
-    return "–" if value is None else form.format(value * scale)
-
-
-def _perplexity_cell(found: dict[str, Any] | None) -> str:
-    if found is None:
-        return "–"
-    if "ratio" not in found:
-        return f"{found['value']:.3f}"
-    return f"x{found['ratio']:.4f} [{found['low']:.4f}, {found['high']:.4f}]"
-
-
-def _score_cell(found: dict[str, Any]) -> str:
-    if "score" not in found:
-        return "–"
-    if "difference" not in found:
-        return f"{found['score']:.2f}"
-    return f"{found['score']:.2f}, {found['difference']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}]"
-
-
-def _code_cells(found: dict[str, Any] | None) -> tuple[str, str]:
-    """Loss, and share of exact answers; in brackets that among those that the full cache has exact."""
-    if found is None:
-        return "–", "–"
-    if "difference" not in found:
-        return f"{found['loss']:.3f}", f"{found['exact']:.2f}"
-    kept = "" if found["kept"] is None else f" ({found['kept']:.2f})"
-    return f"{found['difference']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]", f"{found['exact']:.2f}{kept}"
+def _cell(found: dict[str, Any] | None, forms: Sequence[str]) -> str:
+    known = {name: value for name, value in (found or {}).items() if value is not None}
+    known |= {name: known[name] * scale for name, scale in _SCALES.items() if name in known}
+    for form in reversed(forms):
+        with suppress(KeyError):
+            return form.format_map(known)
+    return "–"
 
 
 def _svg(figure, title: str, caption: str) -> str:
@@ -364,86 +331,81 @@ def _svg(figure, title: str, caption: str) -> str:
     return f"<figure>\n{drawn}<figcaption>{html.escape(caption)}</figcaption>\n</figure>"
 
 
-def _styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """A colour and a marker for each cache; both repeat after long."""
-    return {
-        name: {"color": f"C{index % 10}", "marker": "os^Dv"[index // 10 % 5], "markersize": 7}
-        for index, name in enumerate(names)
-    }
+def _figure(height: float, rows: int = 1):
+    """A figure and its axes, two a row."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"axes.grid": True, "grid.alpha": 0.3, "axes.formatter.useoffset": False}):
+        figure = Figure(figsize=(10, height), layout="constrained")
+        return figure, figure.subplots(rows, 2, squeeze=False).flatten()
+
+
+def _style(index: int) -> dict[str, Any]:
+    """Colour and marker of a cache; both repeat after long."""
+    return {"color": f"C{index % 10}", "marker": "os^Dv"[index // 10 % 5], "markersize": 7}
 
 
 def _pareto(metrics: Metrics):
-    """Perplexity ratio at the longest length and task scores at each, against stored bytes."""
-    from matplotlib.figure import Figure
-
-    lengths, styles = _lengths_of(metrics), _styles(list(metrics))
-    panels = [("ratio", lengths[-1], "perplexity to the full cache")]
-    panels += [("score", one, "mean score of the tasks") for one in lengths
-               if any("score" in _at(entry, one) for entry in metrics.values())]  # fmt: skip
+    """Perplexity ratio at the longest length and task scores at each, against stored bytes; None without any."""
+    lengths = _lengths_of(metrics)
+    if not lengths:
+        return None
+    panels = [(lengths[-1], "perplexity to the full cache", -1)]  # -1: less is better
+    panels += [(length, "mean score of the tasks", 1) for length in lengths
+               if any(_at(entry, "lengths", length, "tasks") for entry in metrics.values())]  # fmt: skip
     rows = -(-len(panels) // 2)
-    figure = Figure(figsize=(10, 3.6 * rows + 0.25 * (len(metrics) / 3 + 1)), layout="constrained")
-    axes = figure.subplots(rows, 2, squeeze=False).flat
-    for axis, (what, length, label) in zip(axes, panels, strict=False):
-        points = [(name, *point) for name, entry in metrics.items() if (point := _point(entry, what, length))]
-        sign = 1 if what == "score" else -1
-        front = _front([(size, sign * value) for _, size, value in points])
-        axis.plot([size for size, _ in front], [sign * value for _, value in front], color="#b9c2cd", zorder=1)
-        for name, size, value in points:
-            axis.plot(size, value, linestyle="", label=name, **styles[name])
+    figure, axes = _figure(3.6 * rows + 0.25 * (len(metrics) / 3 + 1), rows)
+    for axis, (length, label, sign) in zip(axes, panels, strict=False):
+        points, front = [], []
+        for index, (name, entry) in enumerate(metrics.items()):
+            at, perplexity = _at(entry, "lengths", length) or {}, entry["perplexity"]
+            value = at.get("score") if sign > 0 else perplexity and perplexity.get("ratio", 1.0)
+            if "smaller" in at and value is not None:
+                points.append((100 / at["smaller"], value))
+                axis.plot(*points[-1], linestyle="", label=name, **_style(index))
+        for size, value in sorted(points, key=lambda point: (point[0], -sign * point[1])):
+            if not front or sign * value > sign * front[-1][1]:
+                front.append((size, value))
+        axis.plot(*zip(*front, strict=True), color="#b9c2cd", zorder=1)
         axis.set(xscale="log", ylabel=label, xlabel=f"bytes stored at {int(length):,} tokens, % of the full cache")
-        axis.grid(alpha=0.3)
         axis.margins(0.08)
-        percent_ticks(axis)
-    for axis in list(axes)[len(panels) :]:
+        low, high = axis.get_xlim()
+        ticks = [tick for tick in (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150) if low <= tick <= high]
+        axis.set_xticks(ticks, [f"{tick} %" for tick in ticks])
+        axis.set_xticks([], minor=True)
+    for axis in axes[len(panels) :]:
         axis.set_axis_off()
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return figure
-
-
-def _point(entry: dict[str, Any], what: str, length: str) -> tuple[float, float] | None:
-    """Percentage of the full cache's bytes, and value; None for what was not measured."""
-    at, perplexity = _at(entry, length), entry["perplexity"]
-    value = at.get("score") if what == "score" else perplexity and perplexity.get("ratio", 1.0)
-    return None if "smaller" not in at or value is None else (100 / at["smaller"], value)
-
-
-def _front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points with no other one at most as large and at least as good, by size."""
-    front: list[tuple[float, float]] = []
-    for size, value in sorted(points, key=lambda point: (point[0], -point[1])):
-        if not front or value > front[-1][1]:
-            front.append((size, value))
-    return front
 
 
 def _ratios(metrics: Metrics):
-    """Perplexity ratios with their intervals, and by quarter of the windows."""
-    from matplotlib.figure import Figure
-
-    styles = _styles(list(metrics))
-    found = {name: entry["perplexity"] for name, entry in metrics.items() if (entry["perplexity"] or {}).get("ratio")}
-    figure = Figure(figsize=(10, max(3.2, 0.32 * len(found) + 1.2)), layout="constrained")
-    whole, quarters = figure.subplots(1, 2)
+    """Perplexity ratios with their intervals, and by quarter of the windows; None without any."""
+    found = {name: entry["perplexity"] for name, entry in metrics.items() if _at(entry, "perplexity", "ratio")}
+    if not found:
+        return None
+    figure, (whole, quarters) = _figure(max(3.2, 0.32 * len(found) + 1.2))
     for place, (name, one) in enumerate(found.items()):
-        bars = [[one["ratio"] - one["low"]], [one["high"] - one["ratio"]]]
-        whole.errorbar(one["ratio"], place, xerr=bars, capsize=3, **styles[name])
-        quarters.plot(range(4), [quarter["ratio"] for quarter in one["quarters"]], **styles[name])
-    whole.set_yticks(range(len(found)), list(found))
-    whole.invert_yaxis()
+        style, bars = _style(list(metrics).index(name)), [[one["ratio"] - one["low"]], [one["high"] - one["ratio"]]]
+        whole.errorbar(one["ratio"], place, xerr=bars, capsize=3, **style)
+        quarters.plot([quarter["ratio"] for quarter in one["quarters"]], **style)
     whole.axvline(1, color="grey", linestyle=":")
     quarters.axhline(1, color="grey", linestyle=":")
-    quarters.set_xticks(range(4), ["first", "second", "third", "last"])
-    whole.set_xlabel("perplexity to the full cache")
-    quarters.set(xlabel="quarter of the windows", ylabel="perplexity to the full cache")
-    for axis in (whole, quarters):
-        axis.grid(alpha=0.3)
-        axis.ticklabel_format(useOffset=False, axis="x" if axis is whole else "y")
+    whole.set(xlabel="perplexity to the full cache", yticks=range(len(found)), yticklabels=found)
+    whole.invert_yaxis()
+    quarters.set(xlabel="quarter of the windows", ylabel="perplexity to the full cache", xticks=range(4))
+    quarters.set_xticklabels(["first", "second", "third", "last"])
     return figure
 
 
-def percent_ticks(axis) -> None:
-    """Ticks on a logarithmic x axis that stay apart, within what is drawn."""
-    low, high = axis.get_xlim()
-    ticks = [tick for tick in (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150) if low <= tick <= high]
-    axis.set_xticks(ticks, [f"{tick} %" for tick in ticks])
-    axis.set_xticks([], minor=True)
+_FIGURES: dict[str, tuple[Callable[[Metrics], Any], str]] = {
+    "Size and quality": (_pareto, (
+        "Better is to the left, and low for the perplexity, high for scores. A line joins the caches that no other one "
+        "beats in size and quality at once."
+    )),
+    "Perplexity by quarter of the windows": (_ratios, (
+        "Left: the ratio over whole windows with its interval. Right: by quarter of the windows, in the same colours; "
+        "a line that rises shows errors that build up."
+    )),
+}  # fmt: skip

@@ -7,9 +7,11 @@ whatever the cache does.
 import copy
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
@@ -30,32 +32,21 @@ def windows_of(token_ids: Tensor, tokens: int, count: int | None = None) -> Tens
     return windows[torch.linspace(0, available - 1, count).round().long()]
 
 
-def chunk_bounds(tokens: int, chunk: int, first: int = 0) -> list[tuple[int, int]]:
-    """Start and stop of each forward: ``first`` tokens (0 for ``chunk``), then ``chunk`` tokens each."""
-    starts = [0, *range(first or chunk, tokens, chunk)]
-    return list(zip(starts, [*starts[1:], tokens], strict=True))
-
-
-def padded(sequences: list[Tensor], side: str) -> tuple[Tensor, Tensor]:
+def padded(sequences: list[Tensor], side: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """Token ids ``[tokens]`` of several sequences as one batch, padded on the left or the right.
 
     Returns:
-        ids and mask, int64 ``[batch, tokens]``; the mask is 0 for padding.
+        ids and mask, int64 ``[batch, tokens]`` on ``device``; the mask is 0 for padding.
     """
-    length = max(len(sequence) for sequence in sequences)
-    ids = torch.zeros(len(sequences), length, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for index, sequence in enumerate(sequences):
-        place = slice(length - len(sequence), length) if side == "left" else slice(len(sequence))
-        ids[index, place] = sequence
-        mask[index, place] = 1
+    masks = [torch.ones_like(sequence) for sequence in sequences]
+    ids, mask = (pad_sequence(part, True, padding_side=side).to(device) for part in (sequences, masks))
     return ids, mask
 
 
 def feed(
     model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Cache, *, chunk: int, first: int = 0, **arguments
 ) -> Iterator[tuple[int, Tensor]]:
-    """Feed ``ids`` to the model through ``cache``, ``chunk`` tokens a forward.
+    """Feed ``ids`` to the model through ``cache``, ``chunk`` tokens a forward, which sees only its own tokens exactly.
 
     Args:
         ids: ``[batch, tokens]`` on the model's device.
@@ -68,7 +59,7 @@ def feed(
     """
     cached = mask.shape[1] - ids.shape[1]
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, cached:]
-    for start, stop in chunk_bounds(ids.shape[1], chunk, first):
+    for start, stop in pairwise(sorted({0, *range(first or chunk, ids.shape[1], chunk), ids.shape[1]})):
         output = model(
             input_ids=ids[:, start:stop],
             attention_mask=mask[:, : cached + stop],
@@ -101,22 +92,17 @@ def stream(
     """Next-token losses of windows of text, each streamed through a fresh cache.
 
     Args:
-        model: In eval mode.
-        windows: ``[windows, tokens]`` token ids.
-        make_cache: Called once per batch of windows.
-        chunk: Tokens per forward; a forward sees its own tokens exactly and all others as cached.
-        batch: Windows per forward.
-        prompt: Tokens of the first forward, 0 for ``chunk``.
+        windows: ``[windows, tokens]`` token ids, ``batch`` of them per forward.
+        chunk, prompt: As ``chunk`` and ``first`` in ``feed``.
 
     Returns:
         ``[windows, tokens - 1]`` float64 on CPU, in nats.
     """
-    losses: list[Tensor] = []
-    for part in windows.split(batch):
-        cache, part, parts = make_cache(), part.to(model.device), []
-        for start, stop in chunk_bounds(part.shape[1], chunk, prompt):
-            logits = model(input_ids=part[:, start:stop], **cache_argument(model, cache), use_cache=True).logits
-            targets = part[:, start + 1 : stop + 1]  # the last token of a window has none
+    losses = []
+    for ids in windows.to(model.device).split(batch):
+        parts = []
+        for start, logits in feed(model, ids, torch.ones_like(ids), make_cache(), chunk=chunk, first=prompt):
+            targets = ids[:, start + 1 : start + 1 + logits.shape[1]]  # the last token of a window has none
             predictions = logits[:, : targets.shape[1]].flatten(0, 1).float()
             loss = torch.nn.functional.cross_entropy(predictions, targets.flatten(), reduction="none")
             parts.append(loss.view(targets.shape).double().cpu())
@@ -125,10 +111,13 @@ def stream(
 
 
 @torch.no_grad()
-def fill(model: PreTrainedModel, cache: Cache, context: Tensor, *, chunk: int, first: int = 0) -> None:
-    """Stream ``[tokens]`` ids into an empty cache; ``chunk`` and ``first`` as in ``feed``."""
-    ids = context.to(model.device)[None]
-    for _ in feed(model, ids, torch.ones_like(ids), cache, chunk=chunk, first=first, logits_to_keep=1):
+def fill(
+    model: PreTrainedModel, cache: Cache, ids: Tensor, mask: Tensor | None = None, *, chunk: int, first: int = 0
+) -> None:
+    """Stream ``[tokens]`` ids, or ``[batch, tokens]`` with a mask, into an empty cache; all as in ``feed``."""
+    ids = torch.atleast_2d(ids).to(model.device)
+    mask = torch.ones_like(ids) if mask is None else mask
+    for _ in feed(model, ids, mask, cache, chunk=chunk, first=first, logits_to_keep=1):
         pass
 
 
@@ -157,37 +146,29 @@ def force_answers(
 ) -> list[list[tuple[float, bool]]]:  # fmt: skip
     """Stream contexts as one batch, padded on the left, through a fresh cache, ask, and force each answer.
 
-    Every question is put to a copy of the cache. Only its own and its answer's tokens are seen exactly besides what the
-    cache keeps exact.
+    Every question is put to a copy of the cache; its own and its answer's tokens are seen exactly.
 
     Args:
         contexts: ``[tokens]`` ids each.
         questions: Of each context as many pairs of a question's and its answer's ``[tokens]`` ids.
-        chunk, prompt: As in ``stream``.
+        chunk, prompt: As ``chunk`` and ``first`` in ``feed``.
 
     Returns:
         By context and question: mean loss of the answer's tokens in nats, and whether each of them is the model's
         first choice.
     """
     cache = make_cache()
-    ids, mask = (tensor.to(model.device) for tensor in padded(contexts, "left"))
-    for _ in feed(model, ids, mask, cache, chunk=chunk, first=prompt, logits_to_keep=1):
-        pass
-    # The first question of every context, then the second of every context, and so on.
-    asked = [_ask(model, pairs, mask, branch(cache)) for pairs in zip(*questions, strict=True)]
-    return [list(scores) for scores in zip(*asked, strict=True)]
-
-
-def _ask(model, questions: tuple[tuple[Tensor, Tensor], ...], mask: Tensor, cache: Cache) -> list[tuple[float, bool]]:
-    """Loss of the answer and whether it is exact, for one question of each batch element."""
-    # Shorter questions are padded on the right, where no earlier token sees it.
-    ids, real = (tensor.to(mask.device) for tensor in padded([torch.cat(pair) for pair in questions], "right"))
-    ((_, logits),) = feed(model, ids, torch.cat([mask, real], dim=1), cache, chunk=ids.shape[1])
-    scores = []
-    for index, (question, answer) in enumerate(questions):
-        steps = logits[index, len(question) - 1 : len(question) + len(answer) - 1].double().cpu()
-        loss = torch.nn.functional.cross_entropy(steps, answer)
-        scores.append((loss.item(), bool((steps.argmax(-1) == answer).all())))
+    ids, mask = padded(contexts, "left", model.device)
+    fill(model, cache, ids, mask, chunk=chunk, first=prompt)
+    scores: list[list[tuple[float, bool]]] = [[] for _ in contexts]
+    for pairs in zip(*questions, strict=True):  # the first question of every context, then the second, and so on
+        # Shorter questions are padded on the right, where no earlier token sees it.
+        ids, real = padded([torch.cat(pair) for pair in pairs], "right", model.device)
+        ((_, logits),) = feed(model, ids, torch.cat([mask, real], dim=1), branch(cache), chunk=ids.shape[1])
+        for found, row, (question, answer) in zip(scores, logits, pairs, strict=True):
+            steps = row[len(question) - 1 : len(question) + len(answer) - 1].double().cpu()
+            loss = torch.nn.functional.cross_entropy(steps, answer)
+            found.append((loss.item(), bool((steps.argmax(-1) == answer).all())))
     return scores
 
 
