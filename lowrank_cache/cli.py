@@ -1,30 +1,45 @@
-"""The ``lowrank-cache`` command and its sub-commands: arguments and messages only."""
+"""The ``lowrank-cache`` command and its sub-commands: arguments and messages."""
 
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
+from click import Context
 from rich.console import Console
+from typer.core import TyperGroup
 
-from lowrank_cache import Projections
+from lowrank_cache import Projections, calibration
 from lowrank_cache.calibration.collect import NoGradientError
+from lowrank_cache.calibration.text import mixed_batches
 from lowrank_cache.evaluation.bench import WEIGHTS_ALONE, BenchSettings
 from lowrank_cache.evaluation.bench import bench as run_bench
 from lowrank_cache.evaluation.demo import DownloadError, run_demo
 from lowrank_cache.evaluation.evaluate import EvaluationSettings, run_evaluation
-from lowrank_cache.evaluation.inputs import CALIBRATION_TOKENS, Run, calibrate_model, load_text
+from lowrank_cache.evaluation.inputs import CALIBRATION_TOKENS, Run, check_dtype, load_model, load_text
 from lowrank_cache.evaluation.inspection import inspect_projections, plot_projections
 from lowrank_cache.evaluation.tasks import TASKS
 
 __all__ = ["app"]
 
+
+class _Commands(TyperGroup):
+    """Print what is wrong with an input or the machine as one message; let a bug keep its traceback."""
+
+    def invoke(self, ctx: Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (ValueError, NotImplementedError, ImportError, OSError, DownloadError, NoGradientError) as error:
+            typer.echo(f"Error: {error}", err=True)
+            raise typer.Exit(1) from error
+
+
 app = typer.Typer(
     help="A KV cache of quantized low-rank latents for Hugging Face transformers.",
+    cls=_Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -61,16 +76,6 @@ Residual = Annotated[int, typer.Option(help="Recent tokens that a cache keeps ex
 Block = Annotated[int, typer.Option(help="Tokens that a cache encodes at once.")]
 
 
-@contextmanager
-def _errors_as_messages() -> Iterator[None]:
-    """Print what is wrong with an input or the machine as one message; let a bug keep its traceback."""
-    try:
-        yield
-    except (ValueError, NotImplementedError, ImportError, OSError, DownloadError, NoGradientError) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(1) from error
-
-
 @app.command()
 def env() -> None:
     """Print the versions that a bug report should name."""
@@ -91,8 +96,7 @@ def demo(
     ratio: Ratio = 8.0,
 ) -> None:
     """Calibrate a small real model, then generate with its full cache and with both presets."""
-    with _errors_as_messages():
-        run_demo(out, load_text(calibrate_on), ratio)
+    run_demo(out, load_text(calibrate_on), ratio)
 
 
 @app.command()
@@ -126,14 +130,24 @@ def calibrate(
     device: Device = None,
 ) -> None:
     """Calibrate projections for MODEL on text and save them."""
-    with _errors_as_messages():
-        calibrate_model(
-            model, out, calibrate_on, typer.echo, preset=preset, dtype=dtype, device=device,
-            mixed={"tokens": tokens, "window": window, "recall_share": recall_share, "seed": seed},
-            method=method, frame_length=frame_length,
-            layer_group_size=_group_size(layer_group_size), joint=joint, refit_ratio=refit_ratio,
-            save_moments=save_moments, sensitivity=sensitivity,
-        )  # fmt: skip
+    check_dtype(dtype, auto=True)
+    if preset not in calibration.PRESETS:
+        raise ValueError(f"preset must be one of {sorted(calibration.PRESETS)}, got {preset!r}")
+    options = {
+        "method": method, "frame_length": frame_length, "layer_group_size": _group_size(layer_group_size),
+        "joint": joint, "refit_ratio": refit_ratio, "save_moments": save_moments, "sensitivity": sensitivity,
+    }  # fmt: skip
+    options = calibration.PRESETS[preset] | {name: value for name, value in options.items() if value is not None}
+    prose, source = load_text(calibrate_on)
+    typer.echo(f"Text: {source}")
+    loaded, tokenizer, _ = load_model(model, typer.echo, dtype, device)
+    mixed = mixed_batches(tokenizer, prose, tokens=tokens, window=window, recall_share=recall_share, seed=seed)
+    facts = {"text": source, "recall_share": recall_share, "seed": seed}
+    start = time.perf_counter()  # recalkv reads the batches twice
+    projections = calibration.calibrate(loaded, list(mixed), provenance=facts, **options)
+    typer.echo(f"Calibrated in {time.perf_counter() - start:.0f} s on {torch.get_num_threads()} threads.")
+    projections.save_pretrained(out)
+    typer.echo(f"Saved to {out}. 'lowrank-cache inspect {out}' describes it.")
 
 
 @app.command()
@@ -143,17 +157,16 @@ def inspect(
     plot: Annotated[Path | None, typer.Option(help="PNG to draw bits per layer and predicted loss into.")] = None,
 ) -> None:
     """Show what PROJECTIONS store at a ratio: ranks and bits per layer, predicted loss, bytes."""
-    with _errors_as_messages():
-        if not Path(projections).is_dir() and projections.count("/") != 1:
-            raise ValueError(f"PROJECTIONS must be a folder or a repository OWNER/NAME on the hub, got {projections!r}")
-        loaded = Projections.from_pretrained(projections)
-        inspection, console = inspect_projections(loaded, ratio), Console()
-        console.print(f"{loaded.method}, frames of {loaded.frame_length}, for {loaded.shape.model_type}")
-        console.print(inspection.table())
-        console.print(inspection.summary())
-        if plot is not None:
-            plot_projections(loaded, ratio, plot)
-            console.print(f"Drawn into {plot}")
+    if not Path(projections).is_dir() and projections.count("/") != 1:
+        raise ValueError(f"PROJECTIONS must be a folder or a repository OWNER/NAME on the hub, got {projections!r}")
+    loaded = Projections.from_pretrained(projections)
+    inspection, console = inspect_projections(loaded, ratio), Console()
+    console.print(f"{loaded.method}, frames of {loaded.frame_length}, for {loaded.shape.model_type}")
+    console.print(inspection.table())
+    console.print(inspection.summary())
+    if plot is not None:
+        plot_projections(loaded, ratio, plot)
+        console.print(f"Drawn into {plot}")
 
 
 @app.command(name="eval")
@@ -193,18 +206,17 @@ def evaluate(
     device: Device = None,
 ) -> None:
     """Evaluate caches on MODEL: perplexity, look-ups, long-context tasks, bytes and times, as a report."""
-    with _errors_as_messages():
-        settings = EvaluationSettings(
-            lengths=_numbers("lengths", lengths) if lengths else (), tasks=tuple(map(str.strip, tasks.split(","))),
-            samples=samples, lookups=lookups, needles=_needles(needles or []), windows=windows, window=window,
-            chunk=chunk, prompt=prompt, batch=batch, chat=chat, attend=attend, seed=seed,
-            residual_length=residual_length, block_size=block_size,
-        )  # fmt: skip
-        run = Run(
-            out, model, calibrate_on, evaluate_on, moments, tuple(projections or ()), tokens=tokens,
-            recall_share=recall_share, sensitivity=sensitivity, dtype=dtype, device=device,
-        )  # fmt: skip
-        run_evaluation(run, cache or EVAL_CACHES, settings, typer.echo)
+    settings = EvaluationSettings(
+        lengths=_numbers("lengths", lengths) if lengths else (), tasks=tuple(map(str.strip, tasks.split(","))),
+        samples=samples, lookups=lookups, needles=_needles(needles or []), windows=windows, window=window,
+        chunk=chunk, prompt=prompt, batch=batch, chat=chat, attend=attend, seed=seed,
+        residual_length=residual_length, block_size=block_size,
+    )  # fmt: skip
+    run = Run(
+        out, model, calibrate_on, evaluate_on, moments, tuple(projections or ()), tokens=tokens,
+        recall_share=recall_share, sensitivity=sensitivity, dtype=dtype, device=device,
+    )  # fmt: skip
+    run_evaluation(run, cache or EVAL_CACHES, settings, typer.echo)
 
 
 @app.command()
@@ -238,20 +250,19 @@ def bench(
     quick: Annotated[bool, typer.Option(help="1,024 tokens, batch 1, 8 steps.")] = False,
 ) -> None:
     """Time prefill and decoding of compressed caches against the full cache, and count their bytes."""
-    with _errors_as_messages():
-        settings = BenchSettings(
-            contexts=(1024,) if quick else _numbers("contexts", contexts),
-            batches=(1,) if quick else _numbers("batches", batches),
-            new_tokens=8 if quick else new_tokens,
-            threads=threads,
-            residual_length=residual_length,
-            block_size=block_size,
-        )
-        run = Run(
-            out, model, calibrate_on, evaluate_on, moments, tuple(projections or ()), tokens=tokens,
-            recall_share=recall_share, sensitivity=sensitivity, dtype=dtype, device=device,
-        )  # fmt: skip
-        run_bench(run, cache or BENCH_CACHES, settings, typer.echo)
+    settings = BenchSettings(
+        contexts=(1024,) if quick else _numbers("contexts", contexts),
+        batches=(1,) if quick else _numbers("batches", batches),
+        new_tokens=8 if quick else new_tokens,
+        threads=threads,
+        residual_length=residual_length,
+        block_size=block_size,
+    )
+    run = Run(
+        out, model, calibrate_on, evaluate_on, moments, tuple(projections or ()), tokens=tokens,
+        recall_share=recall_share, sensitivity=sensitivity, dtype=dtype, device=device,
+    )  # fmt: skip
+    run_bench(run, cache or BENCH_CACHES, settings, typer.echo)
 
 
 def _group_size(given: str | None) -> int | str | tuple[int, ...] | None:

@@ -11,7 +11,6 @@ import inspect
 import json
 import os
 import platform
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +21,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lowrank_cache import Projections, calibration
+from lowrank_cache import Projections
 from lowrank_cache.artefact import write_files
 from lowrank_cache.calibration.api import auto_group_size
 from lowrank_cache.calibration.collect import collect_moments, refit_values
@@ -35,8 +34,8 @@ from lowrank_cache.projections import ARTEFACT
 from lowrank_cache.shapes import BOTH, layer_groups
 
 __all__ = [
-    "CALIBRATION_TOKENS", "MOMENTS_FILE", "Prepared", "Run", "append_result", "bundled_text", "calibrate_model",
-    "check_dtype", "in_dtype", "load_model", "load_text", "moments_of", "prepare", "resume_results",
+    "CALIBRATION_TOKENS", "MOMENTS_FILE", "Prepared", "Run", "append_result", "bundled_text", "check_dtype",
+    "in_dtype", "load_model", "load_text", "moments_of", "prepare", "resume_results",
 ]  # fmt: skip
 
 CALIBRATION_TOKENS = 20_480
@@ -196,33 +195,6 @@ def bundled_text() -> str:
             if not member_name.startswith("_") and getattr(member, "__module__", None) == name:
                 parts.append(inspect.getdoc(member) or "")
     return "\n\n".join(part.strip() for part in parts if len(part) > 200) + "\n"
-
-
-def calibrate_model(
-    name: str, out: Path, text: str | None, report: Report, *, preset: str, mixed: dict[str, Any], dtype: str,
-    device: str | None, **options,
-) -> None:  # fmt: skip
-    """Calibrate projections for a model by name and save them to ``out``.
-
-    Args:
-        text, dtype, device: As ``load_text`` and ``load_model`` take them.
-        mixed: Options of ``mixed_batches``.
-        options: Of ``calibration.calibrate``, over those of the preset; None for the preset's or the default.
-    """
-    check_dtype(dtype, auto=True)
-    if preset not in calibration.PRESETS:
-        raise ValueError(f"preset must be one of {sorted(calibration.PRESETS)}, got {preset!r}")
-    prose, source = load_text(text)
-    report(f"Text: {source}")
-    model, tokenizer, _ = load_model(name, report, dtype, device)
-    batches = list(mixed_batches(tokenizer, prose, **mixed))  # recalkv reads them twice
-    facts = {"text": source, "recall_share": mixed["recall_share"], "seed": mixed["seed"]}
-    start = time.perf_counter()
-    options = calibration.PRESETS[preset] | {option: value for option, value in options.items() if value is not None}
-    projections = calibration.calibrate(model, batches, provenance=facts, **options)
-    report(f"Calibrated in {time.perf_counter() - start:.0f} s on {torch.get_num_threads()} threads.")
-    projections.save_pretrained(out)
-    report(f"Saved to {out}. 'lowrank-cache inspect {out}' describes it.")
 
 
 @dataclass(frozen=True)
@@ -393,7 +365,10 @@ def _identity(run: Run, name: str, model, text: str) -> dict[str, Any]:
 
 
 def _digest_of(path: Path | None) -> str | None:
-    return path and hashlib.sha256(path.read_bytes()).hexdigest()
+    if path is None:
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sha256(text: str) -> str:
