@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from click import Context
 from rich.console import Console
 from typer.core import TyperGroup
 
@@ -29,7 +28,7 @@ __all__ = ["app"]
 class _Commands(TyperGroup):
     """Print what is wrong with an input or the machine as one message; let a bug keep its traceback."""
 
-    def invoke(self, ctx: Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except (ValueError, NotImplementedError, ImportError, OSError, DownloadError, NoGradientError) as error:
@@ -38,12 +37,9 @@ class _Commands(TyperGroup):
 
 
 app = typer.Typer(
-    help="A KV cache of quantized low-rank latents for Hugging Face transformers.",
-    cls=_Commands,
-    no_args_is_help=True,
+    help="A KV cache of quantized low-rank latents for Hugging Face transformers.", cls=_Commands, no_args_is_help=True,
     pretty_exceptions_enable=False,
-)
-
+)  # fmt: skip
 PACKAGES = "lowrank-cache torch transformers triton accelerate safetensors huggingface_hub bitsandbytes numpy".split()
 EVAL_CACHES = ["full", "quantized-fp8", "fisher:8"]
 BENCH_CACHES = ["full", WEIGHTS_ALONE, "quantized-fp8", "fisher:8,groups=1,frame=64,joint=0", "fisher:10"]
@@ -57,18 +53,17 @@ CACHES = (
 # Options that several commands share: one name, one meaning, one default.
 Model = Annotated[str | None, typer.Argument(help="Name on the hub, or folder, of a model; SmolLM2-135M by default.")]
 Cache = Annotated[list[str] | None, typer.Option(help=f"A cache to measure, repeatable: {CACHES}")]
-CalibrateOn = Annotated[str | None, typer.Option(help=f"Text to calibrate on: {TEXTS}")]
-Data = Annotated[str | None, typer.Option("--calibrate-on", "--data", help=f"Text to calibrate on: {TEXTS}")]
+BenchCache = Annotated[
+    list[str] | None,
+    typer.Option(help=f"As for eval, or {WEIGHTS_ALONE}; ',attend=0' at the end reconstructs keys and values."),
+]
+CalibrateOn = Annotated[str | None, typer.Option("--calibrate-on", "--data", help=f"Text to calibrate on: {TEXTS}")]
 EvaluateOn = Annotated[str | None, typer.Option("--evaluate-on", "--text", help=f"Text to evaluate on: {TEXTS}")]
 Moments = Annotated[Path | None, typer.Option(help="Statistics of an earlier run, not to calibrate again.")]
-Ready = Annotated[
-    list[str] | None, typer.Option(help="Ready projections, a folder or hub repository; one of a method, repeatable.")
-]
+Ready = Annotated[list[str] | None, typer.Option(help="Ready projections, one of a method; repeatable.")]
 Tokens = Annotated[int, typer.Option(help="Calibration tokens, rounded down to whole windows.")]
 RecallShare = Annotated[float, typer.Option(help="Fraction of calibration sequences that are generated look-ups.")]
-Sensitivity = Annotated[
-    str, typer.Option(help="Of calibration: gradient, or query where gradients do not pass through the model.")
-]
+Sensitivity = Annotated[str, typer.Option(help="gradient, or query where gradients do not pass through the model.")]
 Dtype = Annotated[str, typer.Option(help="Dtype of the model: float32, bfloat16, float16; auto: the checkpoint's.")]
 Device = Annotated[str | None, typer.Option(help="Torch device; the GPU if there is one.")]
 Ratio = Annotated[float, typer.Option(help="Target compression ratio per token in latents.")]
@@ -91,7 +86,7 @@ def env() -> None:
 
 @app.command()
 def demo(
-    calibrate_on: Data = None,
+    calibrate_on: CalibrateOn = None,
     out: Annotated[Path, typer.Option(help="Folder for the projections.")] = Path("artefacts/demo"),
     ratio: Ratio = 8.0,
 ) -> None:
@@ -103,28 +98,22 @@ def demo(
 def calibrate(
     model: Annotated[str, typer.Argument(help="Name on the hub, or folder, of a decoder-only model.")],
     out: Annotated[Path, typer.Option(help="Folder for the projections.")],
-    calibrate_on: Data = None,
+    calibrate_on: CalibrateOn = None,
     tokens: Tokens = CALIBRATION_TOKENS,
     window: Annotated[int, typer.Option(help="Tokens per calibration sequence.")] = 512,
     recall_share: RecallShare = 0.5,
     seed: Annotated[int, typer.Option(help="Of the generated look-ups.")] = 0,
     method: Annotated[str | None, typer.Option(help="How bases are found: fisher (default), palu or recalkv.")] = None,
-    preset: Annotated[
-        str, typer.Option(help="'smallest' or 'fastest': the defaults of the three options that follow.")
-    ] = "smallest",
+    preset: Annotated[str, typer.Option(help="smallest or fastest: defaults of the next three options.")] = "smallest",
     frame_length: Annotated[int | None, typer.Option(help="Tokens per rotary frame; 1 stores pre-RoPE keys.")] = None,
     layer_group_size: Annotated[
-        str | None, typer.Option(help="Adjacent layers that share a latent: a number, KEYS,VALUES, or auto.")
+        str | None, typer.Option(help="Layers that share a latent: a number, KEYS,VALUES or auto.")
     ] = None,
-    joint: Annotated[
-        bool | None, typer.Option(help="Whether keys and values share a latent; fisher's do unless the preset says no.")
-    ] = None,
+    joint: Annotated[bool | None, typer.Option(help="Share a latent of keys and values; fisher's default.")] = None,
     refit_ratio: Annotated[
-        float | None, typer.Option(help="Ratio at 16 bits for which recalkv calibrates values; 3 by default.")
+        float | None, typer.Option(help="Ratio at 16 bits for recalkv's values; 3 by default.")
     ] = None,
-    save_moments: Annotated[
-        Path | None, typer.Option(help="File for the statistics, which eval and bench can read.")
-    ] = None,
+    save_moments: Annotated[Path | None, typer.Option(help="File for the statistics, for eval and bench.")] = None,
     sensitivity: Sensitivity = "gradient",
     dtype: Dtype = "auto",
     device: Device = None,
@@ -182,20 +171,18 @@ def evaluate(
     recall_share: RecallShare = 0.5,
     sensitivity: Sensitivity = "gradient",
     lengths: Annotated[
-        str, typer.Option(help="Tokens of contexts, separated by commas; empty for no tasks, bytes and times.")
+        str, typer.Option(help="Tokens of contexts, by commas; empty for no tasks, bytes, times.")
     ] = "1024,2048,4096",
     tasks: Annotated[str, typer.Option(help="Long-context tasks, separated by commas.")] = ",".join(TASKS),
     samples: Annotated[int, typer.Option(help="Contexts of each task and length; 0 for none.")] = 16,
     lookups: Annotated[int, typer.Option(help="Questions about key–value lists of 22 entries, 4 a list.")] = 64,
     needles: Annotated[
-        list[str] | None, typer.Option(help="TOKENS:QUESTIONS about codes hidden in prose, 4 a text; repeatable.")
+        list[str] | None, typer.Option(help="TOKENS:QUESTIONS about codes in prose; repeatable.")
     ] = None,
     windows: Annotated[int, typer.Option(help="Windows of text for the perplexity; 0 for none.")] = 16,
     window: Annotated[int, typer.Option(help="Tokens per window.")] = 1024,
     chunk: Annotated[int, typer.Option(help="Tokens per forward.")] = 128,
-    prompt: Annotated[
-        int, typer.Option(help="Tokens of the first forward, which windows do not score; 0 for a chunk, all scored.")
-    ] = 0,
+    prompt: Annotated[int, typer.Option(help="Tokens of a first, unscored forward; 0 for a chunk, all scored.")] = 0,
     batch: Annotated[int, typer.Option(help="Windows, lists or texts per forward.")] = 4,
     residual_length: Residual = 128,
     block_size: Block = 64,
@@ -222,16 +209,8 @@ def evaluate(
 @app.command()
 def bench(
     model: Model = None,
-    cache: Annotated[
-        list[str] | None,
-        typer.Option(
-            help=f"As for 'eval', or {WEIGHTS_ALONE}, the floor of a decode step; ',attend=0' at its end reconstructs "
-            "keys and values."
-        ),
-    ] = None,
-    out: Annotated[Path, typer.Option(help="Folder of times, table and plot; rerunning resumes.")] = Path(
-        "artefacts/bench"
-    ),
+    cache: BenchCache = None,
+    out: Annotated[Path, typer.Option(help="Folder of the results; rerunning resumes.")] = Path("artefacts/bench"),
     projections: Ready = None,
     evaluate_on: EvaluateOn = None,
     calibrate_on: CalibrateOn = None,
@@ -250,14 +229,12 @@ def bench(
     quick: Annotated[bool, typer.Option(help="1,024 tokens, batch 1, 8 steps.")] = False,
 ) -> None:
     """Time prefill and decoding of compressed caches against the full cache, and count their bytes."""
+    if quick:
+        contexts, batches, new_tokens = "1024", "1", 8
     settings = BenchSettings(
-        contexts=(1024,) if quick else _numbers("contexts", contexts),
-        batches=(1,) if quick else _numbers("batches", batches),
-        new_tokens=8 if quick else new_tokens,
-        threads=threads,
-        residual_length=residual_length,
-        block_size=block_size,
-    )
+        contexts=_numbers("contexts", contexts), batches=_numbers("batches", batches), new_tokens=new_tokens,
+        threads=threads, residual_length=residual_length, block_size=block_size,
+    )  # fmt: skip
     run = Run(
         out, model, calibrate_on, evaluate_on, moments, tuple(projections or ()), tokens=tokens,
         recall_share=recall_share, sensitivity=sensitivity, dtype=dtype, device=device,
