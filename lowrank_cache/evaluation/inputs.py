@@ -277,14 +277,9 @@ def prepare(run: Run, specifications: list[str], sizes: dict[str, int], report: 
 
 def _ready(run: Run, parsed: dict[str, Configuration]) -> dict[str, Projections]:
     """Bases by name: given ones, of which no specification must ask what they already have, and those of the folder."""
-    given: dict[str, Projections] = {}
-    for name in run.projections:
-        projections = Projections.from_pretrained(name)
-        if projections.method in given:
-            raise ValueError(
-                f"projections must have different methods, got {projections.method!r} twice in {list(run.projections)}"
-            )
-        given[projections.method] = projections
+    given = {projections.method: projections for projections in map(Projections.from_pretrained, run.projections)}
+    if len(given) < len(run.projections):
+        raise ValueError(f"projections must have different methods, got {sorted(given)} in {list(run.projections)}")
     unused = set(given) - {found.method for found in parsed.values()}
     if unused:
         raise ValueError(f"projections must be of a cache's method, got {sorted(unused)} and no such cache")
@@ -332,8 +327,8 @@ def _statistics(
     note = path.with_suffix(".json")
     if path.exists():
         found = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
-        other = [f"{name} {found.get(name, 'unknown')!r} instead of {fact!r}" for name, fact in facts.items()
-                 if name not in found or found[name] != fact]  # fmt: skip
+        other = [f"{name} {found.get(name, 'unknown')!r} instead of {facts[name]!r}"
+                 for name in facts if found.get(name, "unknown") != facts[name]]  # fmt: skip
         if other:
             raise ValueError(
                 f"{path} was calibrated with other settings: {', '.join(other)}; name it with --moments to use it, "
@@ -383,18 +378,15 @@ def resume_results(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]
     Raises:
         ValueError: If the file was made with other settings.
     """
-    header = json.loads(json.dumps({"settings": settings}))
+    header = json.dumps({"settings": settings})
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    complete = text[: text.rfind("\n") + 1]
-    if complete != text:
-        path.write_text(complete, encoding="utf-8")
-    if not complete:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(header) + "\n", encoding="utf-8")
-        return []
+    complete = text[: text.rfind("\n") + 1] or f"{header}\n"
     first, *lines = complete.splitlines()
-    if json.loads(first) != header:
+    if json.loads(first) != json.loads(header):
         raise ValueError(f"{path} was made with other settings: {first}; remove it or name another folder")
+    if complete != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(complete, encoding="utf-8")
     return [json.loads(line) for line in lines]
 
 
