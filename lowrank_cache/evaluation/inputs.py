@@ -11,7 +11,6 @@ import inspect
 import json
 import os
 import platform
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +21,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lowrank_cache import Projections, calibration
+from lowrank_cache import Projections
 from lowrank_cache.artefact import write_files
 from lowrank_cache.calibration.api import auto_group_size
 from lowrank_cache.calibration.collect import collect_moments, refit_values
@@ -35,8 +34,8 @@ from lowrank_cache.projections import ARTEFACT
 from lowrank_cache.shapes import BOTH, layer_groups
 
 __all__ = [
-    "CALIBRATION_TOKENS", "MOMENTS_FILE", "Prepared", "Run", "append_result", "bundled_text", "calibrate_model",
-    "check_dtype", "in_dtype", "load_model", "load_text", "moments_of", "prepare", "resume_results",
+    "CALIBRATION_TOKENS", "MOMENTS_FILE", "Prepared", "Run", "append_result", "bundled_text", "check_dtype",
+    "in_dtype", "load_model", "load_text", "moments_of", "prepare", "resume_results",
 ]  # fmt: skip
 
 CALIBRATION_TOKENS = 20_480
@@ -44,8 +43,7 @@ MOMENTS_FILE = "moments.safetensors"
 DTYPES = ("float32", "bfloat16", "float16")
 WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 LOCALES = Path("/usr/share/locale")  # where the Filesystem Hierarchy Standard puts message catalogues
-_DATASET = "dataset:"
-_SHORTEST_MESSAGE = 60  # characters; shorter ones are labels, names of countries and the like
+_SHORTEST_MESSAGE = 60  # characters; shorter ones are labels and names
 # Modules with long docstrings; each adds prose that the language reference's topics do not have.
 _DOCUMENTED_MODULES = (
     "argparse collections configparser datetime decimal difflib doctest email.message fractions functools heapq "
@@ -73,8 +71,7 @@ def load_model(
     model: Any
     if name is None:
         model, tokenizer, name = demo_model(report)
-        if dtype not in ("auto", "float32"):
-            model = in_dtype(model, dtype)
+        model = model if dtype == "auto" else in_dtype(model, dtype)
     else:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
@@ -114,15 +111,15 @@ def load_text(name: str | Path | None = None, *, split: str = "train") -> tuple[
     if name is None:
         return _wikitext(split)
     name = str(name)
-    if name.startswith(_DATASET):
+    kind, _, language = name.partition(":")
+    if kind == "dataset":
         return _dataset_text(name, split), name
+    if kind == "messages":
+        return _messages(language), f"message catalogues in {language!r} under {LOCALES}"
     if name == "python-sources":
         paths = sorted(Path(os.__file__).parent.glob("*.py"))
         text = "\n".join(path.read_text(encoding="utf-8") for path in paths)
         return text, f"sources of Python {platform.python_version()}'s standard library"
-    kind, _, language = name.partition(":")
-    if kind == "messages":
-        return _messages(language, LOCALES), f"message catalogues in {language!r} under {LOCALES}"
     try:
         text = Path(name).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -133,26 +130,31 @@ def load_text(name: str | Path | None = None, *, split: str = "train") -> tuple[
 
 
 def _wikitext(split: str) -> tuple[str, str]:
+    """WikiText-2, or a part of ``bundled_text()``: what is calibrated on is never what is evaluated on."""
     name, configuration = WIKITEXT
     if importlib.util.find_spec("datasets") is None:
-        return _bundled_part(split, "the package datasets is not installed")
-    if not hub_answers(name, "README.md", "dataset"):
-        return _bundled_part(split, "the hub does not answer")
-    from datasets import load_dataset
+        reason = "the package datasets is not installed"
+    elif not hub_answers(name, "README.md", "dataset"):
+        reason = "the hub does not answer"
+    else:
+        from datasets import load_dataset
 
-    try:
-        lines = load_dataset(name, configuration, split=split)["text"]
-    except (OSError, RuntimeError) as error:  # the hub answered, but its storage may not
-        return _bundled_part(split, f"{name} could not be loaded: {error}")
-    return "".join(lines), f"{name}, {configuration}, {split}"
+        try:
+            return "".join(load_dataset(name, configuration, split=split)["text"]), f"{name}, {configuration}, {split}"
+        except (OSError, RuntimeError) as error:  # the hub answered, but its storage may not
+            reason = f"{name} could not be loaded: {error}"
+    text = bundled_text()
+    end = text.rindex("\n\n", 0, 4 * len(text) // 5)
+    part, share = (text[end:].lstrip(), "the last fifth") if split == "test" else (text[:end], "four fifths")
+    return part, f"{share} of Python's own documentation ({reason})"
 
 
 def _dataset_text(specification: str, split: str) -> str:
     """The texts in a column of a data set, with an empty line after those that do not end a line."""
-    name, *parts = specification.removeprefix(_DATASET).split(",")
+    name, *parts = specification.removeprefix("dataset:").split(",")
     options = {key: value for key, _, value in (part.partition("=") for part in parts)}
     if not name or set(options) - {"config", "split", "column"} or not all(options.values()):
-        raise ValueError(f"data set must be {_DATASET}NAME[,config=C][,split=S][,column=T], got {specification!r}")
+        raise ValueError(f"data set must be dataset:NAME[,config=C][,split=S][,column=T], got {specification!r}")
     if importlib.util.find_spec("datasets") is None:
         raise ImportError(f'{specification!r} needs datasets: pip install "lowrank-cache[data]"')
     from datasets import load_dataset
@@ -164,10 +166,10 @@ def _dataset_text(specification: str, split: str) -> str:
     return "".join(text if text.endswith("\n") else f"{text}\n\n" for text in loaded[column])
 
 
-def _messages(language: str, folder: Path) -> str:
+def _messages(language: str) -> str:
     """The translated messages of all installed programs in one language, each once."""
     messages: dict[str, None] = {}
-    for path in sorted((folder / language / "LC_MESSAGES").glob("*.mo")):
+    for path in sorted((LOCALES / language / "LC_MESSAGES").glob("*.mo")):
         try:
             with path.open("rb") as file:
                 catalogue = gettext.GNUTranslations(file)
@@ -177,16 +179,8 @@ def _messages(language: str, folder: Path) -> str:
             if original and len(message) >= _SHORTEST_MESSAGE and " " in message:
                 messages[message.strip()] = None
     if not messages:
-        raise ValueError(f"language must be one with message catalogues under {folder}, got {language!r}")
+        raise ValueError(f"language must be one with message catalogues under {LOCALES}, got {language!r}")
     return "\n\n".join(messages)
-
-
-def _bundled_part(split: str, reason: str) -> tuple[str, str]:
-    """What is calibrated on is never what is evaluated on, as with the splits of a data set."""
-    text = bundled_text()
-    end = text.rindex("\n\n", 0, 4 * len(text) // 5)
-    part, name = (text[end:].lstrip(), "the last fifth") if split == "test" else (text[:end], "four fifths")
-    return part, f"{name} of Python's own documentation ({reason})"
 
 
 def bundled_text() -> str:
@@ -201,34 +195,6 @@ def bundled_text() -> str:
             if not member_name.startswith("_") and getattr(member, "__module__", None) == name:
                 parts.append(inspect.getdoc(member) or "")
     return "\n\n".join(part.strip() for part in parts if len(part) > 200) + "\n"
-
-
-def calibrate_model(
-    name: str, out: Path, text: str | None, report: Report, *, preset: str, mixed: dict[str, Any], dtype: str,
-    device: str | None, **options,
-) -> None:  # fmt: skip
-    """Calibrate projections for a model by name and save them to ``out``.
-
-    Args:
-        text, dtype, device: As ``load_text`` and ``load_model`` take them.
-        preset: Of ``calibration.PRESETS``.
-        mixed: Options of ``mixed_batches``.
-        options: Of ``calibration.calibrate``, over those of the preset; None for the preset's or the default.
-    """
-    check_dtype(dtype, auto=True)
-    if preset not in calibration.PRESETS:
-        raise ValueError(f"preset must be one of {sorted(calibration.PRESETS)}, got {preset!r}")
-    given = {option: value for option, value in options.items() if value is not None}
-    prose, source = load_text(text)
-    report(f"Text: {source}")
-    model, tokenizer, _ = load_model(name, report, dtype, device)
-    batches = list(mixed_batches(tokenizer, prose, **mixed))  # recalkv reads them twice
-    facts = {"text": source, "recall_share": mixed["recall_share"], "seed": mixed["seed"]}
-    start = time.perf_counter()
-    projections = calibration.calibrate(model, batches, provenance=facts, **{**calibration.PRESETS[preset], **given})
-    report(f"Calibrated in {time.perf_counter() - start:.0f} s on {torch.get_num_threads()} threads.")
-    projections.save_pretrained(out)
-    report(f"Saved to {out}. 'lowrank-cache inspect {out}' describes it.")
 
 
 @dataclass(frozen=True)
@@ -279,72 +245,57 @@ def prepare(run: Run, specifications: list[str], sizes: dict[str, int], report: 
         ValueError: If a cache cannot be made, with its name, before anything is measured.
     """
     check_dtype(run.dtype, auto=True)
-    parsed = {specification: parse(specification) for specification in specifications}
-    given, folder, loaded = _given(run.projections, parsed), run.out / "projections", dict[str, Projections]()
+    parsed = {one: found for one in specifications if (found := parse(one)) and found.method != XKV}
+    ready = _ready(run, parsed)
     text, source = load_text(run.evaluate_on, split="test")
-
-    def kept(configuration: Configuration) -> Projections | None:
-        name = configuration.bases_name
-        if configuration.method not in given and name not in loaded and (folder / name).is_dir():
-            loaded[name] = Projections.from_pretrained(folder / name)
-        return given.get(configuration.method) or loaded.get(name)
-
-    missing = {name: found for name, found in parsed.items() if found and found.method != XKV and kept(found) is None}
+    missing = {one: found.bases_name for one, found in parsed.items() if found.bases_name not in ready}
     first_dtype = "float32" if missing and run.dtype != "auto" else run.dtype
     model, tokenizer, name = load_model(run.model, report, first_dtype, run.device)
     run.out.mkdir(parents=True, exist_ok=True)
 
     def entries(names: list[str]) -> list[CacheEntry]:
-        built = build(names, None, ready=kept)
-        return [_entry(one, *built[one], model, sizes) for one in names]
+        return [cache_entry(one, *found, model, sizes) for one, found in build(names, None, ready=ready).items()]
 
     entries([one for one in specifications if one not in missing])  # fails before the long calibration
     if missing:
         moments = moments_of(run, model, tokenizer, report)
 
         def refit(projections: Projections, ratio: float) -> Moments:
-            facts = {"moments": _digest_of(run.moments) if run.moments else None}
             path = run.out / f"refitted-{ratio:g}.safetensors"
             make = partial(refit_values, model, moments=moments, projections=projections, ratio=ratio)
-            return _statistics(run, path, model, tokenizer, report, facts, make)
+            return _statistics(run, path, model, tokenizer, report, {"moments": _digest_of(run.moments)}, make)
 
-        made = build(list(missing), moments, refit)
-        for one, found in missing.items():
-            bases, _ = made[one]
-            if bases is not None and kept(found) is None:
-                bases.save_pretrained(folder / found.bases_name)
+        for one, (bases, _) in build(list(missing), moments, refit).items():
+            if bases is not None and missing[one] not in ready:
+                folder = run.out / "projections" / missing[one]
+                bases.save_pretrained(folder)
+                ready[missing[one]] = Projections.from_pretrained(folder)
         if run.dtype not in ("auto", "float32") and not getattr(model, "is_quantized", False):
             model = in_dtype(model, run.dtype)
     return Prepared(model, tokenizer, name, text, source, entries(specifications), _identity(run, name, model, text))
 
 
-def _given(names: tuple[str, ...], parsed: dict[str, Configuration | None]) -> dict[str, Projections]:
-    """Given projections by method; specifications must not ask of them what they already have."""
-    given: dict[str, Projections] = {}
-    for name in names:
-        projections = Projections.from_pretrained(name)
-        if projections.method in given:
-            raise ValueError(
-                f"projections must have different methods, got {projections.method!r} twice in {list(names)}"
-            )
-        given[projections.method] = projections
-    for specification, found in parsed.items():
-        if found and found.method in given and (found.groups, found.frame, found.joint) != ("auto", 1, None):
-            raise ValueError(
-                f"cache {specification!r} must not have groups, frame or joint: its bases are those of the projections "
-                f"given for {found.method!r}"
-            )
-    unused = set(given) - {found.method for found in parsed.values() if found}
+def _ready(run: Run, parsed: dict[str, Configuration]) -> dict[str, Projections]:
+    """Bases by name: given ones, of which no specification must ask what they already have, and those of the folder."""
+    given = {projections.method: projections for projections in map(Projections.from_pretrained, run.projections)}
+    if len(given) < len(run.projections):
+        raise ValueError(f"projections must have different methods, got {sorted(given)} in {list(run.projections)}")
+    unused = set(given) - {found.method for found in parsed.values()}
     if unused:
         raise ValueError(f"projections must be of a cache's method, got {sorted(unused)} and no such cache")
-    return given
-
-
-def _entry(specification: str, projections: Projections | None, options: dict, model, sizes) -> CacheEntry:
-    try:
-        return cache_entry(specification, projections, options, model, sizes)
-    except (ValueError, NotImplementedError, ImportError) as error:
-        raise type(error)(f"cache {specification!r} cannot be made: {error}") from error
+    ready: dict[str, Projections] = {}
+    for specification, found in parsed.items():
+        folder = run.out / "projections" / found.bases_name
+        if found.method in given:
+            if (found.groups, found.frame, found.joint) != ("auto", 1, None):
+                raise ValueError(
+                    f"cache {specification!r} must not have groups, frame or joint: its bases are those of the "
+                    f"projections given for {found.method!r}"
+                )
+            ready[found.bases_name] = given[found.method]
+        elif found.bases_name not in ready and folder.is_dir():
+            ready[found.bases_name] = Projections.from_pretrained(folder)
+    return ready
 
 
 def moments_of(run: Run, model, tokenizer, report: Report) -> Moments:
@@ -376,8 +327,8 @@ def _statistics(
     note = path.with_suffix(".json")
     if path.exists():
         found = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
-        other = [f"{name} {found.get(name, 'unknown')!r} instead of {fact!r}" for name, fact in facts.items()
-                 if name not in found or found[name] != fact]  # fmt: skip
+        other = [f"{name} {found.get(name, 'unknown')!r} instead of {facts[name]!r}"
+                 for name in facts if found.get(name, "unknown") != facts[name]]  # fmt: skip
         if other:
             raise ValueError(
                 f"{path} was calibrated with other settings: {', '.join(other)}; name it with --moments to use it, "
@@ -395,24 +346,22 @@ def _statistics(
 def _identity(run: Run, name: str, model, text: str) -> dict[str, Any]:
     """What measurements of one folder have in common beside the settings; ``model`` as it is measured."""
     calibrated_on = run.calibrate_on and _sha256(load_text(run.calibrate_on, split="validation")[0])
+    # Of projections the file that names all tensors by digest; their name on the hub.
+    files = {given: Path(given) / ARTEFACT.config_file for given in run.projections}
     return {
         "model": name,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
         "text_sha256": _sha256(text),
-        "projections": sorted(map(_projections_digest, run.projections)),
-        "moments": _digest_of(run.moments) if run.moments else None,
+        "projections": sorted(_digest_of(path) if path.is_file() else given for given, path in files.items()),
+        "moments": _digest_of(run.moments),
         "calibration": {"text_sha256": calibrated_on, **run.calibration()},
     }
 
 
-def _projections_digest(name: str) -> str:
-    """Of the file that names all tensors by digest; of projections on the hub, their name."""
-    path = Path(name) / ARTEFACT.config_file
-    return _digest_of(path) if path.is_file() else name
-
-
-def _digest_of(path: Path) -> str:
+def _digest_of(path: Path | None) -> str | None:
+    if path is None:
+        return None
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -429,18 +378,15 @@ def resume_results(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]
     Raises:
         ValueError: If the file was made with other settings.
     """
-    header = json.loads(json.dumps({"settings": settings}))
+    header = json.dumps({"settings": settings})
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    complete = text[: text.rfind("\n") + 1]
-    if complete != text:
-        path.write_text(complete, encoding="utf-8")
-    if not complete:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(header) + "\n", encoding="utf-8")
-        return []
+    complete = text[: text.rfind("\n") + 1] or f"{header}\n"
     first, *lines = complete.splitlines()
-    if json.loads(first) != header:
+    if json.loads(first) != json.loads(header):
         raise ValueError(f"{path} was made with other settings: {first}; remove it or name another folder")
+    if complete != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(complete, encoding="utf-8")
     return [json.loads(line) for line in lines]
 
 

@@ -55,12 +55,11 @@ class Inspection:
         """One line per group, and the totals."""
         table = Table(title="what is stored of each token", show_footer=True)
         channels = sum(len(plan.channels) for plan in self.plans)
-        totals = {"layers": "all", "side": "", "width": self.full_bytes // 2, "rank": channels, "channels x bits": ""}
-        totals |= {"predicted loss": f"{self.predicted_loss:.3g}"}
-        totals |= {"bytes": self.latent_bytes, "full bytes": self.full_bytes}
+        totals = {"layers": "all", "side": "", "width": self.full_bytes // 2, "rank": channels, "channels x bits": "",
+                  "predicted loss": f"{self.predicted_loss:.3g}", "bytes": self.latent_bytes,
+                  "full bytes": self.full_bytes}  # fmt: skip
         for name, total in totals.items():
-            left = name in ("layers", "side", "channels x bits")
-            table.add_column(name, str(total), justify="left" if left else "right")
+            table.add_column(name, str(total), justify="left" if total in ("all", "") else "right")
         for plan in self.plans:
             tiers = " ".join(f"{len(channels)}x{bits}" for bits, channels in plan.tiers) or "none"
             width = sum(basis.width for basis in plan.bases)
@@ -105,16 +104,15 @@ def plot_projections(projections: Projections, ratio: float, path: Path) -> None
     check_installed()
     from matplotlib.figure import Figure
 
-    plans = projections.plan(ratio)
-    sides = sorted({plan.bases[0].side for plan in plans})
-    figure = Figure(figsize=(5 * len(sides) + 5, 5), layout="constrained")
-    *pictures, curve = figure.subplots(1, len(sides) + 1)
-    for axis, side in zip(pictures, sides, strict=True):
-        of_side = [plan for plan in plans if plan.bases[0].side == side]
-        extent = (0, 1, len(of_side), 0)
+    by_side: dict[str, list[GroupPlan]] = {}
+    for plan in projections.plan(ratio):
+        by_side.setdefault(plan.bases[0].side, []).append(plan)
+    figure = Figure(figsize=(5 * len(by_side) + 5, 5), layout="constrained")
+    *pictures, curve = figure.subplots(1, len(by_side) + 1)
+    for axis, (side, plans) in zip(pictures, by_side.items(), strict=True):
         options = {"cmap": "viridis", "vmin": 0, "vmax": 16, "interpolation": "nearest", "aspect": "auto"}
-        image = axis.imshow(np.stack([_bits(plan) for plan in of_side]), extent=extent, **options)
-        axis.set_yticks(np.arange(len(of_side)) + 0.5, [_layers(plan) for plan in of_side], fontsize=7)
+        image = axis.imshow(np.stack([_bits(plan) for plan in plans]), extent=(0, 1, len(plans), 0), **options)
+        axis.set_yticks(np.arange(len(plans)) + 0.5, [_layers(plan) for plan in plans], fontsize=7)
         axis.set(xlabel="channels of the layer group, by importance", ylabel="layers")
         axis.set_title(f"bits per channel, {'keys and values' if side == BOTH else side + 's'}, {ratio:g}x")
     figure.colorbar(image, ax=pictures[-1], ticks=(0, 2, 4, 8, 16)).set_label("bits")

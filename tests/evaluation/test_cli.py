@@ -77,17 +77,6 @@ def test_download_error_is_a_message_and_a_bug_is_not(monkeypatch):
     assert isinstance(fail(AttributeError("a bug")).exception, AttributeError)
 
 
-@pytest.mark.parametrize(
-    ("given", "expected"), [(None, None), ("5", 5), ("2,5", (2, 5)), ("auto", "auto"), ("1,x", "1,x")]
-)
-def test_group_size_option(monkeypatch, given, expected):
-    asked = []
-    monkeypatch.setattr(cli, "calibrate_model", lambda *arguments, **options: asked.append(options))
-    option = [] if given is None else ["--layer-group-size", given]
-    assert run("calibrate", "tiny", "--out", "x", *option).exit_code == 0
-    assert asked[0]["layer_group_size"] == expected
-
-
 @pytest.fixture
 def text(monkeypatch, model, tmp_path):
     """A text to calibrate on; models and tokenizers are tiny ones, whatever their names."""
@@ -101,6 +90,17 @@ def text(monkeypatch, model, tmp_path):
     monkeypatch.setattr(inputs.AutoTokenizer, "from_pretrained", lambda name: Tokenizer())
     monkeypatch.setattr(inputs.AutoModelForCausalLM, "from_pretrained", lambda name, dtype: model)
     return text
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [(None, "auto"), ("5", 5), ("2,5", (2, 5)), ("auto", "auto"), ("1,x", "1,x")]
+)
+def test_group_size_option(monkeypatch, projections, text, tmp_path, given, expected):
+    asked = []
+    monkeypatch.setattr(cli.calibration, "calibrate", lambda *given, **options: asked.append(options) or projections)
+    option = ["--data", text, "--tokens", 512, *([] if given is None else ["--layer-group-size", given])]
+    assert run("calibrate", "tiny", "--out", tmp_path / "out", "--device", "cpu", *option).exit_code == 0
+    assert asked[0]["layer_group_size"] == expected
 
 
 @pytest.mark.parametrize("method", ["palu", "recalkv"])
