@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lowrank_cache.kernels import reference, torch_ops
-from lowrank_cache.kernels.packed import LatentSide, PackedTier, RotaryFrames
+from lowrank_cache.kernels.packed import LatentSide, PackedTier, RotaryFrames, tiles
 from lowrank_cache.kernels.segments import attend, merge
 
 __all__ = ["CHECKED_CARDS", "IMPLEMENTATIONS", "MAX_KERNEL_QUERIES", "encode", "latent_attention", "reconstruct"]
@@ -127,9 +127,7 @@ def latent_attention(
     frame = 1 if key.rope is None else key.rope.frame_length
     tile = max(frame, _TILE_TOKENS // frame * frame)
     parts = []
-    for start in range(0, key.tokens, tile):
-        stop = min(start + tile, key.tokens)
-        keys, values = (operations.reconstruct(side.between(start, stop), query.dtype) for side in (key, value))
-        seen = mask if mask is None or mask.shape[-1] == 1 else mask[..., start:stop]
+    for *sides, seen in tiles(key, value, mask, tile):
+        keys, values = (operations.reconstruct(side, query.dtype) for side in sides)
         parts.append(attend(query, keys, values, scaling=scaling, mask=seen, softcap=softcap))
     return merge(parts)

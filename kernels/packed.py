@@ -5,6 +5,7 @@ A token's latent is a row of channels sorted into tiers by bit width. The 16-bit
 Everything here is eager torch on any device. Mathematics: docs/method.md, "The quantizer".
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -29,6 +30,7 @@ __all__ = [
     "quantize",
     "read_latents",
     "row_length",
+    "tiles",
     "unpack",
 ]
 
@@ -209,6 +211,16 @@ class LatentSide:
         return self.shared["latents"]
 
 
+def tiles(
+    key: LatentSide, value: LatentSide, mask: Tensor | None, length: int
+) -> Iterator[tuple[LatentSide, LatentSide, Tensor | None]]:
+    """Keys, values and mask ``[..., tokens]`` or ``[..., 1]`` by tiles of ``length`` tokens, whole frames."""
+    for start in range(0, key.tokens, length):
+        stop = min(start + length, key.tokens)
+        seen = mask if mask is None or mask.shape[-1] == 1 else mask[..., start:stop]
+        yield key.between(start, stop), value.between(start, stop), seen
+
+
 def pack_latents(
     latents: Tensor, tiers: tuple[tuple[int, int], ...], weight: Tensor, latent_dtype: torch.dtype
 ) -> tuple[PackedTier, ...]:
@@ -263,12 +275,8 @@ def quantize(latents: Tensor, bits: int, weight: Tensor) -> tuple[Tensor, Tensor
     # A step below float16's smallest normal number would round to zero and make every level zero.
     unclipped = (latents.abs().amax(-1) / half_levels).clamp_(min=2**-14)
     best_steps, best_error = unclipped, torch.full_like(unclipped, torch.inf)
-    for fraction in STEP_FRACTIONS[bits]:
-        steps = unclipped * fraction
-        levels = _nearest_level(latents, steps, half_levels)
-        if len(STEP_FRACTIONS[bits]) == 1:
-            best_steps = steps
-            break
+    for fraction in STEP_FRACTIONS[bits] if bits < 8 else ():
+        levels = _nearest_level(latents, unclipped * fraction, half_levels)
         # The least-squares step for these levels, then the error with it.
         weighted = levels * weight
         fitted = (weighted * latents).sum(-1) / (weighted * levels).sum(-1).clamp_(min=1e-12)

@@ -19,10 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowrank_cache.kernels.packed import ROW_BYTES, LatentSide, PackedTier, RotaryFrames
+from lowrank_cache.kernels.packed import BIT_WIDTHS, ROW_BYTES, LatentSide, PackedTier, RotaryFrames
 
 __all__ = [
-    "TIER_BITS",
     "Tier",
     "TierArguments",
     "all_chunks",
@@ -43,8 +42,6 @@ __all__ = [
     "up_proj_arguments",
     "warps",
 ]
-
-TIER_BITS = (16, 8, 4, 2)
 
 
 def unspecialised(number: int) -> int:
@@ -87,7 +84,7 @@ class TierArguments:
     """What kernels are given of a latent.
 
     Attributes:
-        tiers: By ``TIER_BITS``.
+        tiers: By ``BIT_WIDTHS``.
         positions: That each of them takes before it is padded to whole chunks.
     """
 
@@ -109,7 +106,7 @@ def tier_arguments(tiers: tuple[PackedTier, ...]) -> TierArguments:
     starts, start = {}, 0
     for tier in tiers:
         if tier.bits in by_bits:
-            raise ValueError(f"tiers must have distinct widths among {TIER_BITS}, got {[one.bits for one in tiers]}")
+            raise ValueError(f"tiers must have distinct widths among {BIT_WIDTHS}, got {[one.bits for one in tiers]}")
         by_bits[tier.bits] = tier
         starts[tier.bits] = start
         start += tier.channels
@@ -119,7 +116,7 @@ def tier_arguments(tiers: tuple[PackedTier, ...]) -> TierArguments:
     # An absent tier has rows of no length; its pointers are any that are aligned and of the right type.
     anything = tiers[0].codes
     arguments, positions = [], []
-    for bits in TIER_BITS:
+    for bits in BIT_WIDTHS:
         found = by_bits.get(bits)
         codes = anything.view(torch.float16 if bits == 16 else torch.uint8) if found is None else found.codes
         steps = anything.view(torch.float16)[..., 0] if found is None or found.steps is None else found.steps
