@@ -29,16 +29,9 @@ def recalkv_bases(
     reorder: bool,
     refitted: Moments | None = None,
 ) -> list[Basis]:
-    """One basis per group of similar key heads, and one per layer for values.
+    """One basis per group of similar key heads, and one per layer for values. See ``calibrate`` for the options.
 
-    Args:
-        moments: Of the model as it is.
-        groups: Of one layer each.
-        frame_length: Slots per rotary frame of keys.
-        head_group_size: KV heads per group of keys. Where it does not divide their number, one group is smaller.
-        reorder: Group key heads by similarity (HSR), or adjacent ones.
-        refitted: Moments of the values that the compressed stream produces (OVC); None: those of the
-            model as it is.
+    ``refitted`` are moments of the values that the compressed stream produces (OVC); None: those of ``moments``.
     """
     bases = []
     for group in groups["key"]:
@@ -64,11 +57,7 @@ def head_similarity(second: Tensor, mean: Tensor, heads: int) -> Tensor:
 
     For centred states ``A_i`` ``[tokens, head_dim]`` of head ``i`` it is ``|A_iᵀ A_j|² / (|A_iᵀ A_i| |A_jᵀ
     A_j|)`` in Frobenius norms: blocks of the covariance suffice, tokens × tokens kernels are never formed.
-
-    Args:
-        second: ``[width, width]``, second moment of the states.
-        mean: ``[width]``.
-        heads: Number of heads.
+    ``second`` ``[width, width]`` and ``mean`` are the moments of all heads' states.
     """
     covariance = second - torch.outer(mean, mean)
     head_dim = len(mean) // heads

@@ -39,7 +39,7 @@ QUANTIZED_BITS = BIT_WIDTHS[1:]
 STEP_BYTES = 2  # one float16 step per token and quantized tier
 ROW_BYTES = 16  # a row of codes that starts on a multiple of it can be loaded 16 bytes at a time
 
-# Trial steps as fractions of the step at which nothing is clipped: coarse tiers gain from clipping.
+# Trial steps as fractions of the step at which nothing is clipped, which 8 bits keep: coarse tiers gain from clipping.
 STEP_FRACTIONS = {8: (1.0,), 4: (0.6, 0.7, 0.8, 0.9, 1.0), 2: (0.45, 0.55, 0.65, 0.75, 0.85, 1.0)}
 
 

@@ -12,6 +12,7 @@ bytes, from which the compiler learns that they are aligned.
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -63,8 +64,7 @@ class Tier(NamedTuple):
         codes_batch, codes_token: Strides in units of 16 bytes.
         steps_batch, steps_token: Strides in elements.
         start: The tier's first channel in the latent.
-        channels: How many it has.
-        bits: Their width.
+        channels, bits: How many it has, and their width.
     """
 
     codes: Any
@@ -102,17 +102,14 @@ def tier_arguments(tiers: tuple[PackedTier, ...]) -> TierArguments:
     Raises:
         ValueError: If there is no tier, a width comes twice, or rows are not padded and aligned to 16 bytes.
     """
-    by_bits: dict[int, PackedTier] = {}
-    starts, start = {}, 0
-    for tier in tiers:
-        if tier.bits in by_bits:
-            raise ValueError(f"tiers must have distinct widths among {BIT_WIDTHS}, got {[one.bits for one in tiers]}")
-        by_bits[tier.bits] = tier
-        starts[tier.bits] = start
-        start += tier.channels
-        _check_rows(tier)
-    if not by_bits:
+    if not tiers:
         raise ValueError("tiers must hold at least one tier, got none")
+    by_bits = {tier.bits: tier for tier in tiers}
+    if len(by_bits) < len(tiers):
+        raise ValueError(f"tiers must have distinct widths among {BIT_WIDTHS}, got {[one.bits for one in tiers]}")
+    starts = dict(zip(by_bits, accumulate((tier.channels for tier in tiers), initial=0), strict=False))
+    for tier in tiers:
+        _check_rows(tier)
     # An absent tier has rows of no length; its pointers are any that are aligned and of the right type.
     anything = tiers[0].codes
     arguments, positions = [], []
