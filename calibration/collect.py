@@ -79,8 +79,8 @@ def refit_values(
 ) -> Moments:
     """Moments of what ``model`` caches when it attends to states compressed by ``projections`` at ``ratio``.
 
-    ``moments`` are of the model as it is, from the same batches: their sensitivities are taken over. ``projections`` are
-    of groups of one layer; ``ratio`` is that at 16 bits.
+    ``moments`` are of the model as it is, from the same batches: their sensitivities are taken over. ``projections``
+    are of groups of one layer; ``ratio`` is that at 16 bits.
     """
     groups = {side: layer_groups(moments.shape, side, 1) for side in SIDES}
     compressed_by = projections.truncate(ratio)

@@ -228,7 +228,7 @@ def pack_latents(
 
     Args:
         latents: ``[batch, tokens, rank]`` float32.
-        tiers: ``(bits, channels)`` in the order of the channels.
+        tiers: ``(bits, channels)`` in the order of the channels, each width once.
         weight: ``[rank]`` float32: what a squared error in each channel costs.
         latent_dtype: Floating dtype of a 16-bit tier.
 

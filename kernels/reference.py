@@ -33,9 +33,7 @@ def encode(
         constants: By member ``[heads, head_dim]`` or ``[batch, heads, head_dim]`` float32.
         frames: By member; its first frame starts at the first token. None: not rotated.
         down_proj: ``[width, rank]`` or ``[batch, width, rank]``, ``width`` the heads of all members side by side.
-        tiers: ``(bits, channels)`` in the order of the channels, each width once.
-        weight: ``[rank]`` float32: what a squared error in each channel costs.
-        latent_dtype: Floating dtype of a 16-bit tier.
+        tiers, weight, latent_dtype: See ``packed.pack_latents``.
 
     Returns:
         One ``PackedTier`` for each of ``tiers``, padded to ``packed.ROW_BYTES``, on the device of ``down_proj``.

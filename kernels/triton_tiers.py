@@ -109,7 +109,15 @@ def tier_arguments(tiers: tuple[PackedTier, ...]) -> TierArguments:
         raise ValueError(f"tiers must have distinct widths among {BIT_WIDTHS}, got {[one.bits for one in tiers]}")
     starts = dict(zip(by_bits, accumulate((tier.channels for tier in tiers), initial=0), strict=False))
     for tier in tiers:
-        _check_rows(tier)
+        codes = tier.codes
+        strides = [stride for length, stride in zip(codes.shape, codes.stride(), strict=True) if length > 1]
+        lengths = [codes.shape[2], *[stride for stride in strides if stride != 1], codes.storage_offset()]
+        if codes.stride(2) != 1 or any(length * codes.element_size() % ROW_BYTES for length in lengths):
+            raise ValueError(
+                f"codes of the {tier.bits}-bit tier must be rows of {tier.channels} channels padded and aligned to "
+                f"{ROW_BYTES} bytes, got {codes.dtype} of shape {tuple(codes.shape)}, strides {codes.stride()} and "
+                f"offset {codes.storage_offset()}"
+            )
     # An absent tier has rows of no length; its pointers are any that are aligned and of the right type.
     anything = tiers[0].codes
     arguments, positions = [], []
@@ -124,18 +132,6 @@ def tier_arguments(tiers: tuple[PackedTier, ...]) -> TierArguments:
         arguments.append(Tier._make((codes, steps, *map(unspecialised, numbers), tl.constexpr(bits))))
         positions.append(row * unit * max(1, 8 // bits))
     return TierArguments(tuple(arguments), tuple(positions))
-
-
-def _check_rows(tier: PackedTier) -> None:
-    codes = tier.codes
-    strides = [stride for length, stride in zip(codes.shape, codes.stride(), strict=True) if length > 1]
-    lengths = [codes.shape[2], *[stride for stride in strides if stride != 1], codes.storage_offset()]
-    if codes.stride(2) != 1 or any(length * codes.element_size() % ROW_BYTES for length in lengths):
-        raise ValueError(
-            f"codes of the {tier.bits}-bit tier must be rows of {tier.channels} channels padded and aligned to "
-            f"{ROW_BYTES} bytes, got {codes.dtype} of shape {tuple(codes.shape)}, strides {codes.stride()} and "
-            f"offset {codes.storage_offset()}"
-        )
 
 
 def check_side(name: str, side: LatentSide) -> None:
