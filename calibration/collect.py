@@ -36,7 +36,7 @@ def collect_moments(
     *,
     sensitivity: str = "gradient",
     compressed_by: Projections | None = None,
-    progress: Callable[[int], object] | None = None,
+    progress: Callable[[int], object] = lambda tokens: None,
 ) -> Moments:
     """Run ``batches`` through ``model`` and sum up what its cache would hold.
 
@@ -58,8 +58,7 @@ def collect_moments(
     with _prepared(model, differentiable=queries is None and compressed_by is None):
         for input_ids, attention_mask in _tensors(batches, model):
             _add_batch(moments, model, input_ids, attention_mask, queries, compressed_by)
-            if progress is not None:
-                progress(input_ids.numel())
+            progress(input_ids.numel())
     if moments.tokens == 0:
         raise ValueError(
             f"batches held no usable token: each sequence's first {SKIPPED_TOKENS} real tokens are skipped as sinks"
@@ -75,7 +74,7 @@ def refit_values(
     moments: Moments,
     projections: Projections,
     ratio: float,
-    progress: Callable[[int], object] | None = None,
+    progress: Callable[[int], object] = lambda tokens: None,
 ) -> Moments:
     """Moments of what ``model`` caches when it attends to states compressed by ``projections`` at ``ratio``.
 
@@ -95,12 +94,8 @@ def refit_values(
 class Recorder(DynamicCache):
     """A cache for one forward that keeps what compressible layers were given, and passes it on.
 
-    Args:
-        model: Whose forward it is.
-        shape: Its shape.
-        tokens: Those of the forward.
-        compressed_by: Bases of groups of one layer: layers attend to what 16-bit latents of the states are read back
-            as, but for sinks and padding, which pass exactly, as in a cache. None: they attend to the states.
+    ``compressed_by`` are bases of groups of one layer: layers attend to what 16-bit latents of the states are read back
+    as, but for sinks and padding, which pass exactly, as in a cache. None: they attend to the states.
     """
 
     def __init__(

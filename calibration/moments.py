@@ -94,8 +94,7 @@ class Moments:
     def of_group(self, side: str, group: Group, frame_length: int = 1) -> tuple[Tensor, Tensor, Tensor]:
         """Second moment, mean and block-diagonal sensitivity of a group, averaged over a rotary frame.
 
-        Returns:
-            ``[width, width]``, ``[width]``, ``[width, width]``, float64.
+        ``[width, width]``, ``[width]``, ``[width, width]``, float64.
         """
         rows, recorded = self.rows_of(side, group)
         second = self.second[recorded][rows][:, rows] / self.tokens

@@ -140,8 +140,7 @@ class RotaryFrames:
     def rotated_into(self, states: Tensor, start: int = 0) -> Tensor:
         """``states`` of tokens from ``start`` on, rotated from their positions into their frames.
 
-        Args:
-            states: ``[batch, heads, tokens, head_dim]`` float32, post-RoPE.
+        They are ``[batch, heads, tokens, head_dim]`` float32, post-RoPE.
         """
         cos, sin = (table[:, :, start : start + states.shape[2]] for table in self.by_token())
         return rotate(states, cos, sin, self.layout, inverse=True)

@@ -49,10 +49,10 @@ def _joined(pieces: tuple[PackedTier, ...]) -> PackedTier:
 
 
 def reconstruct(side: LatentSide, dtype: torch.dtype = torch.float32) -> Tensor:
-    """See ``reference.reconstruct``; computed in float32.
+    """See ``reference.reconstruct``; computed in float32, but for the product.
 
-    But for the product: where processors multiply ``dtype`` fast and ``up_proj`` is held in half
-    precision, it is taken in ``dtype``, which loses a model of that dtype nothing.
+    Where processors multiply ``dtype`` fast and ``up_proj`` is held in half precision, it is taken in ``dtype``, which
+    loses a model of that dtype nothing.
     """
     latents, up_proj = side.read_once(), side.up_proj
     fast = dtype == torch.bfloat16 or (dtype == torch.float16 and latents.is_cuda)

@@ -181,13 +181,13 @@ def _attend(step: _Step, output: Tensor, lse: Tensor) -> None:
     heads = step.key.up_proj.shape[1]
     # Absorbing costs as much per frame as reconstructing costs per token, times a head's queries.
     reconstructed = rope is not None and rope.frame_length <= step.rows // heads
-    if rope is None:
-        waves = [_Wave(0, 1, tokens, block(tokens, 16, 64))]
-    elif reconstructed:
-        # The wider the tile, the less often the up-projection is read.
-        waves = [_Wave(0, 1, tokens, block(tokens, 16, 128 if step.query.shape[3] <= 128 else 64))]
-    else:
-        waves = _waves(step, rope.frame_length)
+    frame_length = tokens if rope is None or reconstructed else rope.frame_length
+    # The wider a tile of keys, the less often the up-projection is read.
+    tile = block(frame_length, 16, 128 if reconstructed and step.query.shape[3] <= 128 else 64)
+    # So many frames at a time that their absorbed queries stay small.
+    frames, size = triton.cdiv(tokens, frame_length), 4 if step.exact else 2
+    at_a_time = max(1, _ABSORBED_BYTES // (step.batch * step.rows * step.keys.chunks(_CHUNK) * _CHUNK * size))
+    waves = [_Wave(first, min(at_a_time, frames - first), frame_length, tile) for first in range(0, frames, at_a_time)]
     chunks = step.values.chunks(_CHUNK)
     rows = block(step.rows, 16, 64)
     programs = step.batch * triton.cdiv(step.rows, rows) * chunks
@@ -229,15 +229,6 @@ def _attend(step: _Step, output: Tensor, lse: Tensor) -> None:
         )
         done += count
     _combine(step, partial, maxima, sums, output, lse)
-
-
-def _waves(step: _Step, frame_length: int) -> list[_Wave]:
-    """All frames, so many at a time that their absorbed queries stay small."""
-    frames = triton.cdiv(step.key.tokens, frame_length)
-    size = 4 if step.exact else 2
-    at_a_time = max(1, _ABSORBED_BYTES // (step.batch * step.rows * step.keys.chunks(_CHUNK) * _CHUNK * size))
-    tile = block(frame_length, 16, 64)
-    return [_Wave(first, min(at_a_time, frames - first), frame_length, tile) for first in range(0, frames, at_a_time)]
 
 
 def _absorbed_scores(step: _Step, wave: _Wave, scores: Tensor) -> None:

@@ -215,9 +215,8 @@ def precision(exact: bool) -> str:
 
 def three_part_precision() -> str:
     """How products of float32 operands are taken on matrix cores with an error near that of float32."""
-    if interpreted() or triton.runtime.driver.active.get_current_target().backend != "cuda":
-        return "ieee"  # AMD's matrix cores multiply float32
-    return "tf32x3"
+    nvidia = not interpreted() and triton.runtime.driver.active.get_current_target().backend == "cuda"
+    return "tf32x3" if nvidia else "ieee"  # AMD's matrix cores multiply float32
 
 
 @triton.jit
