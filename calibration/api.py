@@ -60,11 +60,6 @@ class Method:
     refit: str | None = None
     refit_ratio: float = 3.0
 
-    @property
-    def refit_options(self) -> dict[str, Any]:
-        """The options of the second pass with their defaults; none for a method of one pass."""
-        return {} if self.refit is None else {self.refit: True, "refit_ratio": self.refit_ratio}
-
 
 # By name; those of this package are put in by its __init__. Open to additions: docs/recipes.md, "Write a method".
 METHODS: dict[str, Method] = {}
@@ -128,8 +123,7 @@ def calibrate(
         NoGradientError: If gradients do not pass through the model.
         NotImplementedError: If the model's cache cannot be compressed.
     """
-    found = _method_named(method)
-    own = _own_options(method, {**found.options, **found.refit_options}, method_options)
+    found, own = _with_options(method, method_options, passes=2)
     refit_ratio = _refit_ratio(method, own, batches)
     options: dict[str, Any] = {
         "method": method,
@@ -175,8 +169,7 @@ def projections_from_moments(
     ``refitted`` comes from ``refit_values`` and is recalkv's value calibration, so ``calibrate_values`` and
     ``refit_ratio`` are no options here; the other arguments are those of ``calibrate``.
     """
-    found = _method_named(method)
-    own = _own_options(method, found.options, method_options)
+    found, own = _with_options(method, method_options, passes=1)
     groups = _checked_groups(moments.shape, method, frame_length, layer_group_size, joint, **own)
     facts = {
         **(provenance or {}),
@@ -196,25 +189,26 @@ def projections_from_moments(
     return Projections(bases, moments.shape, method=method, frame_length=frame_length, provenance=facts)
 
 
-def _method_named(name: str) -> Method:
-    if name not in METHODS:
-        raise ValueError(f"method must be one of {sorted(METHODS)}, got {name!r}")
-    return METHODS[name]
-
-
 def _names_with(attribute: str) -> str:
     """The methods that have something, as an error names them: ``'one' or 'other'``."""
     return " or ".join(repr(name) for name, method in METHODS.items() if getattr(method, attribute))
 
 
-def _own_options(method: str, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def _with_options(method: str, given: Mapping[str, Any], passes: int) -> tuple[Method, dict[str, Any]]:
+    """A method and all of its options; those of the second of two ``passes`` too if it has one."""
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {sorted(METHODS)}, got {method!r}")
+    found = METHODS[method]
+    defaults = dict(found.options)
+    if passes == 2 and found.refit is not None:
+        defaults |= {found.refit: True, "refit_ratio": found.refit_ratio}
     unknown = [name for name in given if name not in defaults]
     if unknown:
         raise ValueError(
             f"{', '.join(unknown)} is no option of method {method!r}; beside the options of all methods it takes "
             f"{', '.join(defaults) or 'none'}"
         )
-    return {**defaults, **given}
+    return found, {**defaults, **given}
 
 
 def _refit_ratio(method: str, own: dict[str, Any], batches: Iterable) -> float | None:

@@ -7,6 +7,7 @@ causes. Nothing of a batch outlives it but ``Moments``.
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -35,16 +36,13 @@ def collect_moments(
     *,
     sensitivity: str = "gradient",
     compressed_by: Projections | None = None,
-    progress: Callable[[int], object] | None = None,
+    progress: Callable[[int], object] = lambda tokens: None,
 ) -> Moments:
     """Run ``batches`` through ``model`` and sum up what its cache would hold.
 
     Args:
-        model: Left as it was: parameters, ``requires_grad`` flags, mode.
-        batches: LongTensors ``[batch, tokens]`` or mappings with ``input_ids`` and ``attention_mask``.
+        model, batches, sensitivity: See ``calibrate``. The model is left as it was.
         groups: From ``layer_groups``, under ``"key"`` and ``"value"`` or under ``"both"``.
-        sensitivity: ``"gradient"`` runs a backward pass per batch; ``"query"`` needs none, see
-            ``query_sensitivity``.
         compressed_by: What the states that layers attend to are compressed by, see ``Recorder``. Sensitivities
             are then not collected.
         progress: Called with the number of tokens of each finished batch.
@@ -60,8 +58,7 @@ def collect_moments(
     with _prepared(model, differentiable=queries is None and compressed_by is None):
         for input_ids, attention_mask in _tensors(batches, model):
             _add_batch(moments, model, input_ids, attention_mask, queries, compressed_by)
-            if progress is not None:
-                progress(input_ids.numel())
+            progress(input_ids.numel())
     if moments.tokens == 0:
         raise ValueError(
             f"batches held no usable token: each sequence's first {SKIPPED_TOKENS} real tokens are skipped as sinks"
@@ -77,16 +74,12 @@ def refit_values(
     moments: Moments,
     projections: Projections,
     ratio: float,
-    progress: Callable[[int], object] | None = None,
+    progress: Callable[[int], object] = lambda tokens: None,
 ) -> Moments:
     """Moments of what ``model`` caches when it attends to states compressed by ``projections`` at ``ratio``.
 
-    Args:
-        batches: Those that ``moments`` come from.
-        moments: Of the model as it is; their sensitivities are taken over.
-        projections: Of groups of one layer.
-        ratio: At 16 bits.
-        progress: See ``collect_moments``.
+    ``moments`` are of the model as it is, from the same batches: their sensitivities are taken over. ``projections``
+    are of groups of one layer; ``ratio`` is that at 16 bits.
     """
     groups = {side: layer_groups(moments.shape, side, 1) for side in SIDES}
     compressed_by = projections.truncate(ratio)
@@ -101,12 +94,8 @@ def refit_values(
 class Recorder(DynamicCache):
     """A cache for one forward that keeps what compressible layers were given, and passes it on.
 
-    Args:
-        model: Whose forward it is.
-        shape: Its shape.
-        tokens: Those of the forward.
-        compressed_by: Bases of groups of one layer: layers attend to what 16-bit latents of the states are read back
-            as, but for sinks and padding, which pass exactly, as in a cache. None: they attend to the states.
+    ``compressed_by`` are bases of groups of one layer: layers attend to what 16-bit latents of the states are read back
+    as, but for sinks and padding, which pass exactly, as in a cache. None: they attend to the states.
     """
 
     def __init__(
@@ -126,7 +115,7 @@ class Recorder(DynamicCache):
             for side, tensor in zip(SIDES, (key_states, value_states), strict=True):
                 self.states[side][layer_idx] = tensor.detach()
                 if tensor.requires_grad:
-                    tensor.register_hook(_keeper(self.gradients[side], layer_idx))
+                    tensor.register_hook(partial(_keep, self.gradients[side], layer_idx))
             if self.compressed_by is not None:
                 key_states = self._read_back("key", layer_idx, key_states, self.compressed_by)
                 value_states = self._read_back("value", layer_idx, value_states, self.compressed_by)
@@ -154,15 +143,12 @@ class Recorder(DynamicCache):
         return torch.where(usable, read.to(states.dtype), states)
 
 
-def _keeper(gradients: dict[int, Tensor], layer_idx: int):
-    # Refers to the dict alone: a reference to the recorder, whose layers hold the graph that holds this
+def _keep(gradients: dict[int, Tensor], layer_idx: int, gradient: Tensor | None) -> None:
+    # Gets the dict alone: a reference to the recorder, whose layers hold the graph that holds this
     # hook, would be a cycle that Python cannot collect, and every batch's activations would stay.
-    def keep(gradient: Tensor | None) -> None:
-        # None: an operation on the way has no derivative (bitsandbytes' 4-bit product on some CPUs).
-        if gradient is not None:
-            gradients[layer_idx] = gradient.detach()
-
-    return keep
+    # None: an operation on the way has no derivative (bitsandbytes' 4-bit product on some CPUs).
+    if gradient is not None:
+        gradients[layer_idx] = gradient.detach()
 
 
 def _add_batch(
@@ -190,21 +176,15 @@ def _add_batch(
         loss = _add_loss(moments, output.logits, input_ids, attention_mask)
     hidden_states = output.hidden_states
     del output  # its logits
-    _note_frequencies(moments, model)
+    for layer in moments.shape.layers:  # frequencies as this forward used them: dynamic ones change with its length
+        for rope in (layer.key.rope, layer.value.rope):
+            if rope is not None:
+                moments.inv_freq[rope.source] = rope_buffer(recorder.decoder, rope.source).detach().double().cpu()
     if queries is not None:
         queries.add(moments, tokens, seen, hidden_states)
     if differentiable:
         _differentiate(loss, recorder, model)
     moments.add(_rows(moments, recorder.states, tokens), _rows(moments, recorder.gradients, tokens))
-
-
-def _note_frequencies(moments: Moments, model: PreTrainedModel) -> None:
-    """Inverse frequencies as the last forward used them: dynamic ones change with its length."""
-    decoder = decoder_of(model)
-    for layer in moments.shape.layers:
-        for rope in (layer.key.rope, layer.value.rope):
-            if rope is not None:
-                moments.inv_freq[rope.source] = rope_buffer(decoder, rope.source).detach().double().cpu()
 
 
 def _add_loss(moments: Moments, logits: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -258,9 +238,7 @@ def _prepared(model: PreTrainedModel, differentiable: bool):
     """Eval mode; if asked, gradients from the embeddings on and none for parameters; undone at the end."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()] if differentiable else []
     was_training = model.training
-    hooks = []
-    if differentiable:
-        hooks.append(model.get_input_embeddings().register_forward_hook(_require_gradient))
+    hooks = [model.get_input_embeddings().register_forward_hook(_require_gradient)] if differentiable else []
     model.eval()
     try:
         for parameter, _ in flags:

@@ -36,13 +36,7 @@ def fisher_bases(moments: Moments, groups: dict[str, list[Group]], frame_length:
 def weighted_basis(second: Tensor, mean: Tensor, sensitivity: Tensor) -> dict[str, Tensor]:
     """Tensors of a sensitivity-weighted ``Basis``, by attribute.
 
-    Args:
-        second: ``[width, width]`` float64, second moment of the states, not centred.
-        mean: ``[width]`` float64.
-        sensitivity: ``[width, width]`` float64, ``E[g gᵀ]``.
-
-    Returns:
-        float32, of full rank, channels of unit variance, sorted by loss.
+    float32, of full rank, channels of unit variance, sorted by loss; from what ``Moments.of_group`` returns.
     """
     values, vectors = torch.linalg.eigh(sensitivity)
     values = values.clamp(min=SENSITIVITY_FLOOR * max(float(values[-1]), 1e-30)).sqrt()

@@ -9,7 +9,6 @@ but these sums is kept; ``collect`` runs the model. Mathematics: docs/method.md,
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,8 +94,7 @@ class Moments:
     def of_group(self, side: str, group: Group, frame_length: int = 1) -> tuple[Tensor, Tensor, Tensor]:
         """Second moment, mean and block-diagonal sensitivity of a group, averaged over a rotary frame.
 
-        Returns:
-            ``[width, width]``, ``[width]``, ``[width, width]``, float64.
+        ``[width, width]``, ``[width]``, ``[width, width]``, float64.
         """
         rows, recorded = self.rows_of(side, group)
         second = self.second[recorded][rows][:, rows] / self.tokens
@@ -136,7 +134,11 @@ class Moments:
         """
         counts = {name: getattr(self, name) for name in _COUNTS}
         header = {"shape": self.shape.to_dict(), "groups": self.groups, **counts}
-        write_tensors(path, self._tensors(), header, "moments")
+        tensors = {f"second.{side}.{group[0]}": sums for (side, group), sums in self.second.items()}
+        tensors |= {f"total.{side}.{group[0]}": sums for (side, group), sums in self.total.items()}
+        tensors |= {f"sensitivity.{side}.{layer}": sums for (side, layer), sums in self.sensitivity.items()}
+        tensors |= {f"inv_freq.{source}": table.contiguous() for source, table in self.inv_freq.items()}
+        write_tensors(path, tensors, header, "moments")
 
     @classmethod
     def load(cls, path: str | Path) -> "Moments":
@@ -146,27 +148,18 @@ class Moments:
             ValueError: If the file is damaged or holds something else.
         """
         with damage_named(f"{path} holds no readable moments", ValueError):
-            return cls._assemble(*read_tensors(path, "moments"))
-
-    def _tensors(self) -> dict[str, Tensor]:
-        tensors = {f"second.{side}.{group[0]}": sums for (side, group), sums in self.second.items()}
-        tensors |= {f"total.{side}.{group[0]}": sums for (side, group), sums in self.total.items()}
-        tensors |= {f"sensitivity.{side}.{layer}": sums for (side, layer), sums in self.sensitivity.items()}
-        return tensors | {f"inv_freq.{source}": table.contiguous() for source, table in self.inv_freq.items()}
-
-    @classmethod
-    def _assemble(cls, header: dict[str, Any], tensors: dict[str, Tensor]) -> "Moments":
-        groups = {side: [tuple(group) for group in recorded] for side, recorded in header["groups"].items()}
-        moments = cls(ModelShape.from_dict(header["shape"]), groups, **{name: header[name] for name in _COUNTS})
-        for side, recorded in groups.items():
-            for group in recorded:
-                moments.second[side, group] = tensors.pop(f"second.{side}.{group[0]}")
-                moments.total[side, group] = tensors.pop(f"total.{side}.{group[0]}")
-        for layer in moments.shape.layers:
-            for side in SIDES:
-                moments.sensitivity[side, layer.layer_idx] = tensors.pop(f"sensitivity.{side}.{layer.layer_idx}")
-        moments.inv_freq = {name.removeprefix("inv_freq."): table for name, table in tensors.items()}
-        return moments
+            header, tensors = read_tensors(path, "moments")
+            groups = {side: [tuple(group) for group in recorded] for side, recorded in header["groups"].items()}
+            moments = cls(ModelShape.from_dict(header["shape"]), groups, **{name: header[name] for name in _COUNTS})
+            for side, recorded in groups.items():
+                for group in recorded:
+                    moments.second[side, group] = tensors.pop(f"second.{side}.{group[0]}")
+                    moments.total[side, group] = tensors.pop(f"total.{side}.{group[0]}")
+            for layer in moments.shape.layers:
+                for side in SIDES:
+                    moments.sensitivity[side, layer.layer_idx] = tensors.pop(f"sensitivity.{side}.{layer.layer_idx}")
+            moments.inv_freq = {name.removeprefix("inv_freq."): table for name, table in tensors.items()}
+            return moments
 
 
 def _add(total: Tensor | None, part: Tensor) -> Tensor:

@@ -32,19 +32,13 @@ def palu_bases(
             second, mean, sensitivity = moments.of_group(side, group, frame_length)
             shape, weight = moments.side(side, group), rank_weight(sensitivity)
             for heads in head_groups(shape.heads, head_group_size):
-                rows = head_rows(shape, len(group), heads)
-                bases.append(principal_basis(side, group, heads, second[rows][:, rows], mean[rows], weight))
+                bases.append(principal_basis(side, group, shape, heads, second, mean, weight))
     return bases
 
 
-def head_rows(shape: SideShape, members: int, heads: tuple[int, ...]) -> list[int]:
+def head_rows(shape: SideShape, members: int, heads: tuple[int, ...]) -> Tensor:
     """Where some heads stand in the states of ``members`` layers, in the order of a basis' rows."""
-    return [
-        (member * shape.heads + head) * shape.head_dim + number
-        for member in range(members)
-        for head in heads
-        for number in range(shape.head_dim)
-    ]
+    return torch.arange(members * shape.width).view(members, shape.heads, -1)[:, list(heads)].flatten()
 
 
 def rank_weight(sensitivity: Tensor) -> float:
@@ -57,9 +51,11 @@ def rank_weight(sensitivity: Tensor) -> float:
 
 
 def principal_basis(
-    side: str, group: Group, heads: tuple[int, ...], second: Tensor, mean: Tensor, weight: float
+    side: str, group: Group, shape: SideShape, heads: tuple[int, ...], second: Tensor, mean: Tensor, weight: float
 ) -> Basis:
-    """Principal components of the states of some heads, from their second moment and mean, float64."""
+    """Principal components of the states of some heads, from the second moment and mean of all, float64."""
+    rows = head_rows(shape, len(group), heads)
+    second, mean = second[rows][:, rows], mean[rows]
     _, components = torch.linalg.eigh(second)
     arrays = unit_variance(components, components.T, second, mean)
     return Basis(side, group, heads, **arrays, rank_weight=weight * len(mean))

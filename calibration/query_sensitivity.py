@@ -40,13 +40,10 @@ class QuerySensitivity:
     def add(
         self, moments: Moments, tokens: UsableTokens, seen: dict[int, Seen], hidden_states: tuple[Tensor, ...]
     ) -> None:
-        """Add the usable tokens of one batch.
+        """Add the usable tokens of one batch; ``moments.inv_freq`` are those of its forward.
 
-        Args:
-            moments: Of the model; ``inv_freq`` as in this forward.
-            tokens: Those of the batch.
-            seen: What ``record_queries`` kept of its forward; emptied.
-            hidden_states: Of the forward: the embeddings, then what each layer gave, ``[batch, tokens, hidden_size]``.
+        ``seen`` is what ``record_queries`` kept of the forward, and is emptied; ``hidden_states`` are the embeddings,
+        then what each layer gave, ``[batch, tokens, hidden_size]``.
 
         Raises:
             NotImplementedError: If a layer's queries were not seen, or are not of its keys' head_dim.

@@ -14,7 +14,7 @@ from torch import Tensor
 from lowrank_cache.basis import Basis
 from lowrank_cache.calibration.api import Method
 from lowrank_cache.calibration.moments import Moments
-from lowrank_cache.calibration.palu import check_head_group_size, head_groups, head_rows, principal_basis, rank_weight
+from lowrank_cache.calibration.palu import check_head_group_size, head_groups, principal_basis, rank_weight
 from lowrank_cache.shapes import Group
 
 __all__ = ["RECALKV", "group_similar_heads", "head_similarity", "recalkv_bases"]
@@ -29,16 +29,9 @@ def recalkv_bases(
     reorder: bool,
     refitted: Moments | None = None,
 ) -> list[Basis]:
-    """One basis per group of similar key heads, and one per layer for values.
+    """One basis per group of similar key heads, and one per layer for values. See ``calibrate`` for the options.
 
-    Args:
-        moments: Of the model as it is.
-        groups: Of one layer each.
-        frame_length: Slots per rotary frame of keys.
-        head_group_size: KV heads per group of keys. Where it does not divide their number, one group is smaller.
-        reorder: Group key heads by similarity (HSR), or adjacent ones.
-        refitted: Moments of the values that the compressed stream produces (OVC); None: those of the
-            model as it is.
+    ``refitted`` are moments of the values that the compressed stream produces (OVC); None: those of ``moments``.
     """
     bases = []
     for group in groups["key"]:
@@ -48,14 +41,12 @@ def recalkv_bases(
             head_sets = group_similar_heads(head_similarity(second, mean, shape.heads), head_group_size)
         else:
             head_sets = head_groups(shape.heads, head_group_size)
-        for heads in head_sets:
-            rows = head_rows(shape, 1, heads)
-            bases.append(principal_basis("key", group, heads, second[rows][:, rows], mean[rows], weight))
+        bases += [principal_basis("key", group, shape, heads, second, mean, weight) for heads in head_sets]
     for group in groups["value"]:
         weight = rank_weight(moments.of_group("value", group, frame_length)[2])
         second, mean, _ = (refitted or moments).of_group("value", group, frame_length)
-        heads = tuple(range(moments.side("value", group).heads))
-        bases.append(principal_basis("value", group, heads, second, mean, weight))
+        shape = moments.side("value", group)
+        bases.append(principal_basis("value", group, shape, tuple(range(shape.heads)), second, mean, weight))
     return bases
 
 
@@ -64,11 +55,7 @@ def head_similarity(second: Tensor, mean: Tensor, heads: int) -> Tensor:
 
     For centred states ``A_i`` ``[tokens, head_dim]`` of head ``i`` it is ``|A_iᵀ A_j|² / (|A_iᵀ A_i| |A_jᵀ
     A_j|)`` in Frobenius norms: blocks of the covariance suffice, tokens × tokens kernels are never formed.
-
-    Args:
-        second: ``[width, width]``, second moment of the states.
-        mean: ``[width]``.
-        heads: Number of heads.
+    ``second`` ``[width, width]`` and ``mean`` are the moments of all heads' states.
     """
     covariance = second - torch.outer(mean, mean)
     head_dim = len(mean) // heads
@@ -88,25 +75,24 @@ def group_similar_heads(similarity: Tensor, size: int) -> list[tuple[int, ...]]:
     """
     count = len(similarity)
     rooms = [len(group) for group in head_groups(count, size)]
-    groups: list[list[int]] = []
+    groups: list[list[int]] = [[] for _ in rooms]
     of_head: dict[int, int] = {}
+    opened = 0
 
     def join(head: int, index: int) -> None:
-        groups[index].append(head)
-        of_head[head] = index
+        if len(groups[index]) < rooms[index]:
+            groups[index].append(head)
+            of_head[head] = index
 
     pairs = [(-float(similarity[i, j]), i, j) for i in range(count) for j in range(i + 1, count)]
     for _, first, second in sorted(pairs):
         free = [head for head in (first, second) if head not in of_head]
-        if len(free) == 2 and len(groups) < len(rooms) and rooms[len(groups)] >= 2:
-            groups.append([])
-            for head in free:
-                join(head, len(groups) - 1)
+        if len(free) == 2 and opened < len(rooms) and rooms[opened] >= 2:
+            join(first, opened)
+            join(second, opened)
+            opened += 1
         elif len(free) == 1:
-            index = of_head[second if free[0] == first else first]
-            if len(groups[index]) < rooms[index]:
-                join(free[0], index)
-    groups += [[] for _ in range(len(rooms) - len(groups))]
+            join(free[0], of_head[second if free[0] == first else first])
     for head in range(count):
         if head not in of_head:
             join(head, next(index for index, group in enumerate(groups) if len(group) < rooms[index]))

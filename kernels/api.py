@@ -5,16 +5,15 @@ on GPUs, by the ``triton_*`` files, which are imported when they are first used.
 """
 
 import warnings
-from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
-from typing import NamedTuple
+from types import ModuleType, SimpleNamespace
 
 import torch
 from torch import Tensor
 
 from lowrank_cache.kernels import reference, torch_ops
-from lowrank_cache.kernels.packed import LatentSide, PackedTier, RotaryFrames
+from lowrank_cache.kernels.packed import LatentSide, PackedTier, RotaryFrames, tiles
 from lowrank_cache.kernels.segments import attend, merge
 
 __all__ = ["CHECKED_CARDS", "IMPLEMENTATIONS", "MAX_KERNEL_QUERIES", "encode", "latent_attention", "reconstruct"]
@@ -25,18 +24,8 @@ CHECKED_CARDS: frozenset[str] = frozenset()  # classes of GPUs on which the Trit
 _TILE_TOKENS = 4096
 
 
-class _Operations(NamedTuple):
-    encode: Callable[..., tuple[PackedTier, ...]]
-    reconstruct: Callable[..., Tensor]
-    latent_attention: Callable[..., tuple[Tensor, Tensor]]
-
-
-_REFERENCE = _Operations(reference.encode, reference.reconstruct, reference.latent_attention)
-_TORCH = _Operations(torch_ops.encode, torch_ops.reconstruct, torch_ops.latent_attention)
-
-
-def _operations(impl: str, device: torch.device, *head_dims: int) -> _Operations:
-    """Who computes for heads of these sizes on this device.
+def _operations(impl: str, device: torch.device, *head_dims: int) -> ModuleType | SimpleNamespace:
+    """Who computes for heads of these sizes on this device: what has the three operations as attributes.
 
     ``"auto"`` takes Triton on a GPU of ``CHECKED_CARDS`` where it is installed and every head_dim is a multiple of 16
     up to 256, and torch elsewhere; ``"triton"`` takes it on any device (on a CPU it needs ``TRITON_INTERPRET=1``).
@@ -49,7 +38,7 @@ def _operations(impl: str, device: torch.device, *head_dims: int) -> _Operations
     if impl == "auto":
         serves = device.type == "cuda" and all(map(_fits, head_dims)) and _triton_serves(device)
         impl = "triton" if serves else "torch"
-    return {"torch": _TORCH, "reference": _REFERENCE}.get(impl) or _triton()
+    return {"torch": torch_ops, "reference": reference}.get(impl) or _triton()
 
 
 def _fits(head_dim: int) -> bool:
@@ -79,10 +68,14 @@ def card_class(device: torch.device) -> str:
 
 
 @cache
-def _triton() -> _Operations:
+def _triton() -> SimpleNamespace:
     from lowrank_cache.kernels import triton_decode, triton_encode, triton_reconstruct  # CPU installations lack triton
 
-    return _Operations(triton_encode.encode, triton_reconstruct.reconstruct, triton_decode.latent_attention)
+    return SimpleNamespace(
+        encode=triton_encode.encode,
+        reconstruct=triton_reconstruct.reconstruct,
+        latent_attention=triton_decode.latent_attention,
+    )
 
 
 def encode(
@@ -122,14 +115,12 @@ def latent_attention(
 ) -> tuple[Tensor, Tensor]:
     """See ``reference.latent_attention``; ``impl`` is one of ``IMPLEMENTATIONS``."""
     operations = _operations(impl, query.device, key.up_proj.shape[2], value.up_proj.shape[2])
-    if operations in (_TORCH, _REFERENCE) or query.shape[2] <= MAX_KERNEL_QUERIES:
+    if operations in (torch_ops, reference) or query.shape[2] <= MAX_KERNEL_QUERIES:
         return operations.latent_attention(query, key, value, scaling=scaling, mask=mask, softcap=softcap)
     frame = 1 if key.rope is None else key.rope.frame_length
     tile = max(frame, _TILE_TOKENS // frame * frame)
     parts = []
-    for start in range(0, key.tokens, tile):
-        stop = min(start + tile, key.tokens)
-        keys, values = (operations.reconstruct(side.between(start, stop), query.dtype) for side in (key, value))
-        seen = mask if mask is None or mask.shape[-1] == 1 else mask[..., start:stop]
+    for *sides, seen in tiles(key, value, mask, tile):
+        keys, values = (operations.reconstruct(side, query.dtype) for side in sides)
         parts.append(attend(query, keys, values, scaling=scaling, mask=seen, softcap=softcap))
     return merge(parts)

@@ -5,6 +5,7 @@ A token's latent is a row of channels sorted into tiers by bit width. The 16-bit
 Everything here is eager torch on any device. Mathematics: docs/method.md, "The quantizer".
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -29,6 +30,7 @@ __all__ = [
     "quantize",
     "read_latents",
     "row_length",
+    "tiles",
     "unpack",
 ]
 
@@ -37,7 +39,7 @@ QUANTIZED_BITS = BIT_WIDTHS[1:]
 STEP_BYTES = 2  # one float16 step per token and quantized tier
 ROW_BYTES = 16  # a row of codes that starts on a multiple of it can be loaded 16 bytes at a time
 
-# Trial steps as fractions of the step at which nothing is clipped: coarse tiers gain from clipping.
+# Trial steps as fractions of the step at which nothing is clipped, which 8 bits keep: coarse tiers gain from clipping.
 STEP_FRACTIONS = {8: (1.0,), 4: (0.6, 0.7, 0.8, 0.9, 1.0), 2: (0.45, 0.55, 0.65, 0.75, 0.85, 1.0)}
 
 
@@ -137,8 +139,7 @@ class RotaryFrames:
     def rotated_into(self, states: Tensor, start: int = 0) -> Tensor:
         """``states`` of tokens from ``start`` on, rotated from their positions into their frames.
 
-        Args:
-            states: ``[batch, heads, tokens, head_dim]`` float32, post-RoPE.
+        They are ``[batch, heads, tokens, head_dim]`` float32, post-RoPE.
         """
         cos, sin = (table[:, :, start : start + states.shape[2]] for table in self.by_token())
         return rotate(states, cos, sin, self.layout, inverse=True)
@@ -208,6 +209,16 @@ class LatentSide:
         return self.shared["latents"]
 
 
+def tiles(
+    key: LatentSide, value: LatentSide, mask: Tensor | None, length: int
+) -> Iterator[tuple[LatentSide, LatentSide, Tensor | None]]:
+    """Keys, values and mask ``[..., tokens]`` or ``[..., 1]`` by tiles of ``length`` tokens, whole frames."""
+    for start in range(0, key.tokens, length):
+        stop = min(start + length, key.tokens)
+        seen = mask if mask is None or mask.shape[-1] == 1 else mask[..., start:stop]
+        yield key.between(start, stop), value.between(start, stop), seen
+
+
 def pack_latents(
     latents: Tensor, tiers: tuple[tuple[int, int], ...], weight: Tensor, latent_dtype: torch.dtype
 ) -> tuple[PackedTier, ...]:
@@ -215,7 +226,7 @@ def pack_latents(
 
     Args:
         latents: ``[batch, tokens, rank]`` float32.
-        tiers: ``(bits, channels)`` in the order of the channels.
+        tiers: ``(bits, channels)`` in the order of the channels, each width once.
         weight: ``[rank]`` float32: what a squared error in each channel costs.
         latent_dtype: Floating dtype of a 16-bit tier.
 
@@ -262,12 +273,8 @@ def quantize(latents: Tensor, bits: int, weight: Tensor) -> tuple[Tensor, Tensor
     # A step below float16's smallest normal number would round to zero and make every level zero.
     unclipped = (latents.abs().amax(-1) / half_levels).clamp_(min=2**-14)
     best_steps, best_error = unclipped, torch.full_like(unclipped, torch.inf)
-    for fraction in STEP_FRACTIONS[bits]:
-        steps = unclipped * fraction
-        levels = _nearest_level(latents, steps, half_levels)
-        if len(STEP_FRACTIONS[bits]) == 1:
-            best_steps = steps
-            break
+    for fraction in STEP_FRACTIONS[bits] if bits < 8 else ():
+        levels = _nearest_level(latents, unclipped * fraction, half_levels)
         # The least-squares step for these levels, then the error with it.
         weighted = levels * weight
         fitted = (weighted * latents).sum(-1) / (weighted * levels).sum(-1).clamp_(min=1e-12)

@@ -33,9 +33,7 @@ def encode(
         constants: By member ``[heads, head_dim]`` or ``[batch, heads, head_dim]`` float32.
         frames: By member; its first frame starts at the first token. None: not rotated.
         down_proj: ``[width, rank]`` or ``[batch, width, rank]``, ``width`` the heads of all members side by side.
-        tiers: ``(bits, channels)`` in the order of the channels, each width once.
-        weight: ``[rank]`` float32: what a squared error in each channel costs.
-        latent_dtype: Floating dtype of a 16-bit tier.
+        tiers, weight, latent_dtype: See ``packed.pack_latents``.
 
     Returns:
         One ``PackedTier`` for each of ``tiers``, padded to ``packed.ROW_BYTES``, on the device of ``down_proj``.
@@ -45,20 +43,19 @@ def encode(
     """
     parts = []
     for member, constant, rope in zip(states, constants, frames, strict=True):
-        member = member.to(down_proj.device, torch.float32)
-        if rope is not None:
-            member = rotate(member, *_token_tables(rope, member.shape[2], torch.float32), rope.layout, inverse=True)
+        member = _rotated(member.to(down_proj.device, torch.float32), rope, inverse=True)
         parts.append((member - constant[..., :, None, :]).transpose(1, 2).flatten(2))
     latents = torch.matmul(torch.cat(parts, dim=2), down_proj.float())
     return pack_latents(latents, tiers, weight, latent_dtype)
 
 
-def _token_tables(rope: RotaryFrames, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """``[1 or batch, 1, tokens, rotary_dim / 2]``: every token of a frame is rotated alike."""
-    cos, sin = (
-        table.to(dtype).repeat_interleave(rope.frame_length, dim=1)[:, None, :tokens] for table in (rope.cos, rope.sin)
-    )
-    return cos, sin
+def _rotated(states: Tensor, rope: RotaryFrames | None, *, inverse: bool = False) -> Tensor:
+    """``[batch, heads, tokens, head_dim]``: every token of a frame is rotated alike."""
+    if rope is None:
+        return states
+    cos, sin = (table.to(states.dtype).repeat_interleave(rope.frame_length, dim=1) for table in (rope.cos, rope.sin))
+    tokens = states.shape[2]
+    return rotate(states, cos[:, None, :tokens], sin[:, None, :tokens], rope.layout, inverse=inverse)
 
 
 def reconstruct(side: LatentSide, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -69,10 +66,7 @@ def reconstruct(side: LatentSide, dtype: torch.dtype = torch.float32) -> Tensor:
     latents = side.read(dtype)
     heads, head_dim = side.up_proj.shape[-2:]
     states = torch.matmul(latents, side.up_proj.to(dtype).flatten(-2)).unflatten(2, (heads, head_dim))
-    states = states.transpose(1, 2) + side.constant.to(dtype)[..., :, None, :]
-    if side.rope is None:
-        return states
-    return rotate(states, *_token_tables(side.rope, latents.shape[1], dtype), side.rope.layout)
+    return _rotated(states.transpose(1, 2) + side.constant.to(dtype)[..., :, None, :], side.rope)
 
 
 def latent_attention(

@@ -35,8 +35,7 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor, layout: str, *, inverse: bo
     Args:
         states: ``[..., head_dim]``, floating. float32 or wider is expected of callers that rotate
             stored keys: half precision would round twice.
-        cos: ``[..., rotary_dim / 2]``, broadcastable against ``states[..., : rotary_dim / 2]``.
-        sin: Like ``cos``.
+        cos, sin: ``[..., rotary_dim / 2]``, broadcastable against ``states[..., : rotary_dim / 2]``.
         layout: ``"half"`` pairs numbers ``i`` and ``i + rotary_dim / 2`` (Llama), ``"interleaved"``
             pairs ``2 i`` and ``2 i + 1`` (GLM, Cohere).
         inverse: Rotate by the negative angle.

@@ -50,10 +50,7 @@ def attend(
 
 
 def softmax(scores: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Softmax over the last axis, zeros where a query sees nothing, and its log-sum-exp (-inf there).
-
-    ``mask`` is as ``attend`` describes it.
-    """
+    """Softmax over the last axis, zeros where a query sees nothing, and its log-sum-exp (-inf there)."""
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     weights = torch.softmax(scores, dim=-1)

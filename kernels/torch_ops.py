@@ -6,7 +6,7 @@ Agrees with ``reference``, function by function. Mathematics: docs/method.md, "A
 import torch
 from torch import Tensor
 
-from lowrank_cache.kernels.packed import LatentSide, PackedTier, RotaryFrames, pack_latents
+from lowrank_cache.kernels.packed import LatentSide, PackedTier, RotaryFrames, pack_latents, tiles
 from lowrank_cache.kernels.rope import swap_pairs
 from lowrank_cache.kernels.segments import merge, softmax
 
@@ -49,10 +49,10 @@ def _joined(pieces: tuple[PackedTier, ...]) -> PackedTier:
 
 
 def reconstruct(side: LatentSide, dtype: torch.dtype = torch.float32) -> Tensor:
-    """States of one layer and side, post-RoPE: ``[batch, heads, tokens, head_dim]`` in ``dtype``.
+    """See ``reference.reconstruct``; computed in float32, but for the product.
 
-    Computed in float32, but for the product: where processors multiply ``dtype`` fast and ``up_proj`` is held in half
-    precision, it is taken in ``dtype``, which loses a model of that dtype nothing.
+    Where processors multiply ``dtype`` fast and ``up_proj`` is held in half precision, it is taken in ``dtype``, which
+    loses a model of that dtype nothing.
     """
     latents, up_proj = side.read_once(), side.up_proj
     fast = dtype == torch.bfloat16 or (dtype == torch.float16 and latents.is_cuda)
@@ -83,15 +83,8 @@ def latent_attention(
     """
     tile = _tile_tokens(query, key, value)
     if key.tokens <= tile:
-        return _attend_tile(query, key, value, scaling, mask, softcap)
-    parts = []
-    for start in range(0, key.tokens, tile):
-        stop = min(start + tile, key.tokens)
-        visible = None if mask is None else mask[..., start:stop] if mask.shape[-1] > 1 else mask
-        parts.append(
-            _attend_tile(query, key.between(start, stop), value.between(start, stop), scaling, visible, softcap)
-        )
-    return merge(parts)
+        return _attend_tile(query, key, value, mask, scaling, softcap)
+    return merge([_attend_tile(query, *part, scaling, softcap) for part in tiles(key, value, mask, tile)])
 
 
 def _tile_tokens(query: Tensor, key: LatentSide, value: LatentSide) -> int:
@@ -115,7 +108,7 @@ def _reconstructs(query: Tensor, side: LatentSide) -> bool:
 
 
 def _attend_tile(
-    query: Tensor, key: LatentSide, value: LatentSide, scaling: float, mask: Tensor | None, softcap: float | None
+    query: Tensor, key: LatentSide, value: LatentSide, mask: Tensor | None, scaling: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
     scores = (_reconstructed_scores if _reconstructs(query, key) else _absorbed_scores)(query.float() * scaling, key)
     if softcap is not None:

@@ -42,6 +42,7 @@ _SMALL_CHUNK = 64  # where a tile of the up-projection has to lie beside it
 _BLOCK = 64  # slots that are weighed at once
 _ABSORBED_BYTES = 32 * 2**20  # of absorbed queries that exist at a time: they should stay in the GPU's L2 cache
 _PROGRAMS = 512  # of `weigh` that are worth splitting the tokens for: a few for every multiprocessor
+_LOG2E = math.log2(math.e)
 _LONGEST_SPLIT = 2048  # slots; shorter splits write more partial sums than is worth their parallelism
 
 
@@ -51,8 +52,8 @@ class _Step:
 
     Attributes:
         rows: Query heads times query tokens, query heads of one KV head side by side.
+        finish: How scores are capped and masked: arguments of every kernel that computes some.
         exact: Whether everything is float32.
-        factor: What finished scores are multiplied with if there is a softcap.
     """
 
     query: Tensor
@@ -60,13 +61,10 @@ class _Step:
     value: LatentSide
     keys: TierArguments
     values: TierArguments
-    mask: dict[str, Any]
+    finish: dict[str, Any]
     rows: int
-    q_tokens: int
     exact: bool
     scaling: float
-    factor: float
-    softcap: bool
 
     @property
     def batch(self) -> int:
@@ -116,19 +114,7 @@ def latent_attention(
     mask: Tensor | None = None,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention over tokens that exist only as latents. Every query stands after every one of these tokens.
-
-    Args:
-        query: ``[batch, q_heads, q_tokens, head_dim]``, post-RoPE, float32 or half precision, on a GPU.
-        key: Each of its heads serves ``q_heads / heads`` adjacent query heads.
-        value: As many heads and tokens as ``key``.
-        scaling: Factor of the scores.
-        mask: bool, broadcastable to ``[batch, 1, q_tokens, tokens]``; True where a query sees a token.
-        softcap: ``s`` becomes ``softcap · tanh(s / softcap)``.
-
-    Returns:
-        Output ``[batch, q_heads, q_tokens, value_dim]`` and log-sum-exp of the scores ``[batch, q_heads, q_tokens]``,
-        both float32. A query that sees no token has output 0 and log-sum-exp -inf.
+    """See ``reference.latent_attention``: same arguments, same results, in float32 whatever ``query`` is.
 
     Raises:
         ValueError: If shapes do not fit together, matrices differ by batch element, or rows of codes are not padded and
@@ -140,20 +126,16 @@ def latent_attention(
     lse = torch.empty(batch, q_heads, q_tokens, dtype=torch.float32, device=query.device)
     if key.tokens == 0:
         return output.zero_(), lse.fill_(-math.inf)
-    log2e = math.log2(math.e)
     step = _Step(
         query=query.contiguous(),
         key=key,
         value=value,
         keys=tier_arguments(key.tiers),
         values=tier_arguments(value.tiers),
-        mask=_mask_arguments(mask, query, key.tokens),
+        finish=_finish_arguments(mask, softcap, query, key.tokens),
         rows=q_heads * q_tokens,
-        q_tokens=q_tokens,
         exact=query.dtype == torch.float32,
-        scaling=scaling * log2e if softcap is None else scaling / softcap,
-        factor=1.0 if softcap is None else softcap * log2e,
-        softcap=softcap is not None,
+        scaling=scaling * _LOG2E if softcap is None else scaling / softcap,
     )
     with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
         _attend(step, output, lse)
@@ -175,18 +157,22 @@ def _check(query: Tensor, key: LatentSide, value: LatentSide) -> None:
         )
 
 
-def _mask_arguments(mask: Tensor | None, query: Tensor, tokens: int) -> dict[str, Any]:
-    """Where the mask lies; ``"tokens"`` if it is the same for all query tokens."""
-    if mask is None:
-        return {"mask": query, "mask_batch": 0, "mask_query": 0, "mask_token": 0, "MASK": "none"}
-    mask = mask.expand(query.shape[0], 1, query.shape[2], tokens).view(torch.uint8)
-    alike = mask.shape[2] == 1 or mask.stride(2) == 0
+def _finish_arguments(mask: Tensor | None, softcap: float | None, query: Tensor, tokens: int) -> dict[str, Any]:
+    """What ``triton_scores._finish`` takes; ``MASK`` is ``"tokens"`` if all query tokens see the same."""
+    kind, strides = "none", (0,) * 4
+    if mask is not None:
+        mask = mask.expand(query.shape[0], 1, query.shape[2], tokens).view(torch.uint8)
+        strides = mask.stride()
+        kind = "tokens" if mask.shape[2] == 1 or strides[2] == 0 else "queries"
     return {
-        "mask": mask,
-        "mask_batch": mask.stride(0),
-        "mask_query": mask.stride(2),
-        "mask_token": mask.stride(3),
-        "MASK": "tokens" if alike else "queries",
+        "mask": query if mask is None else mask,
+        "mask_batch": strides[0],
+        "mask_query": strides[2],
+        "mask_token": strides[3],
+        "q_tokens": query.shape[2],
+        "factor": 1.0 if softcap is None else softcap * _LOG2E,
+        "MASK": kind,
+        "SOFTCAP": softcap is not None,
     }
 
 
@@ -195,13 +181,13 @@ def _attend(step: _Step, output: Tensor, lse: Tensor) -> None:
     heads = step.key.up_proj.shape[1]
     # Absorbing costs as much per frame as reconstructing costs per token, times a head's queries.
     reconstructed = rope is not None and rope.frame_length <= step.rows // heads
-    if rope is None:
-        waves = [_Wave(0, 1, tokens, block(tokens, 16, 64))]
-    elif reconstructed:
-        # The wider the tile, the less often the up-projection is read.
-        waves = [_Wave(0, 1, tokens, block(tokens, 16, 128 if step.query.shape[3] <= 128 else 64))]
-    else:
-        waves = _waves(step, rope.frame_length)
+    frame_length = tokens if rope is None or reconstructed else rope.frame_length
+    # The wider a tile of keys, the less often the up-projection is read.
+    tile = block(frame_length, 16, 128 if reconstructed and step.query.shape[3] <= 128 else 64)
+    # So many frames at a time that their absorbed queries stay small.
+    frames, size = triton.cdiv(tokens, frame_length), 4 if step.exact else 2
+    at_a_time = max(1, _ABSORBED_BYTES // (step.batch * step.rows * step.keys.chunks(_CHUNK) * _CHUNK * size))
+    waves = [_Wave(first, min(at_a_time, frames - first), frame_length, tile) for first in range(0, frames, at_a_time)]
     chunks = step.values.chunks(_CHUNK)
     rows = block(step.rows, 16, 64)
     programs = step.batch * triton.cdiv(step.rows, rows) * chunks
@@ -243,15 +229,6 @@ def _attend(step: _Step, output: Tensor, lse: Tensor) -> None:
         )
         done += count
     _combine(step, partial, maxima, sums, output, lse)
-
-
-def _waves(step: _Step, frame_length: int) -> list[_Wave]:
-    """All frames, so many at a time that their absorbed queries stay small."""
-    frames = triton.cdiv(step.key.tokens, frame_length)
-    size = 4 if step.exact else 2
-    at_a_time = max(1, _ABSORBED_BYTES // (step.batch * step.rows * step.keys.chunks(_CHUNK) * _CHUNK * size))
-    tile = block(frame_length, 16, 64)
-    return [_Wave(first, min(at_a_time, frames - first), frame_length, tile) for first in range(0, frames, at_a_time)]
 
 
 def _absorbed_scores(step: _Step, wave: _Wave, scores: Tensor) -> None:
@@ -298,17 +275,14 @@ def _absorbed_scores(step: _Step, wave: _Wave, scores: Tensor) -> None:
         rows=step.rows,
         tokens=step.key.tokens,
         frames=wave.frames,
-        q_tokens=step.q_tokens,
-        factor=step.factor,
         ROWS=rows,
         CHUNK=_CHUNK,
-        SOFTCAP=step.softcap,
         DOT=step.dot,
         PRECISION=precision(step.exact),
         num_warps=warps(threads),
         num_stages=2,
         **wave.arguments(),
-        **step.mask,
+        **step.finish,
     )
 
 
@@ -323,21 +297,18 @@ def _reconstructed_scores(step: _Step, wave: _Wave, scores: Tensor) -> None:
         head_rows=head_rows,
         tokens=step.key.tokens,
         frame_length=step.key.rope.frame_length,
-        q_tokens=step.q_tokens,
         scaling=step.scaling,
-        factor=step.factor,
         PAIRS=block(up["HEAD_DIM"] // 2, 16, 128),
         ROWS=block(head_rows, 16, 64),
         TILE=wave.tile,
         CHUNK=_SMALL_CHUNK // 2 if step.exact and up["HEAD_DIM"] > 128 else _SMALL_CHUNK,
-        SOFTCAP=step.softcap,
         UP_DOT=tl.float32 if step.exact else dot_dtype(up["up_proj"].dtype),
         DOT=step.dot,
         PRECISION=precision(step.exact),
         num_warps=warps(256),
         num_stages=2,
         **up,
-        **step.mask,
+        **step.finish,
     )
 
 

@@ -7,8 +7,7 @@ is near that of float32.
 """
 
 from contextlib import nullcontext
-from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate
 
 import torch
 import triton
@@ -16,10 +15,16 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lowrank_cache.kernels.packed import PackedTier, RotaryFrames, padded_channels
+from lowrank_cache.kernels.packed import (
+    BIT_WIDTHS,
+    STEP_FRACTIONS,
+    PackedTier,
+    RotaryFrames,
+    pack_latents,
+    padded_channels,
+)
 from lowrank_cache.kernels.triton_reconstruct import pair_columns
 from lowrank_cache.kernels.triton_tiers import (
-    TIER_BITS,
     block,
     plain,
     rotary_arguments,
@@ -180,36 +185,6 @@ def _quantize(
         tl.store(target, byte.to(tl.uint8), mask=inside)
 
 
-# As in the reference, whose file is not imported: tests hold both against each other.
-_STEP_FRACTIONS = {8: (1.0,), 4: (0.6, 0.7, 0.8, 0.9, 1.0), 2: (0.45, 0.55, 0.65, 0.75, 0.85, 1.0)}
-
-
-@dataclass(frozen=True)
-class _Columns:
-    """Where tiers stand in the buffer of latents: tier ``i`` at ``columns[i]``, its first channel ``starts[i]``."""
-
-    starts: list[int]
-    columns: list[int]
-    row: int
-
-    def gaps(self) -> tuple[tuple[int, int], ...]:
-        """By tier after the first: its first channel, and the columns that stay empty before it, for the kernel."""
-        shifts = [column - start for start, column in zip(self.starts, self.columns, strict=True)]
-        gaps = list(zip(self.starts[1:], [after - before for before, after in pairwise(shifts)], strict=True))
-        gaps += [(_BEYOND, 0)] * (len(TIER_BITS) - len(self.starts))
-        return tuple((unspecialised(start), unspecialised(empty)) for start, empty in gaps)
-
-
-def _columns(tiers: tuple[tuple[int, int], ...]) -> _Columns:
-    starts, columns, start, column = [], [], 0, 0
-    for bits, channels in tiers:
-        starts.append(start)
-        columns.append(column)
-        start += channels
-        column += -(-padded_channels(bits, channels) // _ALIGNMENT) * _ALIGNMENT
-    return _Columns(starts, columns, column)
-
-
 def encode(
     states: list[Tensor],
     constants: list[Tensor],
@@ -219,19 +194,7 @@ def encode(
     weight: Tensor,
     latent_dtype: torch.dtype,
 ) -> tuple[PackedTier, ...]:
-    """Latents of states that share one: rotated into their frames, centred, projected, quantized and packed.
-
-    Args:
-        states: By member ``[batch, heads, tokens, head_dim]``, post-RoPE; heads and head_dim may differ.
-        constants: By member ``[heads, head_dim]`` float32.
-        frames: By member; its first frame starts at the first token. None: not rotated.
-        down_proj: ``[width, rank]``, ``width`` the heads of all members side by side.
-        tiers: ``(bits, channels)`` in the order of the channels, each width once.
-        weight: ``[rank]`` float32: what a squared error in each channel costs.
-        latent_dtype: Floating dtype of a 16-bit tier.
-
-    Returns:
-        One ``PackedTier`` for each of ``tiers``, rows padded to ``packed.ROW_BYTES``.
+    """See ``reference.encode``: same arguments, but one basis and one mean for all batch elements; same results.
 
     Raises:
         ValueError: If a latent is not finite, or shapes do not fit together.
@@ -251,20 +214,14 @@ def encode(
             )
     device = states[0].device
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        columns = _columns(tiers)
-        latents = _latents(states, constants, frames, down_proj, columns)
-        packed = []
-        for (bits, channels), start, column in zip(tiers, columns.starts, columns.columns, strict=True):
-            tier = latents[..., column : column + channels]
-            if not bool(torch.isfinite(tier).all()):
-                raise ValueError("states must be finite, got NaN or infinity: the forward overflowed")
-            padded = padded_channels(bits, channels)
+        latents = _latents(states, constants, frames, down_proj, tiers)
+        costs = weight.split([channels for _, channels in tiers])
+        packed: list[PackedTier] = []
+        for (bits, channels), tier, cost in zip(tiers, latents, costs, strict=True):
             if bits == 16:
-                limit = min(torch.finfo(latent_dtype).max, torch.finfo(tier.dtype).max)
-                codes = pad(tier.clamp(-limit, limit).to(latent_dtype), (0, padded - channels))
-                packed.append(PackedTier(bits, channels, codes, None))
+                packed += pack_latents(tier, ((bits, channels),), cost, latent_dtype)
             else:
-                packed.append(_pack(bits, channels, tier, weight[start : start + channels]))
+                packed.append(_pack(tier, bits, cost))
     return tuple(packed)
 
 
@@ -273,12 +230,15 @@ def _latents(
     constants: list[Tensor],
     frames: list[RotaryFrames | None],
     down_proj: Tensor,
-    columns: _Columns,
-) -> Tensor:
-    """``[batch, tokens, row]`` float32, tiers in their columns; what lies between them is not set."""
+    tiers: tuple[tuple[int, int], ...],
+) -> tuple[Tensor, ...]:
+    """By tier ``[batch, tokens, channels]`` float32: views of one buffer, in which gaps between tiers are not set."""
     batch, _, tokens, _ = states[0].shape
-    latents = states[0].new_empty(batch, tokens, columns.row, dtype=torch.float32)
-    rank = down_proj.shape[1]
+    sizes = [channels for _, channels in tiers]
+    empty = [-(-padded_channels(*tier) // _ALIGNMENT) * _ALIGNMENT - tier[1] for tier in tiers]  # columns behind each
+    rank, row = sum(sizes), sum(sizes) + sum(empty)
+    latents = states[0].new_empty(batch, tokens, row, dtype=torch.float32)
+    gaps = [*zip(accumulate(sizes), empty, strict=True)][:-1] + [(_BEYOND, 0)] * (len(BIT_WIDTHS) - len(tiers))
     # Rows of the matrix are read 16 bytes at a time.
     if rank % 8 or not down_proj.is_contiguous() or down_proj.storage_offset() % 8:
         down_proj = pad(down_proj, (0, -rank % 8)).contiguous()
@@ -302,8 +262,8 @@ def _latents(
             frame_length=1 if rope is None else rope.frame_length,
             rank=rank,
             down_stride=down_proj.stride(0) // 8,
-            row=columns.row // _ALIGNMENT,
-            gaps=columns.gaps(),
+            row=row // _ALIGNMENT,
+            gaps=tuple((unspecialised(start), unspecialised(columns)) for start, columns in gaps),
             HEAD_DIM=head_dim,
             PAIRS=block(head_dim // 2, 16, 64),
             ADD=number > 0,
@@ -315,11 +275,13 @@ def _latents(
             **rotary_arguments(rope, constant),
         )
         start += heads * head_dim
-    return latents
+    return latents.split([columns for both in zip(sizes, empty, strict=True) for columns in both], dim=2)[::2]
 
 
-def _pack(bits: int, channels: int, tier: Tensor, weight: Tensor) -> PackedTier:
-    batch, tokens, _ = tier.shape
+def _pack(tier: Tensor, bits: int, weight: Tensor) -> PackedTier:
+    if not bool(torch.isfinite(tier).all()):
+        raise ValueError("states must be finite, got NaN or infinity: the forward overflowed")
+    batch, tokens, channels = tier.shape
     width = padded_channels(bits, channels) * bits // 8
     codes = torch.empty(batch, tokens, width, dtype=torch.uint8, device=tier.device)
     steps = torch.empty(batch, tokens, dtype=torch.float16, device=tier.device)
@@ -335,7 +297,7 @@ def _pack(bits: int, channels: int, tier: Tensor, weight: Tensor) -> PackedTier:
         width=width // 16,
         channels=channels,
         BITS=bits,
-        FRACTIONS=_STEP_FRACTIONS[bits],
+        FRACTIONS=STEP_FRACTIONS[bits],
         TILE=tile,
         CHUNK=128,
         num_warps=warps(128),

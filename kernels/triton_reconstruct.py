@@ -165,10 +165,7 @@ def _reconstruct(
 
 
 def reconstruct(side: LatentSide, dtype: torch.dtype = torch.float32) -> Tensor:
-    """States of one layer and side, post-RoPE: ``[batch, heads, tokens, head_dim]`` in ``dtype``.
-
-    float32 states are computed in float32; half-precision ones from products of the dtype of ``up_proj``, float32
-    sums and float32 rotations.
+    """See ``reference.reconstruct``; half-precision states from products of the dtype of ``up_proj``, else float32.
 
     Raises:
         ValueError: If matrices do not fit the tiers or differ by batch element, head_dim is not a multiple of 16 up to

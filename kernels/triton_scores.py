@@ -10,10 +10,10 @@ import triton.language as tl
 from lowrank_cache.kernels.triton_reconstruct import RECONSTRUCT_INTEGERS, pair_columns, reconstruct_pair
 from lowrank_cache.kernels.triton_tiers import all_chunks, channel_of, chunk_count, half_steps, load_levels
 
-__all__ = ["absorb", "absorbed_scores", "reconstructed_scores", "slot_tokens"]
+__all__ = ["SLOT_INTEGERS", "absorb", "absorbed_scores", "reconstructed_scores", "slot_tokens"]
 
 _ABSORB_INTEGERS = ["head_rows", "heads", "frames", "first_frame", "cos_batch", "up_rank", "up_head", "chunks", "steps"]
-_SCORE_INTEGERS = ["rows", "tokens", "frames", "first_frame", "frame_length", "frame_tiles", "tiles", "q_tokens"]
+SLOT_INTEGERS = ["rows", "tokens", "first_frame", "frame_length", "frame_tiles", "tiles"]
 _MASK_INTEGERS = ["mask_batch", "mask_query", "mask_token"]
 
 
@@ -138,7 +138,7 @@ def _add_scores(
     return scores
 
 
-@triton.jit(do_not_specialize=[*_SCORE_INTEGERS, *_MASK_INTEGERS])
+@triton.jit(do_not_specialize=[*SLOT_INTEGERS, "frames", "q_tokens", *_MASK_INTEGERS])
 def absorbed_scores(
     out,  # [batch, rows, tiles * TILE] float32
     absorbed,  # [batch, frames, rows, positions]

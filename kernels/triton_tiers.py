@@ -12,6 +12,7 @@ bytes, from which the compiler learns that they are aligned.
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -19,10 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowrank_cache.kernels.packed import ROW_BYTES, LatentSide, PackedTier, RotaryFrames
+from lowrank_cache.kernels.packed import BIT_WIDTHS, ROW_BYTES, LatentSide, PackedTier, RotaryFrames
 
 __all__ = [
-    "TIER_BITS",
     "Tier",
     "TierArguments",
     "all_chunks",
@@ -44,8 +44,6 @@ __all__ = [
     "warps",
 ]
 
-TIER_BITS = (16, 8, 4, 2)
-
 
 def unspecialised(number: int) -> int:
     """``number`` as kernels take it inside a tuple; ``plain`` leads back.
@@ -66,8 +64,7 @@ class Tier(NamedTuple):
         codes_batch, codes_token: Strides in units of 16 bytes.
         steps_batch, steps_token: Strides in elements.
         start: The tier's first channel in the latent.
-        channels: How many it has.
-        bits: Their width.
+        channels, bits: How many it has, and their width.
     """
 
     codes: Any
@@ -87,7 +84,7 @@ class TierArguments:
     """What kernels are given of a latent.
 
     Attributes:
-        tiers: By ``TIER_BITS``.
+        tiers: By ``BIT_WIDTHS``.
         positions: That each of them takes before it is padded to whole chunks.
     """
 
@@ -105,21 +102,26 @@ def tier_arguments(tiers: tuple[PackedTier, ...]) -> TierArguments:
     Raises:
         ValueError: If there is no tier, a width comes twice, or rows are not padded and aligned to 16 bytes.
     """
-    by_bits: dict[int, PackedTier] = {}
-    starts, start = {}, 0
-    for tier in tiers:
-        if tier.bits in by_bits:
-            raise ValueError(f"tiers must have distinct widths among {TIER_BITS}, got {[one.bits for one in tiers]}")
-        by_bits[tier.bits] = tier
-        starts[tier.bits] = start
-        start += tier.channels
-        _check_rows(tier)
-    if not by_bits:
+    if not tiers:
         raise ValueError("tiers must hold at least one tier, got none")
+    by_bits = {tier.bits: tier for tier in tiers}
+    if len(by_bits) < len(tiers):
+        raise ValueError(f"tiers must have distinct widths among {BIT_WIDTHS}, got {[one.bits for one in tiers]}")
+    starts = dict(zip(by_bits, accumulate((tier.channels for tier in tiers), initial=0), strict=False))
+    for tier in tiers:
+        codes = tier.codes
+        strides = [stride for length, stride in zip(codes.shape, codes.stride(), strict=True) if length > 1]
+        lengths = [codes.shape[2], *[stride for stride in strides if stride != 1], codes.storage_offset()]
+        if codes.stride(2) != 1 or any(length * codes.element_size() % ROW_BYTES for length in lengths):
+            raise ValueError(
+                f"codes of the {tier.bits}-bit tier must be rows of {tier.channels} channels padded and aligned to "
+                f"{ROW_BYTES} bytes, got {codes.dtype} of shape {tuple(codes.shape)}, strides {codes.stride()} and "
+                f"offset {codes.storage_offset()}"
+            )
     # An absent tier has rows of no length; its pointers are any that are aligned and of the right type.
     anything = tiers[0].codes
     arguments, positions = [], []
-    for bits in TIER_BITS:
+    for bits in BIT_WIDTHS:
         found = by_bits.get(bits)
         codes = anything.view(torch.float16 if bits == 16 else torch.uint8) if found is None else found.codes
         steps = anything.view(torch.float16)[..., 0] if found is None or found.steps is None else found.steps
@@ -130,18 +132,6 @@ def tier_arguments(tiers: tuple[PackedTier, ...]) -> TierArguments:
         arguments.append(Tier._make((codes, steps, *map(unspecialised, numbers), tl.constexpr(bits))))
         positions.append(row * unit * max(1, 8 // bits))
     return TierArguments(tuple(arguments), tuple(positions))
-
-
-def _check_rows(tier: PackedTier) -> None:
-    codes = tier.codes
-    strides = [stride for length, stride in zip(codes.shape, codes.stride(), strict=True) if length > 1]
-    lengths = [codes.shape[2], *[stride for stride in strides if stride != 1], codes.storage_offset()]
-    if codes.stride(2) != 1 or any(length * codes.element_size() % ROW_BYTES for length in lengths):
-        raise ValueError(
-            f"codes of the {tier.bits}-bit tier must be rows of {tier.channels} channels padded and aligned to "
-            f"{ROW_BYTES} bytes, got {codes.dtype} of shape {tuple(codes.shape)}, strides {codes.stride()} and "
-            f"offset {codes.storage_offset()}"
-        )
 
 
 def check_side(name: str, side: LatentSide) -> None:
@@ -225,9 +215,8 @@ def precision(exact: bool) -> str:
 
 def three_part_precision() -> str:
     """How products of float32 operands are taken on matrix cores with an error near that of float32."""
-    if interpreted() or triton.runtime.driver.active.get_current_target().backend != "cuda":
-        return "ieee"  # AMD's matrix cores multiply float32
-    return "tf32x3"
+    nvidia = not interpreted() and triton.runtime.driver.active.get_current_target().backend == "cuda"
+    return "tf32x3" if nvidia else "ieee"  # AMD's matrix cores multiply float32
 
 
 @triton.jit

@@ -6,26 +6,13 @@ Values are accumulated as latents, by position (see ``triton_tiers``), and meet 
 import triton
 import triton.language as tl
 
-from lowrank_cache.kernels.triton_scores import slot_tokens
+from lowrank_cache.kernels.triton_scores import SLOT_INTEGERS, slot_tokens
 from lowrank_cache.kernels.triton_tiers import all_chunks, channel_of, chunk_count, half_steps, load_levels
 
 __all__ = ["combine", "project", "weigh"]
 
 # Weights are at most 1, and float16 keeps full precision down to 2**-14: with this factor, down to weights of 2**-29.
 _WEIGHT_SCALE = tl.constexpr(32768.0)
-
-_WEIGH_INTEGERS = [
-    "rows",
-    "row_blocks",
-    "tokens",
-    "first_frame",
-    "frame_length",
-    "frame_tiles",
-    "tiles",
-    "split_blocks",
-    "first_split",
-    "splits",
-]
 
 
 @triton.jit
@@ -72,7 +59,7 @@ def _weigh_tier(
         tl.store(sums + row, total, mask=in_rows)
 
 
-@triton.jit(do_not_specialize=_WEIGH_INTEGERS)
+@triton.jit(do_not_specialize=[*SLOT_INTEGERS, "row_blocks", "split_blocks", "first_split", "splits"])
 def weigh(
     partial,  # [batch, splits, rows, positions] float32
     maxima, sums,  # [batch, splits, rows] float32

@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels under test need triton")
 
-from lowrank_cache.kernels import reference, triton_encode
-from lowrank_cache.kernels.packed import read_latents
+from lowrank_cache.kernels import reference
+from lowrank_cache.kernels.packed import read_latents, unpack
 from lowrank_cache.kernels.rope import rotate
 from lowrank_cache.kernels.triton_encode import encode
 from tests.oracle.latent_sides import FLOAT16_ROUNDING, FLOAT32_ROUNDING, make_rope, on_device
@@ -78,7 +78,7 @@ def check_encoded(case):
             torch.testing.assert_close(errors[0].mean(), errors[1].mean(), rtol=2e-3, atol=0)
             alike = (tier.steps.float() / other.steps.float() - 1).abs() < 4 * FLOAT16_ROUNDING
             assert float(alike.float().mean()) > 0.9
-            levels, other_levels = (reference.unpack(one.codes, one.bits)[alike].int() for one in (tier, other))
+            levels, other_levels = (unpack(one.codes, one.bits)[alike].int() for one in (tier, other))
             assert int((levels - other_levels).abs().max()) <= 1
             assert float((levels != other_levels).float().mean()) < 0.01
             assert bool((levels[..., tier.channels :] == 0).all()), "padding must be zero"
@@ -148,10 +148,6 @@ def test_refuses_matrices_by_batch_element():
         encode(**case | {"down_proj": torch.stack([case["down_proj"]] * 2)})
     with pytest.raises(ValueError, match=r"constants must be \[2, 32\] .* got \[2, 2, 32\]"):
         encode(**case | {"constants": [torch.stack(case["constants"] * 2)]})
-
-
-def test_trial_steps_are_those_of_the_reference():
-    assert triton_encode._STEP_FRACTIONS == reference._STEP_FRACTIONS
 
 
 @pytest.mark.parametrize("plant", ["sine", "constant", "weight"])

@@ -7,7 +7,8 @@ pytest.importorskip("triton", reason="the kernels under test need triton")
 import triton
 import triton.language as tl
 
-from lowrank_cache.kernels.triton_tiers import TIER_BITS, channel_of, plain, tier_arguments, unspecialised
+from lowrank_cache.kernels.packed import BIT_WIDTHS
+from lowrank_cache.kernels.triton_tiers import channel_of, plain, tier_arguments, unspecialised
 from tests.oracle.latent_sides import make_tiers, on_device
 
 
@@ -48,7 +49,7 @@ def test_kernels_are_given_no_integer_that_triton_specialises_on():
 
 def test_absent_tiers_have_rows_of_no_length():
     tiers = tier_arguments(make_tiers({8: 20}, 2, 3)).tiers
-    assert [tier.bits.value for tier in tiers] == list(TIER_BITS)
+    assert [tier.bits.value for tier in tiers] == list(BIT_WIDTHS)
     assert [tier.row for tier in tiers] == [unspecialised(row) for row in (0, 2, 0, 0)]
 
 
