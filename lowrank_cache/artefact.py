@@ -33,10 +33,9 @@ __all__ = [
 ]
 
 # What wrong types and sizes in a file may raise where they are used.
-DAMAGE: tuple[type[Exception], ...] = (
-    *(KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError),
-    SafetensorError,
-)
+DAMAGE: tuple[type[Exception], ...] = (KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError)
+DAMAGE += (SafetensorError,)
+DOWNLOAD = {"revision", "token", "cache_dir", "local_files_only", "force_download"}
 
 
 def write_files(contents: Mapping[Path, bytes | Callable[[Path], object]]) -> None:
@@ -209,20 +208,12 @@ class Artefact:
             if path != current:
                 path.unlink(missing_ok=True)
 
-    def read(
-        self,
-        name_or_path: str | Path,
-        *,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-        force_download: bool = False,
-    ) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
+    def read(self, name_or_path: str | Path, **download: Any) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
         """What ``write`` wrote, from a folder or from a repository on the hub, whole and undamaged.
 
         Args:
-            revision, token, cache_dir, local_files_only, force_download: See ``huggingface_hub.snapshot_download``.
+            download: ``revision``, ``token``, ``cache_dir``, ``local_files_only`` and ``force_download``, see
+                ``huggingface_hub.snapshot_download``.
 
         Returns:
             Where it lies, its facts, and its tensors, which are mapped: pages are read when they are used.
@@ -230,20 +221,14 @@ class Artefact:
         Raises:
             FileNotFoundError: If a file is missing.
             ValueError: If a file is damaged, was edited, or has another format version.
+            TypeError: If an option is unknown.
         """
+        if unknown := sorted(set(download) - DOWNLOAD):
+            raise TypeError(f"options of loading must be among {sorted(DOWNLOAD)}, got {unknown}")
         folder = Path(name_or_path)
         if not folder.is_dir():
-            folder = Path(
-                snapshot_download(
-                    str(name_or_path),
-                    revision=revision,
-                    token=token,
-                    cache_dir=cache_dir,
-                    local_files_only=local_files_only,
-                    force_download=force_download,
-                    allow_patterns=[self.config_file, self.tensor_file],
-                )
-            )
+            wanted = [self.config_file, self.tensor_file]
+            folder = Path(snapshot_download(str(name_or_path), allow_patterns=wanted, **download))
         self._check_there(folder / self.config_file)
         config = self._read_config(folder / self.config_file)
         digest = config.get("tensors_sha256")

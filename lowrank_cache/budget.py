@@ -369,21 +369,18 @@ def spend(losses: Sequence[np.ndarray], budget: float, levels: tuple[int, ...] =
 
 
 def _spend_rest(fronts: list, chosen: list[int], remaining: float) -> None:
+    """While a choice fits that loses less, take the one that gains most."""
     while True:
-        best = (0.0, -1, -1)
-        for store, (sizes, losses, _) in enumerate(fronts):
-            here = chosen[store]
+        gains = []
+        for latent, ((sizes, losses, _), here) in enumerate(zip(fronts, chosen, strict=True)):
             fits = np.flatnonzero((sizes <= sizes[here] + remaining) & (losses < losses[here]))
             if len(fits):
-                there = fits[np.argmin(losses[fits])]
-                gain = float(losses[here] - losses[there])
-                if gain > best[0]:
-                    best = (gain, store, int(there))
-        if best[1] < 0:
+                there = int(fits[np.argmin(losses[fits])])
+                gains.append((losses[here] - losses[there], -latent, there, sizes[there] - sizes[here]))
+        if not gains:
             return
-        _, store, there = best
-        remaining -= fronts[store][0][there] - fronts[store][0][chosen[store]]
-        chosen[store] = there
+        _, latent, there, price = max(gains)
+        chosen[-latent], remaining = there, remaining - price
 
 
 def _front(loss: np.ndarray, levels: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, list[Tiers]]:

@@ -250,7 +250,8 @@ class LowRankCache(Cache):
             NotImplementedError: If a layer that is not compressed is of a kind that cannot be saved.
             OSError: If there is no room or no permission.
         """
-        saved_cache.write(folder, *self._gathered())
+        facts, tensors = self._gathered()
+        saved_cache.ARTEFACT.write(folder, facts, tensors.all())
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Save to a repository on the hub and return the commit's address; ``options``: see ``Artefact.push``."""

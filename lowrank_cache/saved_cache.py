@@ -22,7 +22,7 @@ from lowrank_cache.probe import input_device, one_token_cache
 from lowrank_cache.shapes import ModelShape
 from lowrank_cache.store import LatentStore
 
-__all__ = ["ARTEFACT", "SavedCache", "gather", "owner_facts", "push", "reading", "write"]
+__all__ = ["ARTEFACT", "SavedCache", "gather", "owner_facts", "push", "reading"]
 
 ARTEFACT = Artefact(
     name="saved cache",
@@ -98,11 +98,6 @@ def gather(
     }
     described = {"settings": _settings_to_json(settings), "compression_ratio": full_bytes / tensors.nbytes}
     return {"library_version": version("lowrank-cache"), **parts, **facts, **described}, tensors
-
-
-def write(folder: str | Path, facts: Mapping[str, Any], tensors: SavedTensors) -> None:
-    """Write what ``gather`` gave, see ``Artefact.write``."""
-    ARTEFACT.write(folder, facts, tensors.all())
 
 
 def push(repo_id: str, facts: Mapping[str, Any], tensors: SavedTensors, **options: Any) -> str:
