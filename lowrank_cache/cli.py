@@ -16,6 +16,7 @@ from lowrank_cache.calibration.collect import NoGradientError
 from lowrank_cache.calibration.text import mixed_batches
 from lowrank_cache.evaluation.bench import WEIGHTS_ALONE, BenchSettings
 from lowrank_cache.evaluation.bench import bench as run_bench
+from lowrank_cache.evaluation.caches import GRAMMAR
 from lowrank_cache.evaluation.demo import DownloadError, run_demo
 from lowrank_cache.evaluation.evaluate import EvaluationSettings, run_evaluation
 from lowrank_cache.evaluation.inputs import CALIBRATION_TOKENS, Run, check_dtype, load_model, load_text
@@ -47,12 +48,9 @@ TEXTS = (
     "a UTF-8 file, dataset:NAME[,config=C][,split=S][,column=T], python-sources or messages:LANGUAGE; by default "
     "WikiText-2, or Python's own documentation where the hub does not answer or datasets is not installed."
 )
-CACHES = (
-    "a baseline or METHOD:RATIO[,groups=G][,frame=L][,joint=0|1][,bits=B][,ranks=R], with xkv also [,new=encode|exact]."
-)
 # Options that several commands share: one name, one meaning, one default.
 Model = Annotated[str | None, typer.Argument(help="Name on the hub, or folder, of a model; SmolLM2-135M by default.")]
-Cache = Annotated[list[str] | None, typer.Option(help=f"A cache to measure, repeatable: {CACHES}")]
+Cache = Annotated[list[str] | None, typer.Option(help=f"A cache to measure, repeatable: a baseline or {GRAMMAR}.")]
 BenchCache = Annotated[
     list[str] | None,
     typer.Option(help=f"As for eval, or {WEIGHTS_ALONE}; ',attend=0' at the end reconstructs keys and values."),

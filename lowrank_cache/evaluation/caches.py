@@ -5,7 +5,7 @@ they are. KIVI (arXiv:2402.02750) has no maintained cache for transformers 5: it
 that it would store are counted by its formula, not from tensors.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
@@ -23,12 +23,13 @@ from lowrank_cache.probe import model_shape
 from lowrank_cache.prompt_svd import NEW_TOKENS
 
 __all__ = [
-    "BASELINES", "CacheEntry", "CacheSizes", "Configuration", "SimulatedKiviCache", "build", "cache_entry",
-    "make_baseline", "parse", "tensor_bytes",
+    "BASELINES", "GRAMMAR", "CacheEntry", "CacheSizes", "Configuration", "SimulatedKiviCache", "cache_entry",
+    "make_baseline", "make_bases", "parse", "tensor_bytes",
 ]  # fmt: skip
 
 BASELINES = ("full", "quantized-fp8", "quantized-4", "quantized-2", "kivi-4", "kivi-2")
 BITS = (16, 8, 4, 2)
+GRAMMAR = "METHOD:RATIO[,groups=G][,frame=L][,joint=0|1][,bits=B][,ranks=R], with xkv also [,new=encode|exact]"
 XKV = "xkv"  # the one method that needs no calibration
 
 
@@ -69,10 +70,7 @@ class Configuration:
 
 
 def parse(specification: str) -> Configuration | None:
-    """A configuration, or None if ``specification`` names a baseline.
-
-    ``METHOD:RATIO`` and, after commas, ``groups=``, ``frame=``, ``joint=`` (0 or 1), ``bits=`` and ``ranks=``, for xkv
-    also ``new=`` (encode or exact).
+    """A configuration, which is written as in ``GRAMMAR``, or None if ``specification`` names a baseline.
 
     Raises:
         ValueError: If it cannot be read, or asks for what no model has.
@@ -97,8 +95,8 @@ def parse(specification: str) -> Configuration | None:
         configuration = Configuration(method, float(ratio), **found)
     except ValueError:
         raise ValueError(
-            f"cache must be one of {BASELINES} or METHOD:RATIO[,groups=G][,frame=L][,joint=0|1][,bits=B][,ranks=R] "
-            f"with a method of {sorted((*METHODS, XKV))} (for xkv also ,new=encode|exact), got {specification!r}"
+            f"cache must be one of {BASELINES} or {GRAMMAR}, with a method of {sorted((*METHODS, XKV))}, got "
+            f"{specification!r}"
         ) from None
     if not configuration.compression_ratio >= 1:
         raise ValueError(f"cache must have a ratio of at least 1, got {specification!r}")
@@ -107,34 +105,16 @@ def parse(specification: str) -> Configuration | None:
     return configuration
 
 
-def build(
-    specifications: list[str],
-    moments: Moments | None,
-    refit: Callable[[Projections, float], Moments] | None = None,
-    ready: Mapping[str, Projections] | None = None,
-) -> dict[str, tuple[Projections | None, dict]]:
-    """Projections and cache arguments of each specification; equal bases are made once.
+def make_bases(
+    configuration: Configuration, moments: Moments, refit: Callable[[Projections, float], Moments] | None = None
+) -> Projections:
+    """The projections of a calibrated configuration.
 
     Args:
-        moments: Statistics; None if every configuration that needs them is ready.
+        moments: Statistics.
         refit: Moments of the values in a stream that projections compress at a ratio, that of the ranks, for recalkv's
             value calibration; None leaves it out.
-        ready: By ``bases_name``, projections that need not be made.
     """
-    made = dict(ready or {})
-    built: dict[str, tuple[Projections | None, dict]] = {}
-    for specification in specifications:
-        found, bases = parse(specification), None
-        if found and found.method != XKV:
-            bases = made.get(found.bases_name) or _made(found, moments, refit)
-            made[found.bases_name] = bases
-        built[specification] = (bases, found.options() if found else {})
-    return built
-
-
-def _made(configuration: Configuration, moments: Moments | None, refit) -> Projections:
-    if moments is None:
-        raise ValueError(f"bases {configuration.bases_name!r} need statistics, got none")
     arguments: dict = {"method": configuration.method, "joint": configuration.joint}
     arguments |= {"frame_length": configuration.frame, "layer_group_size": configuration.groups}
     projections = projections_from_moments(moments, **arguments)
