@@ -120,7 +120,7 @@ def calibrate(
     check_dtype(dtype, auto=True)
     if preset not in calibration.PRESETS:
         raise ValueError(f"preset must be one of {sorted(calibration.PRESETS)}, got {preset!r}")
-    options = {
+    options: dict[str, Any] = {
         "method": method, "frame_length": frame_length, "layer_group_size": _group_size(layer_group_size),
         "joint": joint, "refit_ratio": refit_ratio, "save_moments": save_moments, "sensitivity": sensitivity,
     }  # fmt: skip

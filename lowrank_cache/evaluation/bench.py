@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from lowrank_cache.evaluation.streaming import now
 from lowrank_cache.probe import cache_argument
 
 __all__ = [
-    "WEIGHTS_ALONE", "Allocated", "BenchEntry", "BenchSettings", "bench", "bench_table", "run_bench", "watch_allocated",
+    "WEIGHTS_ALONE", "BenchEntry", "BenchSettings", "bench", "bench_table", "run_bench", "watch_allocated",
 ]  # fmt: skip
 
 WEIGHTS_ALONE = "weights-alone"  # a cache of one token: the floor of a decode step
@@ -63,18 +64,14 @@ class BenchEntry:
         return self.batch / statistics.median(self.step_seconds)
 
 
-@dataclass
-class Allocated:
-    """Bytes beyond what was allocated when a block began, known when it has ended."""
-
-    highest: int = 0
-    left: int = 0
-
-
 @contextmanager
-def watch_allocated(device: torch.device) -> Iterator[Allocated]:
-    """Watch torch's allocator on ``device`` while the block runs; on a CPU through its profiler, which costs time."""
-    allocated = Allocated()
+def watch_allocated(device: torch.device) -> Iterator[SimpleNamespace]:
+    """Watch torch's allocator on ``device`` while the block runs; on a CPU through its profiler, which costs time.
+
+    Yields:
+        ``highest`` and ``left``, bytes beyond what was allocated when the block began, known when it has ended.
+    """
+    allocated = SimpleNamespace(highest=0, left=0)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -154,7 +151,7 @@ def _measure_together(
     for step in range(settings.warm + settings.new_tokens):
         token = tokens[:, context + step : context + step + 1]
         # Watching memory takes time, so it is done in the steps that are not timed.
-        watch = watch_allocated if step < settings.warm else lambda device: nullcontext(Allocated())
+        watch = watch_allocated if step < settings.warm else lambda device: nullcontext(SimpleNamespace(highest=0))
         for entry, argument in zip(chosen, arguments, strict=True):
             with _attention(model, entry), watch(model.device) as allocated:
                 start = now(model.device)

@@ -176,18 +176,13 @@ def cache_entry(
         raise type(error)(f"cache {name!r} cannot be made: {error}") from error
     if not isinstance(cache, LowRankCache):
         return CacheEntry(name, make, None, 0)
-    ratio = _latent_ratio(cache, model, exact=options.get("method") == XKV)
-    return CacheEntry(name, make, ratio, cache.projection_bytes())
-
-
-def _latent_ratio(cache: LowRankCache, model: PreTrainedModel, exact: bool) -> float:
-    """Full bytes per token at 16 bits over latent bytes; ``exact``: a group without channels is kept as it is."""
+    # Full bytes per token at 16 bits over latent bytes; of xkv, a group without channels is kept as it is.
     shape, full, stored = model_shape(model), 0, cache.latent_bytes_per_token()
     for group in cache.groups():
         width = sum(shape.layer(layer).side(side).width for layer, side in group.members)
         full += 2 * width
-        stored += 2 * width if exact and not group.tiers else 0
-    return full / stored
+        stored += 2 * width if options.get("method") == XKV and not group.tiers else 0
+    return CacheEntry(name, make, full / stored, cache.projection_bytes())
 
 
 def make_baseline(name: str, model: PreTrainedModel, residual_length: int) -> Cache:
@@ -270,14 +265,16 @@ class SimulatedKiviCache(Cache):
     """
 
     def __init__(self, model: PreTrainedModel, bits: int, residual_length: int):
-        super().__init__(layers=[_KiviLayer(bits, residual_length) for _ in range(model.config.num_hidden_layers)])
+        self.kivi_layers = [_KiviLayer(bits, residual_length) for _ in range(model.config.num_hidden_layers)]
+        super().__init__(layers=list(self.kivi_layers))
 
     def stored_bytes(self) -> int:
         """What KIVI would store: codes, float16 steps and offsets by 32, the window in the model's dtype."""
         total = 0.0
-        for layer in self.layers:
-            for states in filter(torch.is_tensor, (layer.keys, layer.values)):  # None before the first update
-                exact = states.shape[2] - layer.quantized
-                coded = layer.quantized * (layer.bits / 8 + 4 / layer.GROUP)
-                total += states[:, :, 0].numel() * (coded + exact * states.element_size())
+        for layer in self.kivi_layers:
+            for states in (layer.keys, layer.values):
+                if states is not None:
+                    coded = layer.quantized * (layer.bits / 8 + 4 / layer.GROUP)
+                    exact = (states.shape[2] - layer.quantized) * states.element_size()
+                    total += states[:, :, 0].numel() * (coded + exact)
         return round(total)

@@ -235,11 +235,7 @@ def prepare(run: Run, specifications: list[str], sizes: dict[str, int], report: 
     """Check, load, calibrate what is not ready, and make every cache once.
 
     Bases are kept in ``out/projections`` and read from there, so that equal specifications have equal bases however
-    they came to be.
-
-    Args:
-        specifications: Caches as ``caches.parse`` reads them.
-        sizes: Of every cache, see ``caches.CacheSizes``.
+    they came to be. Specifications are read by ``caches.parse``, and ``sizes`` are those of ``caches.CacheSizes``.
 
     Raises:
         ValueError: If a cache cannot be made, with its name, before anything is measured.
@@ -259,7 +255,9 @@ def prepare(run: Run, specifications: list[str], sizes: dict[str, int], report: 
         bases, options = (ready.get(found.bases_name), found.options()) if found else (None, {})
         return cache_entry(one, bases, options, model, sizes)
 
-    _ = [entry(one) for one in parsed if one not in missing]  # fails before the long calibration
+    for one in parsed:
+        if one not in missing:
+            entry(one)  # fails before the long calibration
     if missing:
         moments = moments_of(run, model, tokenizer, report)
 
