@@ -58,7 +58,7 @@ BenchCache = Annotated[
 CalibrateOn = Annotated[str | None, typer.Option("--calibrate-on", "--data", help=f"Text to calibrate on: {TEXTS}")]
 EvaluateOn = Annotated[str | None, typer.Option("--evaluate-on", "--text", help=f"Text to evaluate on: {TEXTS}")]
 Moments = Annotated[Path | None, typer.Option(help="Statistics of an earlier run, not to calibrate again.")]
-Ready = Annotated[list[str] | None, typer.Option(help="Ready projections, one of a method; repeatable.")]
+Ready = Annotated[list[str] | None, typer.Option(help="Ready projections: folder or hub repository; one of a method.")]
 Tokens = Annotated[int, typer.Option(help="Calibration tokens, rounded down to whole windows.")]
 RecallShare = Annotated[float, typer.Option(help="Fraction of calibration sequences that are generated look-ups.")]
 Sensitivity = Annotated[str, typer.Option(help="gradient, or query where gradients do not pass through the model.")]
