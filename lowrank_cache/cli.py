@@ -16,6 +16,7 @@ from lowrank_cache.calibration.collect import NoGradientError
 from lowrank_cache.calibration.text import mixed_batches
 from lowrank_cache.evaluation.bench import WEIGHTS_ALONE, BenchSettings
 from lowrank_cache.evaluation.bench import bench as run_bench
+from lowrank_cache.evaluation.caches import GRAMMAR
 from lowrank_cache.evaluation.demo import DownloadError, run_demo
 from lowrank_cache.evaluation.evaluate import EvaluationSettings, run_evaluation
 from lowrank_cache.evaluation.inputs import CALIBRATION_TOKENS, Run, check_dtype, load_model, load_text
@@ -47,12 +48,9 @@ TEXTS = (
     "a UTF-8 file, dataset:NAME[,config=C][,split=S][,column=T], python-sources or messages:LANGUAGE; by default "
     "WikiText-2, or Python's own documentation where the hub does not answer or datasets is not installed."
 )
-CACHES = (
-    "a baseline or METHOD:RATIO[,groups=G][,frame=L][,joint=0|1][,bits=B][,ranks=R], with xkv also [,new=encode|exact]."
-)
 # Options that several commands share: one name, one meaning, one default.
 Model = Annotated[str | None, typer.Argument(help="Name on the hub, or folder, of a model; SmolLM2-135M by default.")]
-Cache = Annotated[list[str] | None, typer.Option(help=f"A cache to measure, repeatable: {CACHES}")]
+Cache = Annotated[list[str] | None, typer.Option(help=f"A cache to measure, repeatable: a baseline or {GRAMMAR}.")]
 BenchCache = Annotated[
     list[str] | None,
     typer.Option(help=f"As for eval, or {WEIGHTS_ALONE}; ',attend=0' at the end reconstructs keys and values."),
@@ -60,7 +58,7 @@ BenchCache = Annotated[
 CalibrateOn = Annotated[str | None, typer.Option("--calibrate-on", "--data", help=f"Text to calibrate on: {TEXTS}")]
 EvaluateOn = Annotated[str | None, typer.Option("--evaluate-on", "--text", help=f"Text to evaluate on: {TEXTS}")]
 Moments = Annotated[Path | None, typer.Option(help="Statistics of an earlier run, not to calibrate again.")]
-Ready = Annotated[list[str] | None, typer.Option(help="Ready projections, one of a method; repeatable.")]
+Ready = Annotated[list[str] | None, typer.Option(help="Ready projections: folder or hub repository; one of a method.")]
 Tokens = Annotated[int, typer.Option(help="Calibration tokens, rounded down to whole windows.")]
 RecallShare = Annotated[float, typer.Option(help="Fraction of calibration sequences that are generated look-ups.")]
 Sensitivity = Annotated[str, typer.Option(help="gradient, or query where gradients do not pass through the model.")]
@@ -122,7 +120,7 @@ def calibrate(
     check_dtype(dtype, auto=True)
     if preset not in calibration.PRESETS:
         raise ValueError(f"preset must be one of {sorted(calibration.PRESETS)}, got {preset!r}")
-    options = {
+    options: dict[str, Any] = {
         "method": method, "frame_length": frame_length, "layer_group_size": _group_size(layer_group_size),
         "joint": joint, "refit_ratio": refit_ratio, "save_moments": save_moments, "sensitivity": sensitivity,
     }  # fmt: skip

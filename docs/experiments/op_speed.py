@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lowrank_cache.budget import GroupPlan
 from lowrank_cache.calibration.moments import Moments
-from lowrank_cache.evaluation.caches import XKV, build, parse
+from lowrank_cache.evaluation.caches import XKV, make_bases, parse
 from lowrank_cache.evaluation.report import Table
 from lowrank_cache.kernels.api import latent_attention
 from lowrank_cache.kernels.packed import LatentSide, PackedTier, RotaryFrames, padded_channels
@@ -156,20 +156,19 @@ def main(
 ) -> None:
     """Time attention over the latents of one layer, alone, against dense attention."""
     torch.set_num_threads(threads)
-    names = cache or ["fisher:8,groups=1,frame=64,joint=0"]
-    for name in names:
+    statistics, entries = Moments.load(moments), []
+    for name in cache or ["fisher:8,groups=1,frame=64,joint=0"]:
         configuration = parse(name)
         if configuration is None or configuration.method == XKV or configuration.groups != 1:
             raise ValueError(
                 f"cache must be calibrated and have groups=1, for what layers share is not one's: {name!r}"
             )
-    entries = [
-        time_ops(name, made, options["compression_ratio"], query_heads, context, batch, getattr(torch, dtype))
-        for name, (made, options) in build(names, Moments.load(moments)).items()
-        for context in map(int, contexts.split(","))
-        for batch in map(int, batches.split(","))
-        if made is not None
-    ]
+        made, ratio = make_bases(configuration, statistics), configuration.compression_ratio
+        entries += [
+            time_ops(name, made, ratio, query_heads, context, batch, getattr(torch, dtype))
+            for context in map(int, contexts.split(","))
+            for batch in map(int, batches.split(","))
+        ]
     typer.echo(op_table(entries).markdown())
 
 

@@ -8,23 +8,23 @@ import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from lowrank_cache.attention import latent_attention
-from lowrank_cache.evaluation.caches import CacheSizes, tensor_bytes
+from lowrank_cache.evaluation.caches import CacheEntry, CacheSizes, tensor_bytes
 from lowrank_cache.evaluation.inputs import Run, append_result, prepare, resume_results
 from lowrank_cache.evaluation.report import Table, check_installed
 from lowrank_cache.evaluation.streaming import now
 from lowrank_cache.probe import cache_argument
 
 __all__ = [
-    "WEIGHTS_ALONE", "Allocated", "BenchEntry", "BenchSettings", "bench", "bench_table", "run_bench", "watch_allocated",
+    "WEIGHTS_ALONE", "BenchEntry", "BenchSettings", "bench", "bench_table", "run_bench", "watch_allocated",
 ]  # fmt: skip
 
 WEIGHTS_ALONE = "weights-alone"  # a cache of one token: the floor of a decode step
@@ -64,18 +64,14 @@ class BenchEntry:
         return self.batch / statistics.median(self.step_seconds)
 
 
-@dataclass
-class Allocated:
-    """Bytes beyond what was allocated when a block began, known when it has ended."""
-
-    highest: int = 0
-    left: int = 0
-
-
 @contextmanager
-def watch_allocated(device: torch.device) -> Iterator[Allocated]:
-    """Watch torch's allocator on ``device`` while the block runs; on a CPU through its profiler, which costs time."""
-    allocated = Allocated()
+def watch_allocated(device: torch.device) -> Iterator[SimpleNamespace]:
+    """Watch torch's allocator on ``device`` while the block runs; on a CPU through its profiler, which costs time.
+
+    Yields:
+        ``highest`` and ``left``, bytes beyond what was allocated when the block began, known when it has ended.
+    """
+    allocated = SimpleNamespace(highest=0, left=0)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -92,7 +88,7 @@ def watch_allocated(device: torch.device) -> Iterator[Allocated]:
 
 
 def run_bench(
-    model: PreTrainedModel, ids: Tensor, makers: Mapping[str, Callable[[], Cache]], settings: BenchSettings, out: Path,
+    model: PreTrainedModel, ids: Tensor, caches: list[CacheEntry], settings: BenchSettings, out: Path,
     progress: Callable[[str], object] = print, identity: Mapping[str, Any] | None = None,
 ) -> list[BenchEntry]:  # fmt: skip
     """Time every cache at every context and batch that ``out`` does not hold yet, and return all it holds, sorted.
@@ -100,9 +96,8 @@ def run_bench(
     Args:
         model: In eval mode; switched to ``latent_attention`` for the while.
         ids: ``[tokens]``, at least ``settings.needed()``.
-        makers: By name, what makes a fresh cache; ``"full"`` must be one. Compressed ones have a colon in their
-            name; one that ends in ``,attend=0`` reconstructs keys and values instead of attending to latents.
-            ``WEIGHTS_ALONE`` gets one token instead of the context.
+        caches: The full one among them. One that holds latents is attended to in them, unless its name ends in
+            ``,attend=0``; ``WEIGHTS_ALONE`` gets one token instead of the context.
         out: JSON Lines file, one entry a line; its first line holds the settings.
         progress: Called with a line of text as measurements start.
         identity: What else the entries of one file have in common: model, text, bases.
@@ -119,10 +114,10 @@ def run_bench(
     done = {(entry.name, entry.context, entry.batch): entry for entry in found}
     for context in settings.contexts:
         for batch in settings.batches:
-            missing = [name for name in makers if name != "full" and (name, context, batch) not in done]
+            missing = [one for one in caches if one.name != "full" and (one.name, context, batch) not in done]
             if not missing and ("full", context, batch) in done:
                 continue
-            chosen = {name: makers[name] for name in ("full", *missing)}  # a ratio needs its baseline beside it
+            chosen = [*(one for one in caches if one.name == "full"), *missing]  # a ratio needs its baseline beside it
             for entry in _measure_together(model, ids, chosen, context, batch, settings, progress):
                 done[entry.name, context, batch] = entry
                 append_result(out, asdict(entry))
@@ -132,45 +127,44 @@ def run_bench(
 
 @torch.no_grad()
 def _measure_together(
-    model: PreTrainedModel, ids: Tensor, makers: dict[str, Callable[[], Cache]], context: int, batch: int,
+    model: PreTrainedModel, ids: Tensor, chosen: list[CacheEntry], context: int, batch: int,
     settings: BenchSettings, progress: Callable[[str], object],
 ) -> Iterator[BenchEntry]:  # fmt: skip
     tokens = ids.to(model.device).expand(batch, -1)
-    arguments: dict[str, dict[str, Any]] = {}  # found before steps are timed
-    caches: dict[str, Cache] = {}
-    prefills: dict[str, tuple[float, int]] = {}
-    for name, make in makers.items():
-        progress(f"prefill of {context} tokens, batch {batch}: {name}")
-        prompt = tokens[:, : 1 if name == WEIGHTS_ALONE else context]
-        with _attention(model, name), watch_allocated(model.device) as allocated:
+    names = [entry.name for entry in chosen]
+    caches: list[Cache] = []
+    arguments: list[dict[str, Any]] = []  # found before steps are timed
+    prefills: list[tuple[float, int]] = []
+    for entry in chosen:
+        progress(f"prefill of {context} tokens, batch {batch}: {entry.name}")
+        prompt = tokens[:, : 1 if entry.name == WEIGHTS_ALONE else context]
+        with _attention(model, entry), watch_allocated(model.device) as allocated:
             start = now(model.device)
-            caches[name] = make()
-            arguments[name] = cache_argument(model, caches[name])
-            model(prompt, **arguments[name], logits_to_keep=1)
+            caches.append(entry.make())
+            arguments.append(cache_argument(model, caches[-1]))
+            model(prompt, **arguments[-1], logits_to_keep=1)
             seconds = now(model.device) - start
-        prefills[name] = (seconds, allocated.highest)
-    progress(f"decode after {context} tokens, batch {batch}: {', '.join(makers)}")
-    steps: dict[str, list[float]] = {name: [] for name in makers}
-    peaks = dict.fromkeys(makers, 0)
+        prefills.append((seconds, allocated.highest))
+    progress(f"decode after {context} tokens, batch {batch}: {', '.join(names)}")
+    steps: dict[str, list[float]] = {name: [] for name in names}
+    peaks = dict.fromkeys(names, 0)
     for step in range(settings.warm + settings.new_tokens):
         token = tokens[:, context + step : context + step + 1]
         # Watching memory takes time, so it is done in the steps that are not timed.
-        watch = watch_allocated if step < settings.warm else lambda device: nullcontext(Allocated())
-        for name, argument in arguments.items():
-            with _attention(model, name), watch(model.device) as allocated:
+        watch = watch_allocated if step < settings.warm else lambda device: nullcontext(SimpleNamespace(highest=0))
+        for entry, argument in zip(chosen, arguments, strict=True):
+            with _attention(model, entry), watch(model.device) as allocated:
                 start = now(model.device)
                 model(token, **argument)
-                steps[name].append(now(model.device) - start)
-            peaks[name] = max(peaks[name], allocated.highest)
-    for name, cache in caches.items():
-        stored, (seconds, peak) = tensor_bytes(cache), prefills[name]
-        timed = steps[name][settings.warm :]
+                steps[entry.name].append(now(model.device) - start)
+            peaks[entry.name] = max(peaks[entry.name], allocated.highest)
+    for name, cache, (seconds, peak) in zip(names, caches, prefills, strict=True):
+        stored, timed = tensor_bytes(cache), steps[name][settings.warm :]
         yield BenchEntry(name, context, batch, seconds, timed, stored, peak, stored + peaks[name])
 
 
-def _attention(model: PreTrainedModel, name: str) -> AbstractContextManager:
-    """Attention over latents for compressed caches; the model's own for all others."""
-    return latent_attention(model) if ":" in name and not name.endswith(_RECONSTRUCTED) else nullcontext()
+def _attention(model: PreTrainedModel, entry: CacheEntry) -> AbstractContextManager:
+    return entry.attention(model, attend=not entry.name.endswith(_RECONSTRUCTED))
 
 
 def bench_table(entries: list[BenchEntry]) -> Table:
@@ -202,12 +196,12 @@ def bench(run: Run, specifications: list[str], settings: BenchSettings, say: Cal
     plain = {name: name.removesuffix(_RECONSTRUCTED) for name in ("full", *specifications) if name != WEIGHTS_ALONE}
     found = prepare(run, list(dict.fromkeys(plain.values())), settings.sizes(), say)
     model, entries = found.model, {entry.name: entry for entry in found.entries}
-    makers: dict[str, Callable[[], Cache]] = {name: entries[one].make for name, one in plain.items()}
+    caches = [replace(entries[one], name=name) for name, one in plain.items()]
     if WEIGHTS_ALONE in specifications:
-        makers[WEIGHTS_ALONE] = lambda: DynamicCache(config=model.config)
+        caches.append(CacheEntry(WEIGHTS_ALONE, lambda: DynamicCache(config=model.config), None, 0))
     ids = torch.tensor(found.tokenizer(found.text[: 12 * settings.needed()])["input_ids"])
     say(f"{found.name} in {found.identity['dtype']}, {settings.threads} thread(s), text from {found.source}")
-    measured = run_bench(model, ids, makers, settings, run.out / "bench.jsonl", say, found.identity)
+    measured = run_bench(model, ids, caches, settings, run.out / "bench.jsonl", say, found.identity)
     table = bench_table(measured).markdown()
     (run.out / "table.md").write_text(table + "\n", encoding="utf-8")
     numbers = [{**asdict(entry), "tokens_per_second": entry.tokens_per_second} for entry in measured]

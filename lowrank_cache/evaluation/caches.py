@@ -5,7 +5,7 @@ they are. KIVI (arXiv:2402.02750) has no maintained cache for transformers 5: it
 that it would store are counted by its formula, not from tensors.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
@@ -23,12 +23,13 @@ from lowrank_cache.probe import model_shape
 from lowrank_cache.prompt_svd import NEW_TOKENS
 
 __all__ = [
-    "BASELINES", "CacheEntry", "CacheSizes", "Configuration", "SimulatedKiviCache", "build", "cache_entry",
-    "make_baseline", "parse", "tensor_bytes",
+    "BASELINES", "GRAMMAR", "CacheEntry", "CacheSizes", "Configuration", "SimulatedKiviCache", "cache_entry",
+    "make_baseline", "make_bases", "parse", "tensor_bytes",
 ]  # fmt: skip
 
 BASELINES = ("full", "quantized-fp8", "quantized-4", "quantized-2", "kivi-4", "kivi-2")
 BITS = (16, 8, 4, 2)
+GRAMMAR = "METHOD:RATIO[,groups=G][,frame=L][,joint=0|1][,bits=B][,ranks=R], with xkv also [,new=encode|exact]"
 XKV = "xkv"  # the one method that needs no calibration
 
 
@@ -69,10 +70,7 @@ class Configuration:
 
 
 def parse(specification: str) -> Configuration | None:
-    """A configuration, or None if ``specification`` names a baseline.
-
-    ``METHOD:RATIO`` and, after commas, ``groups=``, ``frame=``, ``joint=`` (0 or 1), ``bits=`` and ``ranks=``, for xkv
-    also ``new=`` (encode or exact).
+    """A configuration, which is written as in ``GRAMMAR``, or None if ``specification`` names a baseline.
 
     Raises:
         ValueError: If it cannot be read, or asks for what no model has.
@@ -97,8 +95,8 @@ def parse(specification: str) -> Configuration | None:
         configuration = Configuration(method, float(ratio), **found)
     except ValueError:
         raise ValueError(
-            f"cache must be one of {BASELINES} or METHOD:RATIO[,groups=G][,frame=L][,joint=0|1][,bits=B][,ranks=R] "
-            f"with a method of {sorted((*METHODS, XKV))} (for xkv also ,new=encode|exact), got {specification!r}"
+            f"cache must be one of {BASELINES} or {GRAMMAR}, with a method of {sorted((*METHODS, XKV))}, got "
+            f"{specification!r}"
         ) from None
     if not configuration.compression_ratio >= 1:
         raise ValueError(f"cache must have a ratio of at least 1, got {specification!r}")
@@ -107,34 +105,16 @@ def parse(specification: str) -> Configuration | None:
     return configuration
 
 
-def build(
-    specifications: list[str],
-    moments: Moments | None,
-    refit: Callable[[Projections, float], Moments] | None = None,
-    ready: Mapping[str, Projections] | None = None,
-) -> dict[str, tuple[Projections | None, dict]]:
-    """Projections and cache arguments of each specification; equal bases are made once.
+def make_bases(
+    configuration: Configuration, moments: Moments, refit: Callable[[Projections, float], Moments] | None = None
+) -> Projections:
+    """The projections of a calibrated configuration.
 
     Args:
-        moments: Statistics; None if every configuration that needs them is ready.
+        moments: Statistics.
         refit: Moments of the values in a stream that projections compress at a ratio, that of the ranks, for recalkv's
             value calibration; None leaves it out.
-        ready: By ``bases_name``, projections that need not be made.
     """
-    made = dict(ready or {})
-    built: dict[str, tuple[Projections | None, dict]] = {}
-    for specification in specifications:
-        found, bases = parse(specification), None
-        if found and found.method != XKV:
-            bases = made.get(found.bases_name) or _made(found, moments, refit)
-            made[found.bases_name] = bases
-        built[specification] = (bases, found.options() if found else {})
-    return built
-
-
-def _made(configuration: Configuration, moments: Moments | None, refit) -> Projections:
-    if moments is None:
-        raise ValueError(f"bases {configuration.bases_name!r} need statistics, got none")
     arguments: dict = {"method": configuration.method, "joint": configuration.joint}
     arguments |= {"frame_length": configuration.frame, "layer_group_size": configuration.groups}
     projections = projections_from_moments(moments, **arguments)
@@ -196,18 +176,13 @@ def cache_entry(
         raise type(error)(f"cache {name!r} cannot be made: {error}") from error
     if not isinstance(cache, LowRankCache):
         return CacheEntry(name, make, None, 0)
-    ratio = _latent_ratio(cache, model, exact=options.get("method") == XKV)
-    return CacheEntry(name, make, ratio, cache.projection_bytes())
-
-
-def _latent_ratio(cache: LowRankCache, model: PreTrainedModel, exact: bool) -> float:
-    """Full bytes per token at 16 bits over latent bytes; ``exact``: a group without channels is kept as it is."""
+    # Full bytes per token at 16 bits over latent bytes; of xkv, a group without channels is kept as it is.
     shape, full, stored = model_shape(model), 0, cache.latent_bytes_per_token()
     for group in cache.groups():
         width = sum(shape.layer(layer).side(side).width for layer, side in group.members)
         full += 2 * width
-        stored += 2 * width if exact and not group.tiers else 0
-    return full / stored
+        stored += 2 * width if options.get("method") == XKV and not group.tiers else 0
+    return CacheEntry(name, make, full / stored, cache.projection_bytes())
 
 
 def make_baseline(name: str, model: PreTrainedModel, residual_length: int) -> Cache:
@@ -290,14 +265,16 @@ class SimulatedKiviCache(Cache):
     """
 
     def __init__(self, model: PreTrainedModel, bits: int, residual_length: int):
-        super().__init__(layers=[_KiviLayer(bits, residual_length) for _ in range(model.config.num_hidden_layers)])
+        self.kivi_layers = [_KiviLayer(bits, residual_length) for _ in range(model.config.num_hidden_layers)]
+        super().__init__(layers=list(self.kivi_layers))
 
     def stored_bytes(self) -> int:
         """What KIVI would store: codes, float16 steps and offsets by 32, the window in the model's dtype."""
         total = 0.0
-        for layer in self.layers:
-            for states in filter(torch.is_tensor, (layer.keys, layer.values)):  # None before the first update
-                exact = states.shape[2] - layer.quantized
-                coded = layer.quantized * (layer.bits / 8 + 4 / layer.GROUP)
-                total += states[:, :, 0].numel() * (coded + exact * states.element_size())
+        for layer in self.kivi_layers:
+            for states in (layer.keys, layer.values):
+                if states is not None:
+                    coded = layer.quantized * (layer.bits / 8 + 4 / layer.GROUP)
+                    exact = (states.shape[2] - layer.quantized) * states.element_size()
+                    total += states[:, :, 0].numel() * (coded + exact)
         return round(total)

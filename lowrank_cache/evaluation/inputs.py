@@ -27,7 +27,7 @@ from lowrank_cache.calibration.api import auto_group_size
 from lowrank_cache.calibration.collect import collect_moments, refit_values
 from lowrank_cache.calibration.moments import Moments
 from lowrank_cache.calibration.text import mixed_batches
-from lowrank_cache.evaluation.caches import XKV, CacheEntry, Configuration, build, cache_entry, parse
+from lowrank_cache.evaluation.caches import XKV, CacheEntry, Configuration, cache_entry, make_bases, parse
 from lowrank_cache.evaluation.demo import demo_model, hub_answers
 from lowrank_cache.probe import model_shape
 from lowrank_cache.projections import ARTEFACT
@@ -235,28 +235,29 @@ def prepare(run: Run, specifications: list[str], sizes: dict[str, int], report: 
     """Check, load, calibrate what is not ready, and make every cache once.
 
     Bases are kept in ``out/projections`` and read from there, so that equal specifications have equal bases however
-    they came to be.
-
-    Args:
-        specifications: Caches as ``caches.parse`` reads them.
-        sizes: Of every cache, see ``caches.CacheSizes``.
+    they came to be. Specifications are read by ``caches.parse``, and ``sizes`` are those of ``caches.CacheSizes``.
 
     Raises:
         ValueError: If a cache cannot be made, with its name, before anything is measured.
     """
     check_dtype(run.dtype, auto=True)
-    parsed = {one: found for one in specifications if (found := parse(one)) and found.method != XKV}
-    ready = _ready(run, parsed)
+    parsed = {one: parse(one) for one in specifications}
+    calibrated = {one: found for one, found in parsed.items() if found and found.method != XKV}
+    ready = _ready(run, calibrated)
+    missing = {one: found for one, found in calibrated.items() if found.bases_name not in ready}
     text, source = load_text(run.evaluate_on, split="test")
-    missing = {one: found.bases_name for one, found in parsed.items() if found.bases_name not in ready}
     first_dtype = "float32" if missing and run.dtype != "auto" else run.dtype
     model, tokenizer, name = load_model(run.model, report, first_dtype, run.device)
     run.out.mkdir(parents=True, exist_ok=True)
 
-    def entries(names: list[str]) -> list[CacheEntry]:
-        return [cache_entry(one, *found, model, sizes) for one, found in build(names, None, ready=ready).items()]
+    def entry(one: str) -> CacheEntry:
+        found = parsed[one]
+        bases, options = (ready.get(found.bases_name), found.options()) if found else (None, {})
+        return cache_entry(one, bases, options, model, sizes)
 
-    entries([one for one in specifications if one not in missing])  # fails before the long calibration
+    for one in parsed:
+        if one not in missing:
+            entry(one)  # fails before the long calibration
     if missing:
         moments = moments_of(run, model, tokenizer, report)
 
@@ -265,26 +266,27 @@ def prepare(run: Run, specifications: list[str], sizes: dict[str, int], report: 
             make = partial(refit_values, model, moments=moments, projections=projections, ratio=ratio)
             return _statistics(run, path, model, tokenizer, report, {"moments": _digest_of(run.moments)}, make)
 
-        for one, (bases, _) in build(list(missing), moments, refit).items():
-            if bases is not None and missing[one] not in ready:
-                folder = run.out / "projections" / missing[one]
-                bases.save_pretrained(folder)
-                ready[missing[one]] = Projections.from_pretrained(folder)
+        for found in missing.values():
+            if found.bases_name not in ready:  # equal ones are made once
+                folder = run.out / "projections" / found.bases_name
+                make_bases(found, moments, refit).save_pretrained(folder)
+                ready[found.bases_name] = Projections.from_pretrained(folder)
         if run.dtype not in ("auto", "float32") and not getattr(model, "is_quantized", False):
             model = in_dtype(model, run.dtype)
-    return Prepared(model, tokenizer, name, text, source, entries(specifications), _identity(run, name, model, text))
+    entries = [entry(one) for one in specifications]
+    return Prepared(model, tokenizer, name, text, source, entries, _identity(run, name, model, text))
 
 
-def _ready(run: Run, parsed: dict[str, Configuration]) -> dict[str, Projections]:
+def _ready(run: Run, calibrated: dict[str, Configuration]) -> dict[str, Projections]:
     """Bases by name: given ones, of which no specification must ask what they already have, and those of the folder."""
     given = {projections.method: projections for projections in map(Projections.from_pretrained, run.projections)}
     if len(given) < len(run.projections):
         raise ValueError(f"projections must have different methods, got {sorted(given)} in {list(run.projections)}")
-    unused = set(given) - {found.method for found in parsed.values()}
+    unused = set(given) - {found.method for found in calibrated.values()}
     if unused:
         raise ValueError(f"projections must be of a cache's method, got {sorted(unused)} and no such cache")
     ready: dict[str, Projections] = {}
-    for specification, found in parsed.items():
+    for specification, found in calibrated.items():
         folder = run.out / "projections" / found.bases_name
         if found.method in given:
             if (found.groups, found.frame, found.joint) != ("auto", 1, None):

@@ -6,7 +6,7 @@ import pytest
 from transformers import DynamicCache
 
 from lowrank_cache.evaluation.bench import WEIGHTS_ALONE, BenchSettings, bench_table, plot_bench, run_bench
-from lowrank_cache.evaluation.caches import cache_entry
+from lowrank_cache.evaluation.caches import CacheEntry, cache_entry
 from tests.oracle.models import full_rank_projections, random_tokens, tiny_model
 
 SETTINGS = BenchSettings(
@@ -14,7 +14,7 @@ SETTINGS = BenchSettings(
 )
 
 
-def makers(model):
+def caches_of(model):
     projections = full_rank_projections("llama", 4)
     options = {"compression_ratio": 4.0, "bits": None, "ranks": None}
     configurations = {
@@ -24,16 +24,16 @@ def makers(model):
         "fisher:4,groups=1,frame=4,attend=0": (projections, options),
         "xkv:4": (None, {**options, "method": "xkv", "layer_group_size": 3}),
     }
-    made = {name: cache_entry(name, *found, model, SETTINGS.sizes()).make for name, found in configurations.items()}
-    return {**made, WEIGHTS_ALONE: lambda: DynamicCache(config=model.config)}
+    made = [cache_entry(name, *found, model, SETTINGS.sizes()) for name, found in configurations.items()]
+    return [*made, CacheEntry(WEIGHTS_ALONE, lambda: DynamicCache(config=model.config), None, 0)]
 
 
 def test_every_entry_is_measured_beside_the_full_cache_and_resumed(tmp_path):
     model, ids, out = tiny_model("llama"), random_tokens(1, 90)[0], tmp_path / "bench.jsonl"
-    said, caches = [], makers(model)
+    said, caches = [], caches_of(model)
     rows = run_bench(model, ids, caches, SETTINGS, out, said.append)
     assert [(row.context, row.batch) for row in rows[::6]] == [(40, 1), (40, 2), (80, 1), (80, 2)]
-    assert {row.name for row in rows} == set(caches)
+    assert {row.name for row in rows} == {entry.name for entry in caches}
     assert model.config._attn_implementation == "sdpa"
     for row in rows:
         assert row.prefill_seconds > 0 and len(row.step_seconds) == 2 and row.tokens_per_second > 0
@@ -63,8 +63,8 @@ def key(row):
 def test_a_file_of_other_settings_and_a_short_text_are_refused(tmp_path):
     model, out = tiny_model("llama"), tmp_path / "bench.jsonl"
     with pytest.raises(ValueError, match="ids must hold at least 83 tokens, got 50"):
-        run_bench(model, random_tokens(1, 50)[0], {}, SETTINGS, out)
-    full = {"full": makers(model)["full"]}
+        run_bench(model, random_tokens(1, 50)[0], [], SETTINGS, out)
+    full = caches_of(model)[:1]
     run_bench(model, random_tokens(1, 90)[0], full, SETTINGS, out, lambda line: None)
     other = BenchSettings(contexts=(40,), new_tokens=3, warm=1)
     with pytest.raises(ValueError, match="made with other settings"):

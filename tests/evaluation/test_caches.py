@@ -6,12 +6,13 @@ from transformers import DynamicCache
 
 from lowrank_cache.calibration.collect import collect_moments
 from lowrank_cache.evaluation.caches import (
+    XKV,
     CacheSizes,
     Configuration,
     SimulatedKiviCache,
-    build,
     cache_entry,
     make_baseline,
+    make_bases,
     parse,
     tensor_bytes,
 )
@@ -54,17 +55,28 @@ def test_values_of_recalkv_are_refitted_at_the_ratio_of_the_ranks():
         assert projections.method == "recalkv"
         return moments
 
-    built = build(["recalkv:4", "recalkv:12,bits=4", "recalkv:2,bits=4", "recalkv:4,bits=16", "palu:4"], moments, refit)
+    names = ["recalkv:4", "recalkv:12,bits=4", "recalkv:2,bits=4", "recalkv:4,bits=16", "palu:4"]
+    found = {configuration.bases_name: configuration for configuration in map(parse, names)}
+    made = {name: make_bases(configuration, moments, refit) for name, configuration in found.items()}
     assert asked == [4.0, 3.0]  # at 4 bits, 2x keeps every channel; equal bases are made once
-    assert built["recalkv:4"][0].provenance["calibrate_values"]
-    assert not built["recalkv:2,bits=4"][0].provenance["calibrate_values"]
+    assert made[parse("recalkv:4").bases_name].provenance["calibrate_values"]
+    assert not made[parse("recalkv:2,bits=4").bases_name].provenance["calibrate_values"]
+
+
+def entries_of(names, moments, model, sizes):
+    entries = []
+    for name in names:
+        found = parse(name)
+        bases = make_bases(found, moments) if found and found.method != XKV else None
+        entries.append(cache_entry(name, bases, found.options() if found else {}, model, sizes))
+    return entries
 
 
 def test_the_ratio_in_latents_counts_what_is_kept_exactly():
     model, sizes = wide_llama(), CacheSizes().sizes()
     moments = collect_moments(model, [random_tokens(2, 60)], {"both": layer_groups(model_shape(model), "both", 2)})
     names = ["full", "fisher:4", "xkv:2,groups=3", "fisher:12,groups=1,joint=0"]
-    entries = [cache_entry(name, *found, model, sizes) for name, found in build(names, moments).items()]
+    entries = entries_of(names, moments, model, sizes)
     full = 2 * sum(layer.key.width + layer.value.width for layer in model_shape(model).layers)
     cache = entries[1].make()
     assert entries[0].latent_ratio is None and entries[0].projection_bytes == 0

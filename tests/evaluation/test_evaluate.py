@@ -11,12 +11,13 @@ from typer.testing import CliRunner
 
 from lowrank_cache import LowRankCache, cli
 from lowrank_cache.calibration.collect import collect_moments
-from lowrank_cache.evaluation.caches import build, cache_entry
+from lowrank_cache.evaluation.caches import parse
 from lowrank_cache.evaluation.evaluate import EvaluationSettings, evaluate
 from lowrank_cache.evaluation.streaming import fill, force_answers, stream, windows_of
 from lowrank_cache.evaluation.tasks import Prompter, lookup_texts, needle_texts
 from lowrank_cache.probe import model_shape
 from lowrank_cache.shapes import layer_groups
+from tests.evaluation.test_caches import entries_of
 from tests.evaluation.test_tasks import prose
 from tests.oracle.character_tokenizer import character_tokenizer
 from tests.oracle.models import random_tokens, tiny_model, wide_llama
@@ -36,8 +37,7 @@ TEMPLATE = (
 def measured(tmp_path_factory):
     model = wide_llama()
     moments = collect_moments(model, [random_tokens(2, 60)], {"both": layer_groups(model_shape(model), "both", 2)})
-    built = build(NAMES, moments)
-    entries = [cache_entry(name, *built[name], model, SETTINGS.sizes()) for name in NAMES]
+    entries = entries_of(NAMES, moments, model, SETTINGS.sizes())
     path = tmp_path_factory.mktemp("evaluation") / "samples.jsonl"
     seen = []
     records = evaluate(
@@ -74,11 +74,11 @@ def test_a_prompt_is_not_scored_and_serves_xkv(tmp_path):
     settings = dataclasses.replace(
         SETTINGS, window=48, chunk=8, prompt=32, samples=0, lookups=0, needles=(), lengths=()
     )
-    built = build(names, None)
-    entries = [cache_entry(name, *found, model, settings.sizes()) for name, found in built.items()]
+    entries = entries_of(names, None, model, settings.sizes())
     records = evaluate(model, character_tokenizer(), prose(200), entries, settings, tmp_path / "samples.jsonl", {})
     windows = windows_of(torch.tensor(character_tokenizer()(prose(200))["input_ids"]), 48, 3)
-    for name, (_, options) in built.items():
+    for name in names:
+        options = parse(name).options() if parse(name) else {}
 
         def make(options=options):
             if not options:
