@@ -160,8 +160,8 @@ def _jobs(model, tokenizer, text: str, settings: EvaluationSettings) -> Iterator
             yield _Job([("answers", task, length, index)], len(context), measure)
     for length in settings.lengths:
         needed = length + settings.steps + 1
-        tokens = ids.repeat(-(-needed // len(ids)))[:needed]
-        yield _Job([("cost", None, length, 0)], needed, partial(_cost, model, settings, tokens, length))
+        read = ids.repeat(-(-needed // len(ids)))[:needed]
+        yield _Job([("cost", None, length, 0)], needed, partial(_cost, model, settings, read, length))
 
 
 def _windows(model, settings: EvaluationSettings, windows: Tensor, part: slice, entry: CacheEntry) -> list[dict]:
