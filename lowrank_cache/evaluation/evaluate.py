@@ -141,15 +141,12 @@ def _jobs(model, tokenizer, text: str, settings: EvaluationSettings) -> Iterator
     if settings.windows:
         windows = windows_of(ids, settings.window, settings.windows)
         yield from batches("window", None, None, windows, partial(_windows, model, settings, windows))
-    lookups = tasks.lookup_texts(tokenizer, settings.lookups // QUESTIONS, settings.facts, settings.seed)
-    codes = [("lookup", settings.facts, settings.prompt, lookups)]
-    for tokens, count in settings.needles:
-        codes.append(
-            ("needle", tokens, 0, tasks.needle_texts(tokenizer, ids, count // QUESTIONS, tokens, settings.seed))
-        )
-    for task, length, prompt, texts in codes:
-        contexts = [text.context for text in texts]
-        yield from batches("codes", task, length, contexts, partial(_codes, model, settings.chunk, prompt, texts))
+    makers = {"lookup": partial(tasks.lookup_texts, tokenizer), "needle": partial(tasks.needle_texts, tokenizer, ids)}
+    asked = [("lookup", settings.facts, settings.lookups), *(("needle", *needles) for needles in settings.needles)]
+    for task, length, questions in asked:
+        texts = makers[task](questions // QUESTIONS, length, settings.seed)
+        measure = partial(_codes, model, settings.chunk, settings.prompt if task == "lookup" else 0, texts)
+        yield from batches("codes", task, length, [text.context for text in texts], measure)
     prompter = Prompter(tokenizer, settings.chat)
     if settings.samples and settings.tasks and settings.lengths:
         haystack, overhead = tasks.Haystack(text), prompter.overhead()
@@ -160,8 +157,8 @@ def _jobs(model, tokenizer, text: str, settings: EvaluationSettings) -> Iterator
             yield _Job([("answers", task, length, index)], len(context), measure)
     for length in settings.lengths:
         needed = length + settings.steps + 1
-        tokens = ids.repeat(-(-needed // len(ids)))[:needed]
-        yield _Job([("cost", None, length, 0)], needed, partial(_cost, model, settings, tokens, length))
+        read = ids.repeat(-(-needed // len(ids)))[:needed]
+        yield _Job([("cost", None, length, 0)], needed, partial(_cost, model, settings, read, length))
 
 
 def _windows(model, settings: EvaluationSettings, windows: Tensor, part: slice, entry: CacheEntry) -> list[dict]:

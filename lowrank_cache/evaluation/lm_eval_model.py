@@ -75,10 +75,9 @@ class LowRankLM(HFLM):
         if not str(arguments.get("batch_size", 1)).isdigit():
             raise ValueError(f"batch_size must be a number for hf-lowrank, got {arguments['batch_size']!r}")
         super().__init__(pretrained, **arguments)
-        options: dict[str, Any] = {}
+        bases, options = None, dict[str, Any]()
         if cache == "lowrank":
-            if isinstance(projections, str):
-                projections = Projections.from_pretrained(projections)
+            bases = Projections.from_pretrained(projections) if isinstance(projections, str) else projections
             if isinstance(latent_dtype, str):
                 if not isinstance(getattr(torch, latent_dtype, None), torch.dtype):
                     raise ValueError(f"latent_dtype must be None or the name of a torch dtype, got {latent_dtype!r}")
@@ -89,7 +88,7 @@ class LowRankLM(HFLM):
             }  # fmt: skip
         sizes = {"residual_length": residual_length, "num_sink_tokens": num_sink_tokens, "block_size": block_size}
         self.chunk, self.attend, self._exactly = chunk, attend, sum(sizes.values())
-        self.entry = cache_entry(cache, projections if options else None, options, self.model, sizes)
+        self.entry = cache_entry(cache, bases, options, self.model, sizes)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None

@@ -287,8 +287,8 @@ def _tables(metrics: Metrics) -> list[tuple[str, Table]]:
     for task, length in dict.fromkeys(
         (task, at) for one in metrics.values() for task, of in one["codes"].items() for at in of
     ):
-        head, path = _CODES[task].format(int(length)), ("codes", task, length)
-        found["Look-ups and needles"] += [(f"{head}: loss, nats", path, *_LOSS), ("exact", path, *_EXACT)]
+        head, at = _CODES[task].format(int(length)), ("codes", task, length)
+        found["Look-ups and needles"] += [(f"{head}: loss, nats", at, *_LOSS), ("exact", at, *_EXACT)]
     for length, shown in lengths.items():
         path = "lengths", length
         tasks = dict.fromkeys(task for entry in metrics.values() for task in _at(entry, *path, "tasks") or ())
@@ -357,7 +357,8 @@ def _pareto(metrics: Metrics):
     rows = -(-len(panels) // 2)
     figure, axes = _figure(3.6 * rows + 0.25 * (len(metrics) / 3 + 1), rows)
     for axis, (length, label, sign) in zip(axes, panels, strict=False):
-        points, front = [], []
+        points: list[tuple[float, float]] = []
+        front: list[tuple[float, float]] = []
         for index, (name, entry) in enumerate(metrics.items()):
             at, perplexity = _at(entry, "lengths", length) or {}, entry["perplexity"]
             value = at.get("score") if sign > 0 else perplexity and perplexity.get("ratio", 1.0)

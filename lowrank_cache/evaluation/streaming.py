@@ -57,18 +57,12 @@ def feed(
     Yields:
         Of each forward: index of its first token in ``ids``, and logits.
     """
-    cached = mask.shape[1] - ids.shape[1]
+    cached, tokens = mask.shape[1] - ids.shape[1], ids.shape[1]
+    arguments |= {**cache_argument(model, cache), "use_cache": True}
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, cached:]
-    for start, stop in pairwise(sorted({0, *range(first or chunk, ids.shape[1], chunk), ids.shape[1]})):
-        output = model(
-            input_ids=ids[:, start:stop],
-            attention_mask=mask[:, : cached + stop],
-            position_ids=positions[:, start:stop],
-            **cache_argument(model, cache),
-            use_cache=True,
-            **arguments,
-        )
-        yield start, output.logits
+    for start, stop in pairwise(sorted({0, *range(first or chunk, tokens, chunk), tokens})):
+        given = {"input_ids": ids[:, start:stop], "position_ids": positions[:, start:stop]}
+        yield start, model(**given, attention_mask=mask[:, : cached + stop], **arguments).logits
 
 
 def branch(cache: Cache) -> Cache:

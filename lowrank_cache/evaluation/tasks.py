@@ -200,7 +200,7 @@ def _tracking(draw: random.Random, haystack: Haystack, size: int, length: int) -
             f"{len(names)} variables are assigned the value {value}, they are:"
         )
         parts.append(Sample(context, [Question(question, prefix, tuple(names))]))
-    return _after_example(*parts, " ".join)
+    return _after_example(parts, " ".join)
 
 
 def _common(draw: random.Random, haystack: Haystack, size: int, length: int) -> Sample:
@@ -221,10 +221,11 @@ def _common(draw: random.Random, haystack: Haystack, size: int, length: int) -> 
         question = f"\nQuestion: What are the {_COMMON} most common words in the above list?"
         prefix = f" Answer: The top {_COMMON} words that appear most often in the list are:"
         parts.append(Sample(context, [Question(question, prefix, tuple(words[:_COMMON]))]))
-    return _after_example(*parts, _numbered)
+    return _after_example(parts, _numbered)
 
 
-def _after_example(example: Sample, asked: Sample, write: Callable[[Sequence[str]], str]) -> Sample:
+def _after_example(parts: list[Sample], write: Callable[[Sequence[str]], str]) -> Sample:
+    example, asked = parts
     (shown,) = example.questions
     solved = f"{example.context}{shown.text}{shown.prefix} {write(shown.expected)}"
     return Sample(f"{solved}\n\n{asked.context}", asked.questions)
