@@ -159,10 +159,10 @@ def _check(query: Tensor, key: LatentSide, value: LatentSide) -> None:
 
 def _finish_arguments(mask: Tensor | None, softcap: float | None, query: Tensor, tokens: int) -> dict[str, Any]:
     """What ``triton_scores._finish`` takes; ``MASK`` is ``"tokens"`` if all query tokens see the same."""
-    kind, strides = "none", (0,) * 4
+    kind, strides = "none", [0] * 4
     if mask is not None:
         mask = mask.expand(query.shape[0], 1, query.shape[2], tokens).view(torch.uint8)
-        strides = mask.stride()
+        strides = list(mask.stride())
         kind = "tokens" if mask.shape[2] == 1 or strides[2] == 0 else "queries"
     return {
         "mask": query if mask is None else mask,

@@ -110,8 +110,8 @@ def tier_arguments(tiers: tuple[PackedTier, ...]) -> TierArguments:
     starts = dict(zip(by_bits, accumulate((tier.channels for tier in tiers), initial=0), strict=False))
     for tier in tiers:
         codes = tier.codes
-        strides = [stride for length, stride in zip(codes.shape, codes.stride(), strict=True) if length > 1]
-        lengths = [codes.shape[2], *[stride for stride in strides if stride != 1], codes.storage_offset()]
+        used = [stride for length, stride in zip(codes.shape, codes.stride(), strict=True) if length > 1]
+        lengths = [codes.shape[2], *[stride for stride in used if stride != 1], codes.storage_offset()]
         if codes.stride(2) != 1 or any(length * codes.element_size() % ROW_BYTES for length in lengths):
             raise ValueError(
                 f"codes of the {tier.bits}-bit tier must be rows of {tier.channels} channels padded and aligned to "
