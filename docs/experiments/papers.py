@@ -103,7 +103,7 @@ def _projections(
     model, batches, moments: Moments, method: str, ratio: float, reorder: bool = True, calibrate_values: bool = True
 ) -> Projections:
     """What ``calibrate`` makes, from statistics taken once."""
-    options: dict[str, Any] = {"method": method, "reorder": reorder}
+    options: dict[str, Any] = {"method": method} if method == "palu" else {"method": method, "reorder": reorder}
     made = projections_from_moments(moments, **options)
     if method == "palu" or not calibrate_values:
         return made

@@ -261,13 +261,14 @@ def test_a_quantized_model(text, tmp_path, kind):
         whole, quantization_config=BitsAndBytesConfig(**format), dtype=torch.float32, device_map="cpu"
     )
     stored = save(quantized, tmp_path / "quantized")
-    by_queries = ["--sensitivity", "query"]  # gradients do not pass through 4-bit weights on CPUs
+    by_queries = ["--sensitivity", "query"]  # gradients do not pass through 4-bit weights on every CPU
     metrics = measure(stored, tmp_path / "out", text, *by_queries)
     reference = measure(whole, tmp_path / "reference", text, *by_queries)
     if kind == "nf4":
-        refused = CliRunner().invoke(cli.app, arguments(stored, tmp_path / "refused", text))
-        assert refused.exit_code == 1 and "Error: no gradient reached" in refused.output
-        assert "Traceback" not in refused.output and "sensitivity='query'" in refused.output
+        tried = CliRunner().invoke(cli.app, arguments(stored, tmp_path / "tried", text))
+        refused = "Error: no gradient reached" in tried.output and "sensitivity='query'" in tried.output
+        assert tried.exit_code == (1 if refused else 0) and "Traceback" not in tried.output
+        assert refused or (tmp_path / "tried" / "report.md").exists()
     ours, theirs = (found["full"]["perplexity"]["value"] for found in (metrics, reference))
     assert ours != theirs and ours == pytest.approx(theirs, rel=0.15), "of the quantized weights"
 
