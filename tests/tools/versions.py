@@ -25,12 +25,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = {
     "transformers": ["-n", "2", "--deselect", "tests/project/test_support_table.py"],  # a page of one version
-    "triton": [
-        "tests/kernels/test_triton_decode.py",
-        "tests/kernels/test_triton_encode.py",
-        "tests/cache/test_attention.py",
-    ]
-    + ["tests/kernels/test_aot_gates.py"],
+    "triton": ["tests/kernels", "tests/cache/test_attention.py"],
 }
 ONE_FAMILY = ["tests/cache/test_generation.py", "-k", "llama and (greedy or left_padded or chat)"]
 SUMMARY = re.compile(r"(\d+) (passed|failed|skipped|errors?)")
