@@ -280,7 +280,7 @@ def _absorbed_scores(step: _Step, wave: _Wave, scores: Tensor) -> None:
         DOT=step.dot,
         PRECISION=precision(step.exact),
         num_warps=warps(threads),
-        num_stages=2,
+        num_stages=1 if wave.tile < 32 else 2,  # 64 threads with a second stage spill on sm_80
         **wave.arguments(),
         **step.finish,
     )
