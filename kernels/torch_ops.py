@@ -3,6 +3,9 @@
 Agrees with ``reference``, function by function. Mathematics: docs/method.md, "Attending to latents".
 """
 
+import platform
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -48,6 +51,14 @@ def _joined(pieces: tuple[PackedTier, ...]) -> PackedTier:
     return PackedTier(pieces[0].bits, pieces[0].channels, codes, torch.cat(steps, dim=1) if steps else None)
 
 
+@cache
+def _cpu_multiplies_bfloat16() -> bool:
+    """Whether this processor has instructions for it; without them such a product takes longer than a float32 one."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def reconstruct(side: LatentSide, dtype: torch.dtype = torch.float32) -> Tensor:
     """See ``reference.reconstruct``; computed in float32, but for the product.
 
@@ -55,7 +66,8 @@ def reconstruct(side: LatentSide, dtype: torch.dtype = torch.float32) -> Tensor:
     loses a model of that dtype nothing.
     """
     latents, up_proj = side.read_once(), side.up_proj
-    fast = dtype == torch.bfloat16 or (dtype == torch.float16 and latents.is_cuda)
+    fast = dtype == torch.bfloat16 and (latents.is_cuda or _cpu_multiplies_bfloat16())
+    fast = fast or (dtype == torch.float16 and latents.is_cuda)
     # bfloat16 holds every float16 number's range; the other way round large entries would overflow.
     narrow = fast and up_proj.dtype.itemsize == 2 and dtype in (torch.bfloat16, up_proj.dtype)
     product = dtype if narrow else torch.float32
