@@ -305,7 +305,7 @@ def _reconstructed_scores(step: _Step, wave: _Wave, scores: Tensor) -> None:
         UP_DOT=tl.float32 if step.exact else dot_dtype(up["up_proj"].dtype),
         DOT=step.dot,
         PRECISION=precision(step.exact),
-        num_warps=warps(256),
+        num_warps=warps(128 if up["HEAD_DIM"] <= 64 else 256),
         num_stages=2,
         **up,
         **step.finish,

@@ -192,7 +192,7 @@ def reconstruct(side: LatentSide, dtype: torch.dtype = torch.float32) -> Tensor:
             CHUNK=32 if exact and up["HEAD_DIM"] > 128 else 64,  # float32 tiles take twice the shared memory
             DOT=tl.float32 if exact else dot_dtype(up["up_proj"].dtype),
             PRECISION=precision(exact),
-            num_warps=warps(256),
+            num_warps=warps(128 if up["HEAD_DIM"] <= 64 else 256),
             num_stages=2,
             **up,
         )
