@@ -30,6 +30,7 @@ __all__ = [
     "quantize",
     "read_latents",
     "row_length",
+    "tier_bytes",
     "tiles",
     "unpack",
 ]
@@ -52,6 +53,13 @@ def padded_channels(bits: int, channels: int) -> int:
 def row_length(bits: int, channels: int) -> int:
     """Elements of ``PackedTier.codes`` a token: numbers at 16 bits, bytes below."""
     return padded_channels(bits, channels) // (1 if bits == 16 else 8 // bits)
+
+
+def tier_bytes(bits: int, channels: int, latent_dtype: torch.dtype = torch.float16) -> int:
+    """Bytes per token of a tier, padding and step included; a 16-bit tier is stored in ``latent_dtype``."""
+    if not channels:
+        return 0
+    return row_length(bits, channels) * (latent_dtype.itemsize if bits == 16 else 1) + (STEP_BYTES if bits < 16 else 0)
 
 
 @dataclass(frozen=True)

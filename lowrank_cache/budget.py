@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lowrank_cache.basis import Basis
-from lowrank_cache.kernels.packed import BIT_WIDTHS, ROW_BYTES, STEP_BYTES, padded_channels
+from lowrank_cache.kernels.packed import BIT_WIDTHS, ROW_BYTES, STEP_BYTES, tier_bytes
 from lowrank_cache.shapes import BOTH, SIDES, Group, ModelShape
 
 __all__ = [
@@ -42,11 +42,6 @@ Tiers = tuple[tuple[int, int], ...]  # (bits, channels) of the tiers in use, mos
 DISTORTION = {16: 1e-7, 8: 4e-5, 4: 0.0095, 2: 0.115, 0: 1.0}
 _MAX_CHOICES = 300_000
 _PROMPT_WEIGHTS = (1.0, 1.5)  # of key and value ranks of xKV, as in its paper
-
-
-def tier_bytes(bits: int, channels: int) -> int:
-    """Bytes per token of a tier, padding and step included."""
-    return (padded_channels(bits, channels) * bits // 8 + (STEP_BYTES if bits < 16 else 0)) if channels else 0
 
 
 def tiers_loss(loss: np.ndarray, tiers: Tiers) -> float:

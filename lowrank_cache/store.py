@@ -16,7 +16,7 @@ from torch import Tensor
 from lowrank_cache.artefact import SavedTensors, integer
 from lowrank_cache.coder import Coder
 from lowrank_cache.kernels.api import encode, reconstruct
-from lowrank_cache.kernels.packed import STEP_BYTES, LatentSide, PackedTier, RotaryFrames, row_length
+from lowrank_cache.kernels.packed import LatentSide, PackedTier, RotaryFrames, tier_bytes
 from lowrank_cache.latent_view import StoredSide
 from lowrank_cache.latents import GrowingTensor, PackedLatents, is_read_only
 from lowrank_cache.positions import PositionTrack
@@ -347,10 +347,7 @@ class LatentStore:
     def bytes_per_token(self) -> int:
         """Bytes of one token's latent, padding and steps included."""
         held = self.latents.latent_dtype if self.latents is not None else self.options.latent_dtype or torch.float16
-        return sum(
-            row_length(bits, channels) * (held.itemsize if bits == 16 else 1) + (STEP_BYTES if bits < 16 else 0)
-            for bits, channels in self.coder.tiers
-        )
+        return sum(tier_bytes(*tier, held) for tier in self.coder.tiers)
 
     @property
     def nbytes(self) -> int:
