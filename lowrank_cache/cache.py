@@ -104,6 +104,8 @@ class LowRankCache(Cache):
         if (projections is None) == (method is None):
             given = "neither" if method is None else "both"
             raise ValueError(f"exactly one of projections and method must be given, got {given}")
+        if method not in (None, "xkv"):
+            raise ValueError(f"method must be 'xkv'; the bases of other methods are calibrated, got {method!r}")
         self._settings = {  # what `from_pretrained` makes an equal cache of
             "method": method,
             "compression_ratio": compression_ratio,
@@ -127,12 +129,10 @@ class LowRankCache(Cache):
                 raise ValueError("layer_group_size and new_tokens belong to method 'xkv'; projections hold their own")
             coders = calibrated_coders(projections, *budget)
             self._track = PositionTrack(projections.frame_length, num_sink_tokens)
-        elif method == "xkv":
+        else:
             size = 4 if layer_group_size is None else layer_group_size
             coders = prompt_coders(shape, *budget, size, "encode" if new_tokens is None else new_tokens)
             self._track = PositionTrack(1, num_sink_tokens)
-        else:
-            raise ValueError(f"method must be 'xkv'; the bases of other methods are calibrated, got {method!r}")
         self._stores = [LatentStore(coder, self._track, options) for coder in coders]
         self.target_compression_ratio = float(compression_ratio) if ranks is None else None
         self._owner = saved_cache.owner_facts(model.config, shape)

@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicLayer
 from lowrank_cache import LowRankCache, Projections, latent_attention
 from lowrank_cache.calibration.api import METHODS, projections_from_moments
 from lowrank_cache.calibration.moments import Moments
+from lowrank_cache.kernels.packed import BIT_WIDTHS
 from lowrank_cache.probe import model_shape
 from lowrank_cache.prompt_svd import NEW_TOKENS
 
@@ -28,7 +29,6 @@ __all__ = [
 ]  # fmt: skip
 
 BASELINES = ("full", "quantized-fp8", "quantized-4", "quantized-2", "kivi-4", "kivi-2")
-BITS = (16, 8, 4, 2)
 GRAMMAR = "METHOD:RATIO[,groups=G][,frame=L][,joint=0|1][,bits=B][,ranks=R], with xkv also [,new=encode|exact]"
 XKV = "xkv"  # the one method that needs no calibration
 
@@ -49,7 +49,8 @@ class Configuration:
     @property
     def refit_ratio(self) -> float:
         """Ratio of the ranks at which values are fitted to the compressed stream; 1 where they are not."""
-        if self.method != "recalkv" or self.ranks is not None:
+        method = METHODS.get(self.method)
+        if method is None or method.refit is None or self.ranks is not None:
             return 1.0
         return max(1.0, self.compression_ratio * (self.bits or 16) / 16)
 
@@ -63,7 +64,7 @@ class Configuration:
     def options(self) -> dict[str, Any]:
         """Arguments of ``LowRankCache`` beside model, projections and sizes."""
         found: dict[str, Any] = {name: getattr(self, name) for name in ("compression_ratio", "bits", "ranks")}
-        if self.method == XKV:
+        if self.method not in METHODS:
             size = 4 if self.groups == "auto" else self.groups
             found |= {"method": XKV, "layer_group_size": size, "new_tokens": self.new}
         return found
@@ -84,7 +85,7 @@ def parse(specification: str) -> Configuration | None:
             raise ValueError
         found: dict[str, Any] = {}
         for name, _, value in (option.partition("=") for option in options):
-            if name == "new" and method == XKV and value in NEW_TOKENS:
+            if name == "new" and method not in METHODS and value in NEW_TOKENS:
                 found[name] = value
             elif name in ("groups", "frame", "bits", "ranks"):
                 found[name] = value if value == "auto" else int(value)
@@ -100,8 +101,8 @@ def parse(specification: str) -> Configuration | None:
         ) from None
     if not configuration.compression_ratio >= 1:
         raise ValueError(f"cache must have a ratio of at least 1, got {specification!r}")
-    if configuration.bits not in (None, *BITS):
-        raise ValueError(f"cache must have bits of {BITS}, got {specification!r}")
+    if configuration.bits not in (None, *BIT_WIDTHS):
+        raise ValueError(f"cache must have bits of {BIT_WIDTHS}, got {specification!r}")
     return configuration
 
 
@@ -181,7 +182,7 @@ def cache_entry(
     for group in cache.groups():
         width = sum(shape.layer(layer).side(side).width for layer, side in group.members)
         full += 2 * width
-        stored += 2 * width if options.get("method") == XKV and not group.tiers else 0
+        stored += 2 * width if "method" in options and not group.tiers else 0
     return CacheEntry(name, make, full / stored, cache.projection_bytes())
 
 

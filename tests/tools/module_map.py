@@ -53,7 +53,7 @@ ALLOWED = {
             "budget",
             "calibration",
             "coder",
-            "kernels.api",
+            "kernels.packed",
             "probe",
             "projections",
             "prompt_svd",
