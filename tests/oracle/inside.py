@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowrank_cache import LowRankCache, forward, probe, prompt_svd, store
+from lowrank_cache import LowRankCache, probe, prompt_svd, store
 from lowrank_cache.budget import GroupPlan
 from lowrank_cache.coder import CalibratedCoder
 from lowrank_cache.kernels.packed import pack_latents
@@ -30,7 +30,6 @@ __all__ = [
     "first_real",
     "forbid_reconstruction",
     "has_prompt_bases",
-    "hook_count",
     "keep_first_frequencies",
     "narrowed_matrices",
     "plant_frequencies",
@@ -192,8 +191,3 @@ def skip_products_of_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(prompt_svd.PromptCoder, "fit", no_fit)
     monkeypatch.setattr(store, "encode", no_encode)
-
-
-def hook_count(decoder: nn.Module) -> int:
-    """How many caches watch ``decoder``: torch counts the one hook that they share."""
-    return forward._HOOKS[decoder].users if decoder in forward._HOOKS else 0
