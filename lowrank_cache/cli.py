@@ -19,7 +19,7 @@ from lowrank_cache.evaluation.bench import bench as run_bench
 from lowrank_cache.evaluation.caches import GRAMMAR
 from lowrank_cache.evaluation.demo import DownloadError, run_demo
 from lowrank_cache.evaluation.evaluate import EvaluationSettings, run_evaluation
-from lowrank_cache.evaluation.inputs import CALIBRATION_TOKENS, Run, check_dtype, load_model, load_text
+from lowrank_cache.evaluation.inputs import CALIBRATION_TOKENS, Run, check_dtype, load_model, load_text, processor
 from lowrank_cache.evaluation.inspection import inspect_projections, plot_projections
 from lowrank_cache.evaluation.tasks import TASKS
 
@@ -79,6 +79,7 @@ def env() -> None:
         except PackageNotFoundError:
             typer.echo(f"{name} is not installed")
     accelerators = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    typer.echo(f"processor: {processor()}")
     typer.echo(f"accelerators: {', '.join(accelerators) or 'none'}; {torch.get_num_threads()} threads")
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from lowrank_cache.evaluation.caches import CacheEntry, CacheSizes, tensor_bytes
-from lowrank_cache.evaluation.inputs import Run, append_result, prepare, resume_results
+from lowrank_cache.evaluation.inputs import Run, append_result, prepare, processor, resume_results
 from lowrank_cache.evaluation.report import Table, check_installed
 from lowrank_cache.evaluation.streaming import now
 from lowrank_cache.probe import cache_argument
@@ -200,9 +200,11 @@ def bench(run: Run, specifications: list[str], settings: BenchSettings, say: Cal
     if WEIGHTS_ALONE in specifications:
         caches.append(CacheEntry(WEIGHTS_ALONE, lambda: DynamicCache(config=model.config), None, 0))
     ids = torch.tensor(found.tokenizer(found.text[: 12 * settings.needed()])["input_ids"])
-    say(f"{found.name} in {found.identity['dtype']}, {settings.threads} thread(s), text from {found.source}")
-    measured = run_bench(model, ids, caches, settings, run.out / "bench.jsonl", say, found.identity)
-    table = bench_table(measured).markdown()
+    where = torch.cuda.get_device_name() if found.identity["device"] == "cuda" else processor()
+    heading = f"{found.name} in {found.identity['dtype']} on {where}, {settings.threads} thread(s)"
+    say(f"{heading}, text from {found.source}")
+    measured = run_bench(model, ids, caches, settings, run.out / "bench.jsonl", say, {**found.identity, "where": where})
+    table = f"{heading}\n\n{bench_table(measured).markdown()}"
     (run.out / "table.md").write_text(table + "\n", encoding="utf-8")
     numbers = [{**asdict(entry), "tokens_per_second": entry.tokens_per_second} for entry in measured]
     (run.out / "bench.json").write_text(json.dumps(numbers, indent=1), encoding="utf-8")

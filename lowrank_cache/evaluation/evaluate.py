@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from lowrank_cache.evaluation import report, tasks
 from lowrank_cache.evaluation.caches import CacheEntry, CacheSizes, tensor_bytes
-from lowrank_cache.evaluation.inputs import Run, append_result, prepare, resume_results
+from lowrank_cache.evaluation.inputs import Run, append_result, prepare, processor, resume_results
 from lowrank_cache.evaluation.streaming import fill, force_answers, greedy_answer, now, stream, windows_of
 from lowrank_cache.evaluation.tasks import QUESTIONS, TASKS, CodeText, Prompter, Question
 from lowrank_cache.probe import cache_argument
@@ -235,7 +235,7 @@ def run_evaluation(
     samples = run.out / "samples.jsonl"
     resume_results(samples, {**settings.fixed(), **found.identity})  # fails before config.json is replaced
     versions = {name: version(name) for name in ("lowrank-cache", "torch", "transformers")}
-    machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+    machine = {"processor": processor(), "threads": torch.get_num_threads()}
     if found.identity["device"] == "cuda":
         machine["gpu"] = torch.cuda.get_device_name()
     config = {**found.identity, "text": found.source, "caches": names, "settings": asdict(settings)}

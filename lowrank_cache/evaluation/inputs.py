@@ -23,11 +23,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowrank_cache import Projections
 from lowrank_cache.artefact import write_files
-from lowrank_cache.calibration.api import auto_group_size
+from lowrank_cache.calibration.api import METHODS, auto_group_size
 from lowrank_cache.calibration.collect import collect_moments, refit_values
 from lowrank_cache.calibration.moments import Moments
 from lowrank_cache.calibration.text import mixed_batches
-from lowrank_cache.evaluation.caches import XKV, CacheEntry, Configuration, cache_entry, make_bases, parse
+from lowrank_cache.evaluation.caches import CacheEntry, Configuration, cache_entry, make_bases, parse
 from lowrank_cache.evaluation.demo import demo_model, hub_answers
 from lowrank_cache.probe import model_shape
 from lowrank_cache.projections import ARTEFACT
@@ -35,7 +35,8 @@ from lowrank_cache.shapes import BOTH, layer_groups
 
 __all__ = [
     "CALIBRATION_TOKENS", "MOMENTS_FILE", "Prepared", "Run", "append_result", "bundled_text", "check_dtype",
-    "in_dtype", "load_model", "load_text", "moments_of", "prepare", "resume_results",
+    "in_dtype", "load_model", "load_text", "moments_of", "prepare", "processor",
+    "resume_results",
 ]  # fmt: skip
 
 CALIBRATION_TOKENS = 20_480
@@ -90,6 +91,15 @@ def in_dtype(model: Any, dtype: str) -> Any:
         parent, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(parent), leaf, table)
     return model
+
+
+def processor() -> str:
+    """The processor's name and the vector instructions that torch uses on it: what a time holds for."""
+    listed = Path("/proc/cpuinfo")
+    lines = listed.read_text(encoding="utf-8").splitlines() if listed.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = next(iter(names), platform.processor() or platform.machine())
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def load_text(name: str | Path | None = None, *, split: str = "train") -> tuple[str, str]:
@@ -242,7 +252,7 @@ def prepare(run: Run, specifications: list[str], sizes: dict[str, int], report: 
     """
     check_dtype(run.dtype, auto=True)
     parsed = {one: parse(one) for one in specifications}
-    calibrated = {one: found for one, found in parsed.items() if found and found.method != XKV}
+    calibrated = {one: found for one, found in parsed.items() if found and found.method in METHODS}
     ready = _ready(run, calibrated)
     missing = {one: found for one, found in calibrated.items() if found.bases_name not in ready}
     text, source = load_text(run.evaluate_on, split="test")

@@ -5,8 +5,10 @@ import json
 import pytest
 from transformers import DynamicCache
 
-from lowrank_cache.evaluation.bench import WEIGHTS_ALONE, BenchSettings, bench_table, plot_bench, run_bench
+from lowrank_cache.evaluation.bench import WEIGHTS_ALONE, BenchSettings, bench, bench_table, plot_bench, run_bench
 from lowrank_cache.evaluation.caches import CacheEntry, cache_entry
+from lowrank_cache.evaluation.inputs import Run, processor
+from tests.oracle.character_tokenizer import character_tokenizer
 from tests.oracle.models import full_rank_projections, random_tokens, tiny_model
 
 SETTINGS = BenchSettings(
@@ -69,3 +71,18 @@ def test_a_file_of_other_settings_and_a_short_text_are_refused(tmp_path):
     other = BenchSettings(contexts=(40,), new_tokens=3, warm=1)
     with pytest.raises(ValueError, match="made with other settings"):
         run_bench(model, random_tokens(1, 90)[0], full, other, out)
+
+
+def test_a_folder_names_its_processor_and_is_of_no_other(tmp_path, monkeypatch):
+    """Times of one processor do not carry to another: a table says where it was measured, and mixes no two."""
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    character_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("Some words of text. " * 20)
+    run, said = Run(tmp_path / "out", str(tmp_path / "model"), evaluate_on=tmp_path / "text.txt", dtype="float32"), []
+    bench(run, [WEIGHTS_ALONE], SETTINGS, said.append)
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert processor() in table.splitlines()[0] and "float32" in table.splitlines()[0]
+    assert f"| {WEIGHTS_ALONE} |" in table and table.strip() in said
+    monkeypatch.setattr("lowrank_cache.evaluation.bench.processor", lambda: "another")
+    with pytest.raises(ValueError, match="made with other settings"):
+        bench(run, [WEIGHTS_ALONE], SETTINGS, said.append)

@@ -15,7 +15,7 @@ from lowrank_cache.evaluation import inputs
 from lowrank_cache.evaluation.bench import BenchSettings
 from lowrank_cache.evaluation.demo import DownloadError
 from lowrank_cache.evaluation.evaluate import EvaluationSettings
-from lowrank_cache.evaluation.inputs import Run
+from lowrank_cache.evaluation.inputs import Run, processor
 from tests.oracle.models import random_tokens, tiny_model
 
 
@@ -211,3 +211,4 @@ def test_env_names_every_version_a_report_needs():
     out = run("env").output
     assert f"torch {version('torch')}" in out and f"transformers {version('transformers')}" in out
     assert "lowrank-cache " in out and "accelerators: " in out and "Python 3." in out
+    assert f"processor: {processor()}" in out
