@@ -1,6 +1,7 @@
 """The docs: commands exist, links lead somewhere, quoted errors are raised, every page is in the navigation."""
 
 import ast
+import importlib
 import re
 import traceback
 from pathlib import Path
@@ -190,3 +191,30 @@ def test_a_broken_block_names_page_and_line(tmp_path):
         dividing.evaluate()
     frame = traceback.extract_tb(raised.value.__traceback__)[-1]
     assert (frame.filename, frame.lineno) == (str(page), 26)
+
+
+def test_files_that_are_named_exist():
+    """Renaming a file leaves its name behind in prose, where no import fails."""
+    folders = ("docs", "tests", "lowrank_cache", "kernels", "calibration")
+    texts = [ROOT / name for name in ("README.md", "CHANGELOG.md", "Makefile", "pyproject.toml", "mkdocs.yml")]
+    texts += [path for folder in folders for end in ("md", "py") for path in (ROOT / folder).rglob(f"*.{end}")]
+    named = rf"(?<![\w/.])(?:{'|'.join(folders)})/[\w/.-]*\w\.(?:py|md|png|svg)\b"
+    missing = {
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in texts
+        for name in re.findall(named, path.read_text(encoding="utf-8"))
+        if "NAME" not in name and not (ROOT / name).exists()
+    }
+    assert not missing, sorted(missing)
+
+
+def test_code_that_the_method_names_exists():
+    table = (ROOT / "docs" / "method.md").read_text(encoding="utf-8").partition("## Calibration")[0]
+    names = re.findall(r"`((?:[a-z_]+\.)+\w+)`", table)
+    assert len(names) > 15
+    for name in names:
+        parts, found = name.split("."), importlib.import_module("lowrank_cache")
+        for depth, part in enumerate(parts):
+            if not hasattr(found, part):
+                importlib.import_module(".".join(["lowrank_cache", *parts[: depth + 1]]))
+            found = getattr(found, part)

@@ -22,9 +22,9 @@ The models are tiny random ones of each family, so the tables speak of structure
 
 With full-rank projections, tokens equal those of `DynamicCache` and logits agree to rounding
 (`tests/cache/test_generation.py`). For the first table, encoded keys are proven to be the keys before the model's
-rotary function (`tests/cache/test_unrotation.py`). "Attend to latents" counts the compressed layers that
+rotary function (`tests/cache/test_probe.py`). "Attend to latents" counts the compressed layers that
 [`latent_attention`](cache_contract.md#attending-to-latents) serves in the same modes
-(`tests/cache/test_latent_attention.py`). It raises where there are none, and the cache works without it.
+(`tests/cache/test_attention.py`). It raises where there are none, and the cache works without it.
 """
 
 _FOOT = """\
