@@ -12,13 +12,13 @@ from types import ModuleType, SimpleNamespace
 import torch
 from torch import Tensor
 
-from lowrank_cache.kernels import reference, torch_ops
-from lowrank_cache.kernels.packed import LatentSide, PackedTier, RotaryFrames, tiles
+from lowrank_cache.kernels import native, reference, torch_ops
+from lowrank_cache.kernels.packed import LatentSide, PackedTier, RotaryFrames, StoredSide, tiles
 from lowrank_cache.kernels.segments import attend, merge
 
-__all__ = ["CHECKED_CARDS", "IMPLEMENTATIONS", "MAX_KERNEL_QUERIES", "encode", "latent_attention", "reconstruct"]
+__all__ = ["CHECKED_CARDS", "IMPLEMENTATIONS", "MAX_KERNEL_QUERIES", "attend_stored", "encode", "latent_attention", "reconstruct"]
 
-IMPLEMENTATIONS = ("auto", "torch", "triton", "reference")
+IMPLEMENTATIONS = ("auto", "native", "torch", "triton", "reference")
 MAX_KERNEL_QUERIES = 16  # longer queries reconstruct keys and values tile by tile, where dense products are best
 CHECKED_CARDS: frozenset[str] = frozenset()  # classes of GPUs on which the Triton kernels have passed their tests
 _TILE_TOKENS = 4096
@@ -38,7 +38,7 @@ def _operations(impl: str, device: torch.device, *head_dims: int) -> ModuleType 
     if impl == "auto":
         serves = device.type == "cuda" and all(map(_fits, head_dims)) and _triton_serves(device)
         impl = "triton" if serves else "torch"
-    return {"torch": torch_ops, "reference": reference}.get(impl) or _triton()
+    return {"torch": torch_ops, "native": torch_ops, "reference": reference}.get(impl) or _triton()
 
 
 def _fits(head_dim: int) -> bool:
@@ -124,3 +124,57 @@ def latent_attention(
         keys, values = (operations.reconstruct(side, query.dtype) for side in sides)
         parts.append(attend(query, keys, values, scaling=scaling, mask=seen, softcap=softcap))
     return merge(parts)
+
+
+def attend_stored(
+    query: Tensor,
+    key: StoredSide,
+    value: StoredSide,
+    *,
+    scaling: float,
+    masks: tuple[Tensor | None, ...] = (None, None, None),
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Attention over everything that a layer holds: sinks, latents and tail, in one softmax.
+
+    Args:
+        query: ``[batch, q_heads, q_tokens, head_dim]``, post-RoPE.
+        scaling, softcap: See ``segments.attend``.
+        masks: Of sinks, latents and tail: bool ``[1 or batch, 1, q_tokens, tokens]``, True where a query sees a token;
+            None where all are seen.
+        sink_logits: ``[q_heads]``, see ``segments.merge``.
+        impl: One of ``IMPLEMENTATIONS``.
+
+    Returns:
+        ``[batch, q_heads, q_tokens, value_dim]``, dtype of ``query`` or float32.
+    """
+    if impl in ("auto", "native") and native.serves(query, key, value) and _native_works(impl):
+        return native.attend(
+            query, key, value, scaling=scaling, masks=masks, softcap=softcap, sink_logits=sink_logits
+        )
+    sinks, seen, tail = masks
+    mask = None if sinks is None or tail is None else torch.cat([sinks.expand(tail.shape[0], -1, -1, -1), tail], dim=3)
+    keys, values = (torch.cat([side.sinks, side.tail], dim=2) for side in (key, value))
+    segments = [attend(query, keys, values, scaling=scaling, mask=mask, softcap=softcap)]
+    if key.latents is not None and value.latents is not None:
+        segments.append(
+            latent_attention(query, key.latents, value.latents, scaling=scaling, mask=seen, softcap=softcap, impl=impl)
+        )
+    return merge(segments, sink_logits)[0]
+
+
+@cache
+def _native_works(impl: str) -> bool:
+    """Whether compiled code serves CPUs here; asked once.
+
+    Raises:
+        RuntimeError: If ``impl`` is ``"native"`` and nothing compiles.
+    """
+    library, description = native.build()
+    if library is None:
+        if impl == "native":
+            raise RuntimeError(f"impl='native' needs a C compiler: {description}")
+        warnings.warn(f"attention over latents runs in torch, which is slower than compiled code: {description}", stacklevel=2)
+    return library is not None

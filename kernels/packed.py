@@ -23,6 +23,7 @@ __all__ = [
     "LatentSide",
     "PackedTier",
     "RotaryFrames",
+    "StoredSide",
     "dequantize",
     "pack",
     "pack_latents",
@@ -215,6 +216,21 @@ class LatentSide:
         if "latents" not in self.shared:
             self.shared["latents"] = self.read()
         return self.shared["latents"]
+
+
+@dataclass(frozen=True)
+class StoredSide:
+    """One layer's keys or values, at the time of its update.
+
+    Attributes:
+        sinks: ``[batch, heads, sinks, head_dim]`` exact.
+        latents: The tokens between sinks and tail; None while there are none.
+        tail: ``[batch, heads, tokens, head_dim]`` exact: the window and the forward's own tokens.
+    """
+
+    sinks: Tensor
+    latents: LatentSide | None
+    tail: Tensor
 
 
 def tiles(

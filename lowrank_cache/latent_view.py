@@ -8,31 +8,14 @@ latents".
 
 import weakref
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lowrank_cache.kernels.api import latent_attention
-from lowrank_cache.kernels.packed import LatentSide
-from lowrank_cache.kernels.segments import attend, merge
+from lowrank_cache.kernels.api import attend_stored
+from lowrank_cache.kernels.packed import StoredSide
 
-__all__ = ["Attended", "LatentView", "StoredSide", "attach_view", "attended_by", "set_attended", "view_of"]
-
-
-@dataclass(frozen=True)
-class StoredSide:
-    """One layer's keys or values, at the time of its update.
-
-    Attributes:
-        sinks: ``[batch, heads, sinks, head_dim]`` exact.
-        latents: The tokens between sinks and tail; None while there are none.
-        tail: ``[batch, heads, tokens, head_dim]`` exact: the window and the forward's own tokens.
-    """
-
-    sinks: Tensor
-    latents: LatentSide | None
-    tail: Tensor
+__all__ = ["Attended", "LatentView", "attach_view", "attended_by", "set_attended", "view_of"]
 
 
 @dataclass(frozen=True)
@@ -73,24 +56,20 @@ class LatentView:
             sink_logits: ``[q_heads]``, see ``kernels.segments.merge``.
 
         Returns:
-            ``[batch, q_heads, q_tokens, value_dim]``, at least float32.
+            ``[batch, q_heads, q_tokens, value_dim]``, dtype of ``query`` or float32.
         """
         if mask is None and query.shape[2] > 1:
             mask = _causal(query.shape[2], self.slots, query.device)
-        options: dict[str, Any] = {"scaling": scaling, "softcap": softcap}
         sink_mask, mask = self._split_off_sinks(mask)
-        tail = self.key.tail.shape[2]
-        seen = mask
-        if mask is not None and sink_mask is not None:
-            seen = torch.cat([sink_mask.expand(mask.shape[0], -1, -1, -1), mask[..., self.slots - tail :]], dim=3)
-        keys, values = (torch.cat([side.sinks, side.tail], dim=2) for side in (self.key, self.value))
-        segments = [attend(query, keys, values, mask=seen, **options)]
-        if self.key.latents is not None and self.value.latents is not None:
-            seen = None if mask is None else mask[..., self.encoded_end - self.key.latents.tokens : self.encoded_end]
-            segments.append(
-                latent_attention(query, self.key.latents, self.value.latents, mask=seen, impl=self.impl, **options)
-            )
-        return merge(segments, sink_logits)[0]
+        masks: tuple[Tensor | None, ...] = (None, None, None)
+        if mask is not None:
+            latents = 0 if self.key.latents is None else self.key.latents.tokens
+            tail = mask[..., self.slots - self.key.tail.shape[2] :]
+            masks = sink_mask, mask[..., self.encoded_end - latents : self.encoded_end], tail
+        return attend_stored(
+            query, self.key, self.value, scaling=scaling, masks=masks, softcap=softcap, sink_logits=sink_logits,
+            impl=self.impl,
+        )  # fmt: skip
 
     def _split_off_sinks(self, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """The mask of the sink segment, and the mask of slots without those that sinks stand for."""
