@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lowrank_cache.kernels.packed import LatentSide, StoredSide
 
-__all__ = ["Native", "attend", "build", "serves"]
+__all__ = ["Native", "attend", "build", "load", "serves"]
 
 _SOURCE = Path(__file__).with_name("native.c")
 _LEAST_FRAME = 16  # shorter ones absorb queries so often that reconstructing is faster
@@ -102,24 +102,19 @@ class _Step(Structure):
 def build() -> Native:
     """Compile the library, or load what was compiled before; once a process.
 
-    The file's name tells source, compiler and processor. It is written aside and renamed, so processes that start at
-    once do not disturb each other, and loaded only if its digest is the one noted when it was made.
+    ``CC`` and ``CFLAGS`` are respected.
     """
     compiler = _compiler()
     if compiler is None:
-        return Native(None, "no C compiler was found: install gcc or clang, or `pip install ziglang`, or set CC")
-    try:
-        folder = _folder()
-        problems = []
-        for flags in (["-march=native"], ["-mcpu=native"], []):
-            try:
-                return _compiled(compiler, flags, folder)
-            except (subprocess.CalledProcessError, OSError) as error:
-                said = getattr(error, "stderr", None) or str(error)
-                problems.append(f"{' '.join([*compiler, *flags])}: {said.strip().splitlines()[0] if said.strip() else error}")
-        return Native(None, "; ".join(problems))
-    except (OSError, PermissionError, subprocess.TimeoutExpired) as error:
-        return Native(None, str(error))
+        return Native(None, "no C compiler was found; install gcc or clang, or `pip install ziglang`, or set CC")
+    problems = []
+    for flags in (["-march=native"], ["-mcpu=native"], []):
+        try:
+            return load(compiler, flags, _folder())
+        except (subprocess.SubprocessError, OSError) as error:
+            said = (getattr(error, "stderr", None) or str(error)).strip()
+            problems.append(f"{' '.join([*compiler, *flags])}: {said.partition(chr(10))[0]}")
+    return Native(None, "; ".join(problems))
 
 
 def _compiler() -> list[str] | None:
@@ -141,8 +136,16 @@ def _folder() -> Path:
     return folder
 
 
-def _compiled(compiler: list[str], flags: list[str], folder: Path) -> Native:
-    options = [*flags, "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-w"]
+def load(compiler: list[str], flags: list[str], folder: Path) -> Native:
+    """The library for these flags, compiled into ``folder`` unless it lies there already.
+
+    The file's name tells source, compiler and processor. It is written aside and renamed, so processes that start at
+    once do not disturb each other, and loaded only if its digest is the one noted when it was made.
+
+    Raises:
+        subprocess.SubprocessError, OSError: If it cannot be compiled or loaded.
+    """
+    options = [*flags, "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-w", *os.environ.get("CFLAGS", "").split()]
     # All that the preprocessor knows: compiler, version, and the processor's features.
     facts = _run([*compiler, *flags, "-dM", "-E", "-x", "c", os.devnull])
     name = hashlib.sha256("\0".join([_SOURCE.read_text(encoding="utf-8"), facts, *options]).encode()).hexdigest()[:32]
@@ -150,7 +153,7 @@ def _compiled(compiler: list[str], flags: list[str], folder: Path) -> Native:
     if not (path.exists() and note.exists() and note.read_text() == _digest(path)):
         with tempfile.TemporaryDirectory(dir=folder) as aside:
             made = _make(compiler, options, Path(aside))
-            digest = Path(aside) / "digest"
+            digest = made.with_suffix(".sha256")
             digest.write_text(_digest(made))
             os.replace(made, path)
             os.replace(digest, note)
@@ -170,9 +173,8 @@ def _make(compiler: list[str], options: list[str], folder: Path) -> Path:
     for threads, libraries in (["-fopenmp"], []), (["-fopenmp"], ["-fopenmp"]), ([], []):
         try:
             _run([*compiler, *options, *threads, "-c", str(_SOURCE), "-o", str(compiled)])
-            _run([*compiler, "-shared", str(compiled), "-o", str(linked), *libraries, "-lm"])
-            check = f"import torch, ctypes; ctypes.CDLL({str(linked)!r})"
-            ctypes.CDLL(str(linked)) if not threads or libraries else _run([sys.executable, "-c", check])
+            _run([*compiler, *options, "-shared", str(compiled), "-o", str(linked), *libraries, "-lm"])
+            ctypes.CDLL(str(linked), mode=os.RTLD_NOW)
             return linked
         except (subprocess.CalledProcessError, OSError) as error:
             last = error
