@@ -16,7 +16,10 @@ from lowrank_cache.kernels import native, reference, torch_ops
 from lowrank_cache.kernels.packed import LatentSide, PackedTier, RotaryFrames, StoredSide, tiles
 from lowrank_cache.kernels.segments import attend, merge
 
-__all__ = ["CHECKED_CARDS", "IMPLEMENTATIONS", "MAX_KERNEL_QUERIES", "attend_stored", "encode", "latent_attention", "reconstruct"]
+__all__ = [
+    "CHECKED_CARDS", "IMPLEMENTATIONS", "MAX_KERNEL_QUERIES", "attend_stored", "encode", "latent_attention",
+    "reconstruct",
+]  # fmt: skip
 
 IMPLEMENTATIONS = ("auto", "native", "torch", "triton", "reference")
 MAX_KERNEL_QUERIES = 16  # longer queries reconstruct keys and values tile by tile, where dense products are best
@@ -132,7 +135,7 @@ def attend_stored(
     value: StoredSide,
     *,
     scaling: float,
-    masks: tuple[Tensor | None, ...] = (None, None, None),
+    masks: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
     impl: str = "auto",
@@ -151,9 +154,7 @@ def attend_stored(
         ``[batch, q_heads, q_tokens, value_dim]``, dtype of ``query`` or float32.
     """
     if impl in ("auto", "native") and native.serves(query, key, value) and _native_works(impl):
-        return native.attend(
-            query, key, value, scaling=scaling, masks=masks, softcap=softcap, sink_logits=sink_logits
-        )
+        return native.attend(query, key, value, scaling=scaling, masks=masks, softcap=softcap, sink_logits=sink_logits)
     sinks, seen, tail = masks
     mask = None if sinks is None or tail is None else torch.cat([sinks.expand(tail.shape[0], -1, -1, -1), tail], dim=3)
     keys, values = (torch.cat([side.sinks, side.tail], dim=2) for side in (key, value))
@@ -176,5 +177,5 @@ def _native_works(impl: str) -> bool:
     if library is None:
         if impl == "native":
             raise RuntimeError(f"impl='native' needs a C compiler: {description}")
-        warnings.warn(f"attention over latents runs in torch, which is slower than compiled code: {description}", stacklevel=2)
+        warnings.warn(f"attention over latents runs in torch, slower than compiled code: {description}", stacklevel=2)
     return library is not None

@@ -18,7 +18,7 @@ from lowrank_cache.kernels.packed import StoredSide
 from tests.oracle.integer_attention import attention_in_float64, integer_band
 from tests.oracle.latent_sides import make_rope, make_side, make_tiers
 
-COMPILER = native._compiler()
+COMPILER = native.compiler()
 X86 = os.uname().machine == "x86_64"
 # What the processor has; the same without AVX-512; AVX2 alone; and what is left for all others.
 BUILDS = {
@@ -205,8 +205,8 @@ def test_a_planted_fault_is_caught(build, fault):
     elif fault == "constant":
         latents = dataclasses.replace(latents, constant=latents.constant + 0.3)
     elif fault == "codes":
-        codes = latents.tiers[2].codes.roll(1, 1)
-        latents = dataclasses.replace(latents, tiers=(*latents.tiers[:2], dataclasses.replace(latents.tiers[2], codes=codes)))
+        moved = dataclasses.replace(latents.tiers[2], codes=latents.tiers[2].codes.roll(1, 1))
+        latents = dataclasses.replace(latents, tiers=(*latents.tiers[:2], moved))
     elif fault == "mask":
         masks = (masks[0], masks[1].roll(1, 3), masks[2])
     key = StoredSide(key.sinks, latents, key.tail.roll(1, 2) if fault == "tail" else key.tail)

@@ -38,7 +38,8 @@ def attention_in_float64(
             scores[number] = scores[number].masked_fill(~mask, -torch.inf)
     if sink_logits is not None:
         scores.append(sink_logits.double()[None, :, None, None].expand(batch, q_heads, q_tokens, 1))
-    weights = torch.nan_to_num(torch.softmax(torch.cat(scores, dim=3), dim=3)).split([one.shape[3] for one in scores], 3)
+    weights = torch.nan_to_num(torch.softmax(torch.cat(scores, dim=3), dim=3))
+    weights = weights.split([one.shape[3] for one in scores], dim=3)
     values = [_by_query_heads(side, q_heads) for side in (value.sinks, value.tail)]
     output = torch.einsum("bhqt,bhtd->bhqd", weights[0], values[0])
     if value.latents is not None:
