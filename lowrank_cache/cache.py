@@ -1,8 +1,7 @@
 """``LowRankCache``: a transformers ``Cache`` whose full-attention layers hold quantized latents.
 
-The container holds one ``LatentStore`` per layer group's keys, values or both, since these span layers; its compressed
-layers hand states to them, and the others are transformers' own. What transformers calls, and when:
-docs/cache_contract.md.
+The container holds one ``LatentStore`` per layer group's keys, values or both, since these span layers; its layers
+hand states to them. What transformers calls, and when: docs/cache_contract.md.
 """
 
 import hashlib
@@ -15,21 +14,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin, get_layer_types_and_kwargs
+from transformers.cache_utils import Cache
 
 from lowrank_cache import saved_cache
 from lowrank_cache.artefact import SavedTensors
 from lowrank_cache.coder import Coder, calibrated_coders
 from lowrank_cache.forward import Forward, watch
-from lowrank_cache.latent_view import LatentView, attach_view
+from lowrank_cache.latent_view import attach_view
+from lowrank_cache.layers import LowRankLayer, make_layers
 from lowrank_cache.positions import PositionTrack
 from lowrank_cache.probe import decoder_of, layer_devices, model_shape
 from lowrank_cache.projections import Projections
 from lowrank_cache.prompt_svd import prompt_coders
-from lowrank_cache.shapes import SIDES, LayerShape, ModelShape
+from lowrank_cache.shapes import SIDES
 from lowrank_cache.store import LatentStore, StoreOptions
 
-__all__ = ["CachedGroup", "LowRankCache", "LowRankLayer"]
+__all__ = ["CachedGroup", "LowRankCache"]
 
 
 class CachedGroup(NamedTuple):
@@ -44,72 +44,6 @@ class CachedGroup(NamedTuple):
     members: tuple[tuple[int, str], ...]
     tiers: tuple[tuple[int, int], ...]
     tokens: int
-
-
-class LowRankLayer(CacheLayerMixin):
-    """One compressed layer: its place in the stores that hold its keys and its values."""
-
-    is_sliding = False
-    is_croppable = True
-    supports_early_init = False  # buffers start with the first tokens, whose dtype and device they take
-
-    def __init__(self, shape: LayerShape, stores: dict[str, LatentStore]):
-        super().__init__()
-        self.shape = shape
-        self.stores = stores
-        self.members = {  # which one of each store's
-            side: [member[:2] for member in store.coder.members].index((shape.layer_idx, side))
-            for side, store in stores.items()
-        }
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to prepare: stores allocate when tokens arrive."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Store new states and return all states of the layer, past ones as they are stored.
-
-        ``[batch, kv_heads, new_tokens, head_dim]``, keys post-RoPE; back come ``[batch, kv_heads, tokens, head_dim]``
-        in the dtype that came. Keys and values may differ in head_dim.
-        """
-        states = self._checked(key_states, value_states)
-        keys, values = (self.stores[side].update(self.members[side], tensor) for side, tensor in states.items())
-        return keys, values
-
-    def extend(self, key_states: Tensor, value_states: Tensor, impl: str = "auto") -> LatentView:
-        """``update`` that reconstructs nothing: what the layer holds, by segment, to be read by ``impl``'s kernels."""
-        store = self.stores["key"]
-        encoded_end = max(store.encoded_end, min(store.options.num_sink_tokens, self.get_seq_length()))
-        states = self._checked(key_states, value_states)
-        keys, values = (self.stores[side].extend(self.members[side], tensor) for side, tensor in states.items())
-        return LatentView(keys, values, self.get_seq_length(), encoded_end, store.sink_slots(key_states.device), impl)
-
-    def can_extend(self) -> bool:
-        """Whether there are past tokens, in stores that can be attended to."""
-        return self.get_seq_length() > 0 and all(store.attendable for store in self.stores.values())
-
-    def _checked(self, key_states: Tensor, value_states: Tensor) -> dict[str, Tensor]:
-        states = {"key": key_states.detach(), "value": value_states.detach()}
-        for side, tensor in states.items():
-            expected = self.shape.side(side)
-            if (tensor.shape[1], tensor.shape[3]) != (expected.heads, expected.head_dim):
-                raise ValueError(
-                    f"{side}_states of layer {self.shape.layer_idx} must have shape "
-                    f"[batch, {expected.heads}, tokens, {expected.head_dim}], got {list(tensor.shape)}"
-                )
-        self.is_initialized = True
-        return states
-
-    def get_seq_length(self) -> int:
-        """Cached tokens, padding included."""
-        return self.stores["key"].lengths[self.members["key"]]
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the keys that the next ``update`` will return."""
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self) -> int:
-        """-1: no maximum."""
-        return -1
 
 
 class LowRankCache(Cache):
@@ -203,7 +137,7 @@ class LowRankCache(Cache):
         self.target_compression_ratio = float(compression_ratio) if ranks is None else None
         self._owner = saved_cache.owner_facts(model.config, shape)
         self._decoder: weakref.ref[nn.Module] = weakref.ref(decoder)
-        super().__init__(layers=_make_layers(model, shape, self._stores))
+        super().__init__(layers=make_layers(model, shape, self._stores))
         compressed = [layer.layer_idx for layer in shape.layers]
         self._forward = Forward(self._decoder, self._track, self._stores, compressed, list(self._others().values()))
         watch(decoder, self)
@@ -419,18 +353,3 @@ class LowRankCache(Cache):
         """Keys and values of the attention layers that are not compressed."""
         tensors = [getattr(layer, name, None) for layer in self._others().values() for name in ("keys", "values")]
         return [tensor for tensor in tensors if isinstance(tensor, Tensor)]
-
-
-def _make_layers(model: PreTrainedModel, shape: ModelShape, stores: Sequence[LatentStore]) -> list:
-    """transformers' own layer classes, but for the compressed layers."""
-    by_layer: dict[int, dict[str, LatentStore]] = {}
-    for store in stores:
-        for member in store.coder.members:
-            by_layer.setdefault(member.layer, {})[member.side] = store
-    config = model.config.get_text_config(decoder=True)
-    return [
-        LowRankLayer(shape.layer(index), by_layer[index])
-        if index in by_layer
-        else DYNAMIC_LAYER_TYPE_MAPPING[layer_type](**kwargs)
-        for index, (layer_type, kwargs) in enumerate(zip(*get_layer_types_and_kwargs(config), strict=True))
-    ]

@@ -18,9 +18,10 @@ PACKAGE = "lowrank_cache"
 ALLOWED = {
     "lowrank_cache/__init__.py": {"attention", "cache", "projections"},
     "lowrank_cache/cache.py": {
-        *("artefact", "coder", "forward", "latent_view", "positions", "probe", "projections", "prompt_svd"),
+        *("artefact", "coder", "forward", "latent_view", "layers", "positions", "probe", "projections", "prompt_svd"),
         *("saved_cache", "shapes", "store"),
     },
+    "lowrank_cache/layers.py": {"latent_view", "shapes", "store"},
     "lowrank_cache/attention.py": {"kernels.api", "latent_view", "probe"},
     "lowrank_cache/forward.py": {"latent_view", "positions", "probe", "store"},
     "lowrank_cache/saved_cache.py": {"artefact", "positions", "probe", "shapes", "store"},
@@ -77,6 +78,7 @@ TOUCH_TRANSFORMERS = {
     "lowrank_cache/attention.py",
     "lowrank_cache/cache.py",
     "lowrank_cache/evaluation/",
+    "lowrank_cache/layers.py",
     "lowrank_cache/probe.py",
     "lowrank_cache/saved_cache.py",
     "calibration/api.py",

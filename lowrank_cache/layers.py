@@ -1,0 +1,101 @@
+"""The layers of a ``LowRankCache``: compressed ones, whose tokens lie in stores, and transformers' own for the rest."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, CacheLayerMixin, get_layer_types_and_kwargs
+
+from lowrank_cache.latent_view import LatentView
+from lowrank_cache.shapes import LayerShape, ModelShape
+from lowrank_cache.store import LatentStore
+
+__all__ = ["LowRankLayer", "make_layers"]
+
+
+class LowRankLayer(CacheLayerMixin):
+    """One compressed layer: its place in the stores that hold its keys and its values."""
+
+    is_sliding = False
+    is_croppable = True
+    supports_early_init = False  # buffers start with the first tokens, whose dtype and device they take
+
+    def __init__(self, shape: LayerShape, stores: dict[str, LatentStore]):
+        super().__init__()
+        self.shape = shape
+        self.stores = stores
+        self.members = {side: _place(store, shape.layer_idx, side) for side, store in stores.items()}
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to prepare: stores allocate when tokens arrive."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Store new states and return all states of the layer, past ones as they are stored.
+
+        Args:
+            key_states: ``[batch, kv_heads, new_tokens, head_dim]``, post-RoPE.
+            value_states: ``[batch, kv_heads, new_tokens, value_head_dim]``.
+
+        Returns:
+            Keys and values ``[batch, kv_heads, tokens, ...]`` in the dtype that came.
+        """
+        states = self._checked(key_states, value_states)
+        keys, values = (self.stores[side].update(self.members[side], tensor) for side, tensor in states.items())
+        return keys, values
+
+    def extend(self, key_states: Tensor, value_states: Tensor, impl: str = "auto") -> LatentView:
+        """``update`` that reconstructs nothing: what the layer holds, by segment, to be read by ``impl``'s kernels."""
+        store = self.stores["key"]
+        encoded_end = max(store.encoded_end, min(store.options.num_sink_tokens, self.get_seq_length()))
+        states = self._checked(key_states, value_states)
+        keys, values = (self.stores[side].extend(self.members[side], tensor) for side, tensor in states.items())
+        return LatentView(keys, values, self.get_seq_length(), encoded_end, store.sink_slots(key_states.device), impl)
+
+    def can_extend(self) -> bool:
+        """Whether there are past tokens, in stores that can be attended to."""
+        return self.get_seq_length() > 0 and all(store.attendable for store in self.stores.values())
+
+    def _checked(self, key_states: Tensor, value_states: Tensor) -> dict[str, Tensor]:
+        states = {"key": key_states.detach(), "value": value_states.detach()}
+        for side, tensor in states.items():
+            expected = self.shape.side(side)
+            if (tensor.shape[1], tensor.shape[3]) != (expected.heads, expected.head_dim):
+                raise ValueError(
+                    f"{side}_states of layer {self.shape.layer_idx} must have shape "
+                    f"[batch, {expected.heads}, tokens, {expected.head_dim}], got {list(tensor.shape)}"
+                )
+        self.is_initialized = True
+        return states
+
+    def get_seq_length(self) -> int:
+        """Cached tokens, padding included."""
+        return self.stores["key"].lengths[self.members["key"]]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys that the next ``update`` will return."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        """-1: no maximum."""
+        return -1
+
+
+def _place(store: LatentStore, layer_idx: int, side: str) -> int:
+    """Which member of ``store`` a layer's side is."""
+    return [(member.layer, member.side) for member in store.coder.members].index((layer_idx, side))
+
+
+def make_layers(model: PreTrainedModel, shape: ModelShape, stores: Sequence[LatentStore]) -> list:
+    """transformers' own layer classes, but for the compressed layers."""
+    by_layer: dict[int, dict[str, LatentStore]] = {}
+    for store in stores:
+        for member in store.coder.members:
+            by_layer.setdefault(member.layer, {})[member.side] = store
+    layers = []
+    config = model.config.get_text_config(decoder=True)
+    for index, (layer_type, kwargs) in enumerate(zip(*get_layer_types_and_kwargs(config), strict=True)):
+        if index in by_layer:
+            layers.append(LowRankLayer(shape.layer(index), by_layer[index]))
+        else:
+            layers.append(DYNAMIC_LAYER_TYPE_MAPPING[layer_type](**kwargs))
+    return layers
