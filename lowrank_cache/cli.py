@@ -22,6 +22,7 @@ from lowrank_cache.evaluation.evaluate import EvaluationSettings, run_evaluation
 from lowrank_cache.evaluation.inputs import CALIBRATION_TOKENS, Run, check_dtype, load_model, load_text, processor
 from lowrank_cache.evaluation.inspection import inspect_projections, plot_projections
 from lowrank_cache.evaluation.tasks import TASKS
+from lowrank_cache.kernels import native
 
 __all__ = ["app"]
 
@@ -80,6 +81,7 @@ def env() -> None:
             typer.echo(f"{name} is not installed")
     accelerators = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     typer.echo(f"processor: {processor()}")
+    typer.echo(f"attention on CPUs: {native.build().description}")
     typer.echo(f"accelerators: {', '.join(accelerators) or 'none'}; {torch.get_num_threads()} threads")
 
 
