@@ -23,7 +23,7 @@ from torch import Tensor
 
 __all__ = [
     "QUESTIONS", "TASKS", "CodeText", "Haystack", "Prompter", "Question", "Sample", "answer_tokens", "lookup_dataset",
-    "lookup_documents", "lookup_texts", "needle_texts", "sample_of", "score",
+    "lookup_texts", "needle_texts", "sample_of", "score",
 ]  # fmt: skip
 
 QUESTIONS = 4  # of a look-up list or a text with needles; choices of an lm-eval document
@@ -68,24 +68,20 @@ def needle_texts(tokenizer, haystack: Tensor, count: int, tokens: int, seed: int
     return texts
 
 
-def lookup_documents(count: int = 64, entries: int = 22, seed: int = 0) -> list[dict]:
-    """``count`` documents of an lm-eval task, each with ``entries`` codes in its list, at least 4.
+def lookup_dataset(count: int = 64, entries: int = 22, seed: int = 0, **_) -> dict:
+    """``count`` documents as lm-eval takes them, each with ``entries`` codes in its list, at least 4.
 
-    Their ``text`` is a list and a question; ``choices`` are codes, ``answer`` is the right one's index.
+    Their ``text`` is a list and a question; ``choices`` are codes, ``answer`` is the right one's index. lm-eval passes
+    all arguments of the model and of ``--metadata``.
     """
+    from datasets import Dataset
+
     documents = []
     for draw, context, codes in _lookups(count, entries, seed):
         answer = draw.randrange(QUESTIONS)
         text = context + _ASKED.format(list(codes)[answer])
         documents.append({"text": text, "choices": list(codes.values()), "answer": answer})
-    return documents
-
-
-def lookup_dataset(count: int = 64, entries: int = 22, seed: int = 0, **_) -> dict:
-    """The documents as lm-eval takes them; it passes all arguments of the model and of ``--metadata``."""
-    from datasets import Dataset
-
-    return {"test": Dataset.from_list(lookup_documents(count, entries, seed))}
+    return {"test": Dataset.from_list(documents)}
 
 
 def _draws(count: int, seed: int) -> list[random.Random]:

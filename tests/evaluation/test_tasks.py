@@ -12,7 +12,7 @@ from lowrank_cache.evaluation.tasks import (
     Haystack,
     Prompter,
     answer_tokens,
-    lookup_documents,
+    lookup_dataset,
     lookup_texts,
     needle_texts,
     sample_of,
@@ -150,8 +150,8 @@ def _string(ids: torch.Tensor) -> str:
 
 
 def test_documents_hold_their_answers_and_depend_on_the_seed():
-    documents = lookup_documents(6, entries=9, seed=3)
-    assert documents == lookup_documents(6, entries=9, seed=3) != lookup_documents(6, entries=9, seed=4)
+    documents, again, other = (lookup_dataset(6, entries=9, seed=seed)["test"].to_list() for seed in (3, 3, 4))
+    assert documents == again != other
     for document in documents:
         facts, _, question = document["text"].partition("\n\n")[2].rpartition("\n")
         name = question.removeprefix("The secret code that was given to agent ").removesuffix(" is")
