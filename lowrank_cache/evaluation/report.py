@@ -13,6 +13,7 @@ from contextlib import suppress
 from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
+from string import Template
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,15 +27,7 @@ __all__ = [
 
 Records = dict[tuple, dict[str, Any]]
 Metrics = dict[str, dict[str, Any]]
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c2430; max-width: 68rem; margin: 2rem auto; padding: 0 1.5rem }
-p, figcaption { max-width: 46rem } footer, figcaption { color: #5b6675; font-size: .86rem }
-svg { max-width: 100%; height: auto } figure { margin: 1rem 0 } .table { overflow-x: auto }
-table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: right; vertical-align: top; max-width: 8rem }
-td:first-child, td span { white-space: nowrap }
-th:first-child, td:first-child { text-align: left; max-width: none; position: sticky; left: 0; background: #fff }
-"""
+_PAGE = Path(__file__).with_name("report.html")
 # How a cell is written: in the last of the forms whose fields have all been measured.
 _PERPLEXITY = "{value:.3f}", "x{ratio:.4f} [{low:.4f}, {high:.4f}]"
 _SCORE = "{score:.2f}", "{score:.2f}, {difference:+.2f} [{low:+.2f}, {high:+.2f}]"
@@ -136,12 +129,11 @@ def _perplexity(records: Records, full: Records) -> dict[str, Any] | None:
     if not windows:
         return None
 
-    def summary(loss_of: Callable[[dict[str, Any]], float]) -> dict[str, float]:
-        value = math.exp(fmean(map(loss_of, windows.values())))
-        return {"value": value, **_compared([windows], full, loss_of, "ratio", math.exp)}
+    def summary(*path: Any) -> dict[str, float]:
+        value = math.exp(fmean(_at(record, *path) for record in windows.values()))
+        return {"value": value, **_compared([windows], full, lambda one: _at(one, *path), "ratio", math.exp)}
 
-    quarters = [summary(lambda record, at=at: record["quarters"][at]) for at in range(4)]  # type: ignore[misc]
-    return {**summary(itemgetter("loss")), "windows": len(windows), "quarters": quarters}
+    return {**summary("loss"), "windows": len(windows), "quarters": [summary("quarters", at) for at in range(4)]}
 
 
 def _mean(strata: Sequence[Records], field: str) -> float:
@@ -220,17 +212,13 @@ def report_html(metrics: Metrics, config: dict[str, Any]) -> str:
     parts = []
     for title, table in _tables(metrics):
         parts.append(f"<h2>{html.escape(title)}</h2>\n{table.html()}")
-        draw, caption = _FIGURES.get(title, (None, ""))
-        if draw and (figure := draw(metrics)):
+        draw, caption = _FIGURES.get(title, (lambda _: None, ""))
+        if figure := draw(metrics):
             parts.append(_svg(figure, title, caption))
-    name, conditions = html.escape(config["model"].partition(",")[0]), html.escape(_conditions(config))
     facts = [f"{one} {fact}" for part in ("versions", "machine") for one, fact in config.get(part, {}).items()]
-    return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<meta charset="utf-8">\n<title>Caches on {name}</title>\n'
-        f"<style>{_STYLE}</style>\n<h1>Caches on {name}</h1>\n<p>{conditions}</p>\n"
-        + "\n".join(parts)
-        + f"\n<footer>{html.escape(', '.join(facts))}</footer>\n</html>\n"
-    )
+    texts = {"model": config["model"].partition(",")[0], "conditions": _conditions(config), "facts": ", ".join(facts)}
+    fields = {name: html.escape(text) for name, text in texts.items()}
+    return Template(_PAGE.read_text(encoding="utf-8")).substitute(fields, parts="\n".join(parts))
 
 
 def write_report(out: Path, metrics: Metrics, config: dict[str, Any]) -> str:
@@ -348,6 +336,8 @@ def _style(index: int) -> dict[str, Any]:
 
 def _pareto(metrics: Metrics):
     """Perplexity ratio at the longest length and task scores at each, against stored bytes; None without any."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
     lengths = _lengths_of(metrics)
     if not lengths:
         return None
@@ -357,24 +347,21 @@ def _pareto(metrics: Metrics):
     rows = -(-len(panels) // 2)
     figure, axes = _figure(3.6 * rows + 0.25 * (len(metrics) / 3 + 1), rows)
     for axis, (length, label, sign) in zip(axes, panels, strict=False):
-        points: list[tuple[float, float]] = []
-        front: list[tuple[float, float]] = []
+        points = []
         for index, (name, entry) in enumerate(metrics.items()):
             at, perplexity = _at(entry, "lengths", length) or {}, entry["perplexity"]
             value = at.get("score") if sign > 0 else perplexity and perplexity.get("ratio", 1.0)
             if "smaller" in at and value is not None:
-                points.append((100 / at["smaller"], value))
-                axis.plot(*points[-1], linestyle="", label=name, **_style(index))
-        for size, value in sorted(points, key=lambda point: (point[0], -sign * point[1])):
-            if not front or sign * value > sign * front[-1][1]:
-                front.append((size, value))
-        axis.plot(*zip(*front, strict=True), color="#b9c2cd", zorder=1)
+                points.append((100 / at["smaller"], sign * value))
+                axis.plot(100 / at["smaller"], value, linestyle="", label=name, **_style(index))
+        points.sort(key=lambda point: (point[0], -point[1]))
+        front = [one for at, one in enumerate(points) if all(one[1] > other for _, other in points[:at])]
+        axis.plot([size for size, _ in front], [sign * value for _, value in front], color="#b9c2cd", zorder=1)
         axis.set(xscale="log", ylabel=label, xlabel=f"bytes stored at {int(length):,} tokens, % of the full cache")
         axis.margins(0.08)
-        low, high = axis.get_xlim()
-        ticks = [tick for tick in (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150) if low <= tick <= high]
-        axis.set_xticks(ticks, [f"{tick} %" for tick in ticks])
-        axis.set_xticks([], minor=True)
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axis.xaxis.set_major_formatter("{x:g} %")
+        axis.xaxis.set_minor_locator(NullLocator())
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
@@ -390,13 +377,12 @@ def _ratios(metrics: Metrics):
     for place, (name, one) in enumerate(found.items()):
         style, bars = _style(list(metrics).index(name)), [[one["ratio"] - one["low"]], [one["high"] - one["ratio"]]]
         whole.errorbar(one["ratio"], place, xerr=bars, capsize=3, **style)
-        quarters.plot([quarter["ratio"] for quarter in one["quarters"]], **style)
+        quarters.plot(("first", "second", "third", "last"), [part["ratio"] for part in one["quarters"]], **style)
     whole.axvline(1, color="grey", linestyle=":")
     quarters.axhline(1, color="grey", linestyle=":")
     whole.set(xlabel="perplexity to the full cache", yticks=range(len(found)), yticklabels=found)
     whole.invert_yaxis()
-    quarters.set(xlabel="quarter of the windows", ylabel="perplexity to the full cache", xticks=range(4))
-    quarters.set_xticklabels(["first", "second", "third", "last"])
+    quarters.set(xlabel="quarter of the windows", ylabel="perplexity to the full cache")
     return figure
 
 
