@@ -3,7 +3,6 @@
 Tables are written here, for every command; intervals are one method: a percentile bootstrap of paired differences.
 """
 
-import html
 import importlib.util
 import io
 import math
@@ -13,10 +12,10 @@ from contextlib import suppress
 from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
-from string import Template
 from typing import Any, NamedTuple
 
 import numpy as np
+from jinja2 import Template
 
 from lowrank_cache.evaluation.caches import CacheEntry
 
@@ -189,14 +188,6 @@ class Table(NamedTuple):
     def markdown(self) -> str:
         return "\n".join(f"| {' | '.join(cells)} |" for cells in (self.head, ["---"] * len(self.head), *self.lines))
 
-    def html(self) -> str:
-        def row(tag: str, cells: list[str]) -> str:
-            kept = (re.sub(r"\[.*?]", r"<span>\g<0></span>", html.escape(cell)) for cell in cells)
-            return f"<tr>{''.join(f'<{tag}>{cell}</{tag}>' for cell in kept)}</tr>"
-
-        rows = "\n".join([row("th", self.head), *(row("td", cells) for cells in self.lines)])
-        return f'<div class="table"><table>\n{rows}\n</table></div>'
-
 
 def report_markdown(metrics: Metrics, config: dict[str, Any]) -> str:
     """The report without its pictures, but for the one beside it."""
@@ -209,16 +200,11 @@ def report_markdown(metrics: Metrics, config: dict[str, Any]) -> str:
 
 def report_html(metrics: Metrics, config: dict[str, Any]) -> str:
     """The report as one page that needs no other file: tables, and plots as inline SVG."""
-    parts = []
-    for title, table in _tables(metrics):
-        parts.append(f"<h2>{html.escape(title)}</h2>\n{table.html()}")
-        draw, caption = _FIGURES.get(title, (lambda _: None, ""))
-        if figure := draw(metrics):
-            parts.append(_svg(figure, title, caption))
+    figures = {title: _svg(figure, title) for title, draw in _FIGURES.items() if (figure := draw(metrics))}
     facts = [f"{one} {fact}" for part in ("versions", "machine") for one, fact in config.get(part, {}).items()]
-    texts = {"model": config["model"].partition(",")[0], "conditions": _conditions(config), "facts": ", ".join(facts)}
-    fields = {name: html.escape(text) for name, text in texts.items()}
-    return Template(_PAGE.read_text(encoding="utf-8")).substitute(fields, parts="\n".join(parts))
+    texts = {"model": config["model"].partition(",")[0], "conditions": _conditions(config), "facts": facts}
+    page = Template(_PAGE.read_text(encoding="utf-8"), autoescape=True)
+    return page.render(texts, tables=_tables(metrics), figures=figures)
 
 
 def write_report(out: Path, metrics: Metrics, config: dict[str, Any]) -> str:
@@ -305,7 +291,7 @@ def _cell(found: dict[str, Any] | None, forms: Sequence[str]) -> str:
     return "–"
 
 
-def _svg(figure, title: str, caption: str) -> str:
+def _svg(figure, title: str) -> str:
     """A figure as inline SVG: text stays text, and nothing points out of the page."""
     import matplotlib
 
@@ -314,9 +300,7 @@ def _svg(figure, title: str, caption: str) -> str:
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     drawn = buffer.getvalue()
     drawn = re.sub(r"<metadata>.*?</metadata>", "", drawn[drawn.index("<svg") :], flags=re.DOTALL)
-    drawn = re.sub(r' (?:xmlns(?::\w+)?="[^"]*"|id="[\w.]+_\d+")', "", drawn).replace("xlink:href", "href")
-    drawn = drawn.replace("<svg", f'<svg role="img" aria-label="{html.escape(title)}"', 1)
-    return f"<figure>\n{drawn}<figcaption>{html.escape(caption)}</figcaption>\n</figure>"
+    return re.sub(r' (?:xmlns(?::\w+)?="[^"]*"|id="[\w.]+_\d+")', "", drawn).replace("xlink:href", "href")
 
 
 def _figure(height: float, rows: int = 1):
@@ -386,13 +370,5 @@ def _ratios(metrics: Metrics):
     return figure
 
 
-_FIGURES: dict[str, tuple[Callable[[Metrics], Any], str]] = {
-    "Size and quality": (_pareto, (
-        "Better is to the left, and low for the perplexity, high for scores. A line joins the caches that no other one "
-        "beats in size and quality at once."
-    )),
-    "Perplexity by quarter of the windows": (_ratios, (
-        "Left: the ratio over whole windows with its interval. Right: by quarter of the windows, in the same colours; "
-        "a line that rises shows errors that build up."
-    )),
-}  # fmt: skip
+# Titles of the tables that have one below; the page holds their captions.
+_FIGURES = {"Size and quality": _pareto, "Perplexity by quarter of the windows": _ratios}
