@@ -78,8 +78,7 @@ class Configuration:
 def parse(specification: str) -> Configuration | None:
     """A configuration, which is written as in ``GRAMMAR``, or None if ``specification`` names a baseline.
 
-    Raises:
-        ValueError: If it cannot be read, or asks for what no model has.
+    A ValueError says what can be written if it cannot be read.
     """
     if specification in BASELINES:
         return None
@@ -151,15 +150,10 @@ class CacheEntry:
 def cache_entry(
     name: str, projections: Projections | None, options: dict[str, Any], model: PreTrainedModel, sizes: dict[str, Any]
 ) -> CacheEntry:
-    """The entry of one configuration.
+    """The entry of one configuration: of ``BASELINES``, where there are neither projections nor a method.
 
-    Args:
-        name: One of ``BASELINES``, where there are neither projections nor a method.
-        options: Of ``LowRankCache``, ``sizes`` apart.
-        sizes: See ``CacheSizes``.
-
-    Raises:
-        ValueError, NotImplementedError, ImportError: If its cache cannot be made, with its name.
+    ``options`` and ``sizes`` (see ``CacheSizes``) are arguments of ``LowRankCache``. A ValueError, NotImplementedError
+    or ImportError in making the cache is raised again with its name.
     """
 
     def make() -> Cache:
@@ -183,12 +177,7 @@ def cache_entry(
 
 
 def make_baseline(name: str, model: PreTrainedModel, residual_length: int) -> Cache:
-    """A fresh cache by its name in ``BASELINES``.
-
-    Raises:
-        ValueError: If the name is unknown.
-        ImportError: If the baseline's package is not installed.
-    """
+    """A fresh cache by its name in ``BASELINES``; an ImportError if its package is not."""
     kind, _, bits = name.partition("-")
     if name not in BASELINES:
         raise ValueError(f"cache must be one of {BASELINES}, got {name!r}")

