@@ -1,6 +1,7 @@
 """The ``lowrank-cache`` command and its sub-commands: arguments and messages."""
 
 import platform
+import re
 import time
 from collections.abc import Callable
 from dataclasses import fields
@@ -226,9 +227,8 @@ def _numbers(name: str, given: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
-def _needles(given: list[str]) -> tuple[tuple[int, int], ...]:
+def _needles(given: list[str]) -> tuple[tuple[int, ...], ...]:
     """``["1024:16", "4096:8"]`` → ((1024, 16), (4096, 8))."""
-    pairs = [text.partition(":") for text in given]
-    if not all(tokens.isdigit() and count.isdigit() for tokens, _, count in pairs):
+    if not all(re.fullmatch(r"\d+:\d+", text) for text in given):
         raise ValueError(f"needles must be TOKENS:QUESTIONS, e.g. 1024:16, got {given}")
-    return tuple((int(tokens), int(count)) for tokens, _, count in pairs)
+    return tuple(tuple(map(int, text.split(":"))) for text in given)

@@ -115,7 +115,21 @@ def load_text(name: str | Path | None = None, *, split: str = "train") -> tuple[
         ImportError: If it is a data set and ``datasets`` is not installed.
     """
     if name is None:
-        return _wikitext(split)
+        name, configuration = WIKITEXT
+        if importlib.util.find_spec("datasets") is None:
+            reason = "the package datasets is not installed"
+        elif not hub_answers(name, "README.md", "dataset"):
+            reason = "the hub does not answer"
+        else:
+            try:
+                found = f"{name}, {configuration}, {split}"
+                return _dataset_text(f"dataset:{name},config={configuration}", split), found
+            except (OSError, RuntimeError) as error:  # the hub answered, but its storage may not
+                reason = f"{name} could not be loaded: {error}"
+        text = bundled_text()
+        end = text.rindex("\n\n", 0, 4 * len(text) // 5)  # what is calibrated on is never what is evaluated on
+        part, share = (text[end:].lstrip(), "the last fifth") if split == "test" else (text[:end], "four fifths")
+        return part, f"{share} of Python's own documentation ({reason})"
     name = str(name)
     if name.startswith("dataset:"):
         return _dataset_text(name, split), name
@@ -126,24 +140,6 @@ def load_text(name: str | Path | None = None, *, split: str = "train") -> tuple[
     if not text.strip():
         raise ValueError(f"{name} must hold text, got an empty file")
     return text, name
-
-
-def _wikitext(split: str) -> tuple[str, str]:
-    """WikiText-2, or a part of ``bundled_text()``: what is calibrated on is never what is evaluated on."""
-    name, configuration = WIKITEXT
-    if importlib.util.find_spec("datasets") is None:
-        reason = "the package datasets is not installed"
-    elif not hub_answers(name, "README.md", "dataset"):
-        reason = "the hub does not answer"
-    else:
-        try:
-            return _dataset_text(f"dataset:{name},config={configuration}", split), f"{name}, {configuration}, {split}"
-        except (OSError, RuntimeError) as error:  # the hub answered, but its storage may not
-            reason = f"{name} could not be loaded: {error}"
-    text = bundled_text()
-    end = text.rindex("\n\n", 0, 4 * len(text) // 5)
-    part, share = (text[end:].lstrip(), "the last fifth") if split == "test" else (text[:end], "four fifths")
-    return part, f"{share} of Python's own documentation ({reason})"
 
 
 def _dataset_text(specification: str, split: str) -> str:

@@ -110,17 +110,22 @@ def _grouped(records: Records, kind: str) -> dict[tuple, Records]:
     return found
 
 
-def _compared(
+def _summary(
     strata: Sequence[Records], full: Records, value: Callable[[dict[str, Any]], float],
-    name: str = "difference", unit: Callable[[float], float] = float,
+    mean: str, difference: str = "difference", unit: Callable[[float], float] = float,
 ) -> dict[str, float]:  # fmt: skip
-    """The difference to the full cache; nothing for that cache itself, or if a stratum shares no key with it."""
+    """The mean over strata of their means, and the difference to the full cache with its interval.
+
+    There is no difference for that cache itself, or if a stratum shares no key with it.
+    """
+    found = {mean: unit(fmean(fmean(map(value, part.values())) for part in strata))}
     paired = [
         [value(record) - value(full[key]) for key, record in part.items() if full.get(key, record) is not record]
         for part in strata
     ]
-    found = paired_interval(paired) if all(paired) else ()
-    return dict(zip((name, "low", "high"), map(unit, found), strict=False))
+    if all(paired):
+        found |= zip((difference, "low", "high"), map(unit, paired_interval(paired)), strict=True)
+    return found
 
 
 def _perplexity(records: Records, full: Records) -> dict[str, Any] | None:
@@ -129,26 +134,22 @@ def _perplexity(records: Records, full: Records) -> dict[str, Any] | None:
         return None
 
     def summary(*path: Any) -> dict[str, float]:
-        value = math.exp(fmean(_at(record, *path) for record in windows.values()))
-        return {"value": value, **_compared([windows], full, lambda one: _at(one, *path), "ratio", math.exp)}
+        return _summary([windows], full, lambda record: _at(record, *path), "value", "ratio", math.exp)
 
     return {**summary("loss"), "windows": len(windows), "quarters": [summary("quarters", at) for at in range(4)]}
-
-
-def _mean(strata: Sequence[Records], field: str) -> float:
-    return fmean(float(np.mean([record[field] for record in part.values()])) for part in strata)
 
 
 def _codes(records: Records, full: Records) -> dict[str, dict[str, dict[str, Any]]]:
     """By task and length: loss of forced answers and share of exact ones, also where the full cache has them exact."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for (task, length), part in _grouped(records, "codes").items():
-        at: dict[str, Any] = {"loss": _mean([part], "losses"), "exact": _mean([part], "exact")}
-        at["questions"] = sum(len(record["exact"]) for record in part.values())
-        if compared := _compared([part], full, lambda record: fmean(record["losses"])):
+        at: dict[str, Any] = _summary([part], full, lambda record: fmean(record["losses"]), "loss")
+        exact = [answer for record in part.values() for answer in record["exact"]]
+        at |= {"exact": fmean(exact), "questions": len(exact)}
+        if "difference" in at:
             both = [(record["exact"], full[key]["exact"]) for key, record in part.items() if key in full]
             kept = [ours for pair in both for ours, theirs in zip(*pair, strict=True) if theirs]
-            at |= compared | {"kept": fmean(kept) if kept else None}
+            at["kept"] = fmean(kept) if kept else None
         found.setdefault(task, {})[str(length)] = at
     return found
 
@@ -175,8 +176,8 @@ def _lengths(records: Records, full: Records, simulated: bool) -> dict[str, dict
 
 def _score(strata: Sequence[Records], full: Records) -> dict[str, Any]:
     """Mean over the strata of their mean score, and its difference to the full cache."""
-    found = {"score": _mean(strata, "score"), "exact": _mean(strata, "exact")}
-    return {"samples": sum(map(len, strata)), **found, **_compared(strata, full, itemgetter("score"))}
+    exact = fmean(fmean(record["exact"] for record in part.values()) for part in strata)
+    return {"samples": sum(map(len, strata)), "exact": exact, **_summary(strata, full, itemgetter("score"), "score")}
 
 
 class Table(NamedTuple):
