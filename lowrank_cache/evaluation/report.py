@@ -15,7 +15,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
-from jinja2 import Template
+from jinja2 import Environment, FileSystemLoader
 
 from lowrank_cache.evaluation.caches import CacheEntry
 
@@ -26,7 +26,6 @@ __all__ = [
 
 Records = dict[tuple, dict[str, Any]]
 Metrics = dict[str, dict[str, Any]]
-_PAGE = Path(__file__).with_name("report.html")
 # How a cell is written: in the last of the forms whose fields have all been measured.
 _PERPLEXITY = "{value:.3f}", "x{ratio:.4f} [{low:.4f}, {high:.4f}]"
 _SCORE = "{score:.2f}", "{score:.2f}, {difference:+.2f} [{low:+.2f}, {high:+.2f}]"
@@ -192,20 +191,19 @@ class Table(NamedTuple):
 
 def report_markdown(metrics: Metrics, config: dict[str, Any]) -> str:
     """The report without its pictures, but for the one beside it."""
-    parts = ["# Evaluation", _conditions(config)]
-    parts += [f"## {title}\n\n{table.markdown()}" for title, table in _tables(metrics)]
-    if _lengths_of(metrics):
-        parts.append("![Quality against stored bytes](pareto.png)")
-    return "\n\n".join(parts) + "\n"
+    return _rendered("report.md", config=config, tables=_tables(metrics), pareto=bool(_lengths_of(metrics)))
 
 
 def report_html(metrics: Metrics, config: dict[str, Any]) -> str:
     """The report as one page that needs no other file: tables, and plots as inline SVG."""
     figures = {title: _svg(figure, title) for title, draw in _FIGURES.items() if (figure := draw(metrics))}
-    facts = [f"{one} {fact}" for part in ("versions", "machine") for one, fact in config.get(part, {}).items()]
-    texts = {"model": config["model"].partition(",")[0], "conditions": _conditions(config), "facts": facts}
-    page = Template(_PAGE.read_text(encoding="utf-8"), autoescape=True)
-    return page.render(texts, tables=_tables(metrics), figures=figures)
+    return _rendered("report.html", config=config, tables=_tables(metrics), figures=figures)
+
+
+def _rendered(template: str, **given: Any) -> str:
+    files = FileSystemLoader(Path(__file__).parent / "templates")
+    environment = Environment(autoescape=template.endswith(".html"), loader=files)
+    return environment.get_template(template).render(given).strip() + "\n"
 
 
 def write_report(out: Path, metrics: Metrics, config: dict[str, Any]) -> str:
@@ -216,16 +214,6 @@ def write_report(out: Path, metrics: Metrics, config: dict[str, Any]) -> str:
     if figure := _pareto(metrics):
         figure.savefig(out / "pareto.png", dpi=120)
     return text
-
-
-def _conditions(config: dict[str, Any]) -> str:
-    return (
-        "{model} in {dtype} on {device}. Text: {text}. Perplexity of {windows} windows of {window} tokens; {samples} "
-        "contexts of each task and length. All of it is streamed {chunk} tokens a forward through caches with a window "
-        "of {residual_length} tokens and {num_sink_tokens} sinks. Answers to tasks are generated, codes of look-ups "
-        "and needles are forced. Differences to the full cache are paired; brackets hold 95 % of a bootstrap over "
-        "windows, texts or contexts."
-    ).format(**(config["settings"] | config))
 
 
 def _lengths_of(metrics: Metrics) -> list[str]:

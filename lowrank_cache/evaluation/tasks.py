@@ -29,7 +29,7 @@ __all__ = [
 ]  # fmt: skip
 
 QUESTIONS = 4  # of a look-up list or a text with needles; choices of an lm-eval document
-_WORDING = tomllib.loads(Path(__file__).with_name("tasks.toml").read_text(encoding="utf-8"))
+_WORDING = tomllib.loads(Path(__file__).with_name("templates").joinpath("tasks.toml").read_text(encoding="utf-8"))
 _NAMES = [f"{colour} {animal}" for colour in _WORDING["colours"].split() for animal in _WORDING["animals"].split()]
 _HOPS = 4  # assignments after the first in a chain of variables
 _COMMON = 10  # words to be found in a list
