@@ -1,20 +1,18 @@
-"""Caches by specification, as the command line takes them: ``fisher:8,groups=1,frame=64``, ``xkv:8``, ``kivi-2``.
+"""Caches by specification, as the command line takes them: ``fisher:8,groups=1,frame=64``, ``xkv:8``, ``full``.
 
-The name of a table's entry is its specification, so it says what was measured. transformers' own caches are used as
-they are. KIVI (arXiv:2402.02750) has no maintained cache for transformers 5: its arithmetic is simulated, and the bytes
-that it would store are counted by its formula, not from tensors.
+The name of a table's entry is its specification, so it says what was measured. ``BASELINES`` are transformers' own
+caches as they are; docs/experiments/kivi.py adds to them.
 """
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
+from functools import partial
 from importlib.util import find_spec
 from typing import Annotated, Any
 
-import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, QuantizedCache
-from transformers.cache_utils import DynamicLayer
 from typer import Option
 
 from lowrank_cache import LowRankCache, Projections, latent_attention
@@ -29,13 +27,26 @@ __all__ = [
     "make_bases", "parse", "tensor_bytes",
 ]  # fmt: skip
 
-BASELINES = ("full", "quantized-fp8", "quantized-4", "quantized-2", "kivi-4", "kivi-2")
 GRAMMAR = "METHOD:RATIO[,groups=G][,frame=L][,joint=0|1][,bits=B][,ranks=R], with xkv also [,new=encode|exact]"
 XKV = "xkv"  # the one method that needs no calibration
 _OPTIONS: dict[str, Callable[[str], Any]] = {
     "groups": lambda value: value if value == "auto" else int(value), "frame": int, "bits": int, "ranks": int,
     "joint": {"0": False, "1": True}.__getitem__, "new": {name: name for name in NEW_TOKENS}.__getitem__,
 }  # fmt: skip
+
+
+def _quanto(model: PreTrainedModel, residual_length: int, bits: int) -> Cache:
+    if find_spec("optimum") is None or find_spec("optimum.quanto") is None:
+        raise ImportError(f'quantized-{bits} needs optimum-quanto: pip install "lowrank-cache[quanto]"')
+    return QuantizedCache("quanto", model.config, nbits=bits, residual_length=residual_length)
+
+
+BASELINES: dict[str, Callable[[PreTrainedModel, int], Cache]] = {
+    "full": lambda model, residual_length: DynamicCache(config=model.config),
+    "quantized-fp8": lambda model, residual_length: QuantizedCache("fp8", model.config),
+    "quantized-4": partial(_quanto, bits=4),
+    "quantized-2": partial(_quanto, bits=2),
+}
 
 
 @dataclass(frozen=True)
@@ -93,7 +104,7 @@ def parse(specification: str) -> Configuration | None:
             raise ValueError
     except (ValueError, KeyError):
         raise ValueError(
-            f"cache must be one of {BASELINES} or {GRAMMAR}, with a method of {sorted((*METHODS, XKV))}, got "
+            f"cache must be one of {list(BASELINES)} or {GRAMMAR}, with a method of {sorted((*METHODS, XKV))}, got "
             f"{specification!r}"
         ) from None
     if not configuration.compression_ratio >= 1:
@@ -177,19 +188,10 @@ def cache_entry(
 
 
 def make_baseline(name: str, model: PreTrainedModel, residual_length: int) -> Cache:
-    """A fresh cache by its name in ``BASELINES``; an ImportError if its package is not."""
-    kind, _, bits = name.partition("-")
+    """A fresh cache by its name in ``BASELINES``; an ImportError if its package is not installed."""
     if name not in BASELINES:
-        raise ValueError(f"cache must be one of {BASELINES}, got {name!r}")
-    if kind == "full":
-        return DynamicCache(config=model.config)
-    if kind == "kivi":
-        return Cache(layers=[_KiviLayer(int(bits), residual_length) for _ in range(model.config.num_hidden_layers)])
-    if bits == "fp8":
-        return QuantizedCache("fp8", model.config)
-    if find_spec("optimum") is None or find_spec("optimum.quanto") is None:
-        raise ImportError(f'{name} needs optimum-quanto: pip install "lowrank-cache[quanto]"')
-    return QuantizedCache("quanto", model.config, nbits=int(bits), residual_length=residual_length)
+        raise ValueError(f"cache must be one of {list(BASELINES)}, got {name!r}")
+    return BASELINES[name](model, residual_length)
 
 
 def tensor_bytes(cache: Cache) -> int:
@@ -197,7 +199,7 @@ def tensor_bytes(cache: Cache) -> int:
     if hasattr(cache, "stored_bytes"):
         return cache.stored_bytes()
     tensors: dict[int, Tensor] = {}  # by identity, for layers may share them
-    waiting: list = [vars(layer) for layer in cache.layers if not isinstance(layer, _KiviLayer)]
+    waiting: list = [vars(layer) for layer in cache.layers]
     while waiting:
         part = waiting.pop()
         if isinstance(part, Tensor) and hasattr(part, "__tensor_flatten__"):
@@ -206,49 +208,4 @@ def tensor_bytes(cache: Cache) -> int:
             tensors[id(part)] = part
         elif isinstance(part, dict | list | tuple):
             waiting += part.values() if isinstance(part, dict) else part
-    simulated = sum(layer.stored_bytes() for layer in cache.layers if isinstance(layer, _KiviLayer))
-    return round(simulated) + sum(tensor.nbytes for tensor in tensors.values())
-
-
-class _KiviLayer(DynamicLayer):
-    """KIVI's arithmetic: keys by channel over ``GROUP`` tokens, values by token over ``GROUP`` channels.
-
-    The oldest ``GROUP`` tokens are quantized whenever the most recent ``residual_length`` stay exact without them. The
-    model must have full attention and a head_dim divisible by ``GROUP``.
-    """
-
-    GROUP = 32
-
-    def __init__(self, bits: int, residual_length: int):
-        super().__init__()
-        self.bits, self.residual_length, self.quantized = bits, residual_length, 0
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        keys, values = super().update(key_states, value_states)
-        while keys.shape[2] - self.quantized >= self.residual_length + self.GROUP:
-            block = slice(self.quantized, self.quantized + self.GROUP)
-            # Out of place: what this update returns must stay exact.
-            self.keys, self.values = self.keys.clone(), self.values.clone()
-            self.keys[:, :, block] = _asymmetric(keys[:, :, block], self.bits, axis=2)
-            by_group = values[:, :, block].unflatten(3, (-1, self.GROUP))
-            self.values[:, :, block] = _asymmetric(by_group, self.bits, axis=4).flatten(3)
-            self.quantized += self.GROUP
-        return keys, values
-
-    def stored_bytes(self) -> float:
-        """What KIVI would store: codes, float16 steps and offsets by ``GROUP``, the window in the model's dtype."""
-        coded, total = self.quantized * (self.bits / 8 + 4 / self.GROUP), 0.0
-        for states in (self.keys, self.values):
-            if states is not None:
-                exact = (states.shape[2] - self.quantized) * states.element_size()
-                total += states[:, :, 0].numel() * (coded + exact)
-        return total
-
-
-def _asymmetric(states: Tensor, bits: int, axis: int) -> Tensor:
-    """``states`` after quantizing to ``2**bits`` levels between their least and largest along ``axis``."""
-    wide = states.float()
-    low, high = wide.amin(axis, keepdim=True), wide.amax(axis, keepdim=True)
-    low = low.to(torch.float16).float()
-    step = ((high - low) / (2**bits - 1)).to(torch.float16).float().clamp(min=1e-8)
-    return (((wide - low) / step).round().clamp_(0, 2**bits - 1) * step + low).to(states.dtype)
+    return sum(tensor.nbytes for tensor in tensors.values())

@@ -66,7 +66,7 @@ class LowRankLM(HFLM):
         attend: bool = False, **arguments,
     ):  # fmt: skip
         if cache != "lowrank" and cache not in BASELINES:
-            raise ValueError(f"cache must be 'lowrank' or one of {BASELINES}, got {cache!r}")
+            raise ValueError(f"cache must be 'lowrank' or one of {list(BASELINES)}, got {cache!r}")
         if chunk < 1:
             raise ValueError(f"chunk must be at least 1, got {chunk}")
         if not str(arguments.get("batch_size", 1)).isdigit():

@@ -94,7 +94,7 @@ def metrics_of(entries: list[CacheEntry], records: dict[str, Records]) -> Metric
             "projection_bytes": entry.projection_bytes,
             "perplexity": _perplexity(records[entry.name], full),
             "codes": _codes(records[entry.name], full),
-            "lengths": _lengths(records[entry.name], full, simulated=entry.name.startswith("kivi")),
+            "lengths": _lengths(records[entry.name], full),
         }
         for entry in entries
     }
@@ -153,17 +153,14 @@ def _codes(records: Records, full: Records) -> dict[str, dict[str, dict[str, Any
     return found
 
 
-def _lengths(records: Records, full: Records, simulated: bool) -> dict[str, dict[str, Any]]:
+def _lengths(records: Records, full: Records) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for (_, length), part in _grouped(records, "cost").items():
         ((key, cost),) = part.items()
-        entry = found[str(length)] = {"stored_bytes": cost["stored_bytes"]}
+        entry = found[str(length)] = {name: cost[name] for name in ("stored_bytes", "fill_seconds", "step_seconds")}
         if key in full:
             entry["smaller"] = full[key]["stored_bytes"] / cost["stored_bytes"]
             entry["real_ratio"] = full[key]["bytes_at_16_bits"] / cost["stored_bytes"]
-        for field in ("fill_seconds", "step_seconds"):
-            # A simulated cache's times are not those of the cache that it stands for.
-            entry[field] = None if simulated else cost[field]
     answers = _grouped(records, "answers")
     for length in sorted({length for _, length in answers}):
         tasks = {task: part for (task, at), part in answers.items() if at == length}

@@ -26,7 +26,7 @@ SETTINGS = EvaluationSettings(
     lengths=(2000,), tasks=("multi-key", "tracking"), samples=2, lookups=8, facts=6, needles=((400, 4), (500, 8)),
     windows=3, window=96, chunk=200, batch=2, steps=2, residual_length=8, block_size=8,
 )  # fmt: skip
-NAMES = ["full", "kivi-2", "fisher:4", "xkv:2,groups=2"]
+NAMES = ["full", "quantized-fp8", "fisher:4", "xkv:2,groups=2"]
 TEMPLATE = (
     "{% for message in messages %}[{{ message.role }}]{{ message.content }}[end]{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"

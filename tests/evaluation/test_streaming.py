@@ -55,7 +55,7 @@ def test_the_score_is_the_models_own_loss_on_the_answer():
         assert exact == bool((logits.argmax(-1) == answer).all())
 
 
-@pytest.mark.parametrize("name", ["full", "quantized-fp8", "quantized-4", "kivi-2", "low-rank"])
+@pytest.mark.parametrize("name", ["full", "quantized-fp8", "quantized-4", "low-rank"])
 def test_a_question_does_not_change_what_the_next_one_sees(name):
     if name == "quantized-4":
         pytest.importorskip("optimum.quanto")
@@ -87,7 +87,7 @@ def test_answers_are_those_of_generate_and_leave_the_cache_as_it_is(family):
     assert greedy_answer(model, cache, question[0], 7, {expected[3]}) == expected[: expected.index(expected[3])]
 
 
-@pytest.mark.parametrize("name", ["full", "quantized-fp8", "kivi-2"])
+@pytest.mark.parametrize("name", ["full", "quantized-fp8"])
 def test_an_answer_leaves_a_baseline_as_it_is(name):
     model = wide_llama()
     cache = make_baseline(name, model, 32)
