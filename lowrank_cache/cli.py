@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from inspect import Parameter, Signature, signature
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, get_origin
+from typing import Annotated, Any, Literal, get_origin
 
 import torch
 import typer
@@ -25,7 +25,7 @@ from lowrank_cache.evaluation.bench import bench as run_bench
 from lowrank_cache.evaluation.caches import GRAMMAR, CacheSizes
 from lowrank_cache.evaluation.demo import DownloadError, run_demo
 from lowrank_cache.evaluation.evaluate import EvaluationSettings, run_evaluation
-from lowrank_cache.evaluation.inputs import Run, check_dtype, load_model, load_text, processor
+from lowrank_cache.evaluation.inputs import Run, load_model, load_text, processor
 from lowrank_cache.evaluation.inspection import inspect_projections, plot_projections
 from lowrank_cache.evaluation.tasks import TASKS
 
@@ -116,7 +116,9 @@ def calibrate(
     recall_share: inputs.RecallShare = 0.5,
     seed: Annotated[int, typer.Option(help="Of the generated look-ups.")] = 0,
     method: Annotated[str | None, typer.Option(help="How bases are found: fisher (default), palu or recalkv.")] = None,
-    preset: Annotated[str, typer.Option(help="smallest or fastest: defaults of the next three options.")] = "smallest",
+    preset: Annotated[
+        Literal["smallest", "fastest"], typer.Option(help="Defaults of the next three options.")
+    ] = "smallest",
     frame_length: Annotated[int | None, typer.Option(help="Tokens per rotary frame; 1 stores pre-RoPE keys.")] = None,
     layer_group_size: Annotated[
         str | None, typer.Option(help="Layers that share a latent: a number, KEYS,VALUES or auto.")
@@ -131,9 +133,6 @@ def calibrate(
     device: inputs.Device = None,
 ) -> None:
     """Calibrate projections for MODEL on text and save them."""
-    check_dtype(dtype)
-    if preset not in calibration.PRESETS:
-        raise ValueError(f"preset must be one of {sorted(calibration.PRESETS)}, got {preset!r}")
     options: dict[str, Any] = {
         "method": method, "frame_length": frame_length, "layer_group_size": _group_size(layer_group_size),
         "joint": joint, "refit_ratio": refit_ratio, "save_moments": save_moments, "sensitivity": sensitivity,

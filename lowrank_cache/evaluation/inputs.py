@@ -12,7 +12,7 @@ import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,13 +34,12 @@ from lowrank_cache.shapes import BOTH, layer_groups
 
 __all__ = [
     "CALIBRATION_TOKENS", "MOMENTS_FILE", "CalibrateOn", "Device", "Dtype", "Prepared", "RecallShare", "Run",
-    "Sensitivity", "Tokens", "append_result", "bundled_text", "check_dtype", "load_model", "load_text", "moments_of",
+    "Sensitivity", "Tokens", "append_result", "bundled_text", "load_model", "load_text", "moments_of",
     "prepare", "processor", "resume_results",
 ]  # fmt: skip
 
 CALIBRATION_TOKENS = 20_480
 MOMENTS_FILE = "moments.safetensors"
-DTYPES = ("float32", "bfloat16", "float16", "auto")
 WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 # Modules with long docstrings; each adds prose that the language reference's topics do not have.
 _DOCUMENTED_MODULES = (
@@ -57,15 +56,13 @@ CalibrateOn = Annotated[str | None, Option("--calibrate-on", "--data", help=f"Te
 EvaluateOn = Annotated[str | None, Option("--evaluate-on", "--text", help=f"Text to evaluate on: {TEXTS}")]
 Tokens = Annotated[int, Option(help="Calibration tokens, rounded down to whole windows.")]
 RecallShare = Annotated[float, Option(help="Fraction of calibration sequences that are generated look-ups.")]
-Sensitivity = Annotated[str, Option(help="gradient, or query where gradients do not pass through the model.")]
-Dtype = Annotated[str, Option(help="Dtype of the model: float32, bfloat16, float16; auto: the checkpoint's.")]
+Sensitivity = Annotated[
+    Literal["gradient", "query"], Option(help="query where gradients do not pass through the model.")
+]
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16", "auto"], Option(help="Dtype of the model; auto: the checkpoint's.")
+]
 Device = Annotated[str | None, Option(help="Torch device; the GPU if there is one.")]
-
-
-def check_dtype(name: str) -> None:
-    """Raise ValueError unless ``name`` is one of ``DTYPES``."""
-    if name not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
 
 
 def load_model(
@@ -77,7 +74,6 @@ def load_model(
         dtype: By name, or ``"auto"`` for that of the checkpoint.
         device: Of torch; None for the GPU if there is one.
     """
-    check_dtype(dtype)
     model: Any
     if name is None:
         model, tokenizer, name = demo_model(report, dtype)
@@ -223,7 +219,6 @@ def prepare(run: Run, specifications: list[str], sizes: dict[str, int], report: 
     Raises:
         ValueError: If a cache cannot be made, with its name, before anything is measured.
     """
-    check_dtype(run.dtype)
     parsed = {one: parse(one) for one in specifications}
     calibrated = {one: found for one, found in parsed.items() if found and found.method in METHODS}
     ready = _ready(run, calibrated)

@@ -20,7 +20,7 @@ from jinja2 import Environment, FileSystemLoader
 from lowrank_cache.evaluation.caches import CacheEntry
 
 __all__ = [
-    "Interval", "Table", "check_installed", "metrics_of", "paired_interval", "report_html", "report_markdown",
+    "Table", "check_installed", "metrics_of", "paired_interval", "report_html", "report_markdown",
     "write_report",
 ]  # fmt: skip
 
@@ -44,21 +44,13 @@ def check_installed() -> None:
         raise ImportError(f'this needs {" and ".join(missing)}: pip install "lowrank-cache[eval]"')
 
 
-class Interval(NamedTuple):
-    """A mean and the ends of its interval; all three are equal where nothing differs."""
-
-    mean: float
-    low: float
-    high: float
-
-
-def paired_interval(differences: Sequence[Sequence[float]], *, draws: int = 10_000, seed: int = 0) -> Interval:
-    """The percentile interval (95 %) of a mean over samples, of which ``differences`` to the baseline are given.
+def paired_interval(differences: Sequence[Sequence[float]], *, draws: int = 10_000, seed: int = 0) -> tuple[float, ...]:
+    """A mean over samples, of which ``differences`` to the baseline are given, and the ends of its interval (95 %).
 
     Args:
         differences: One list for each stratum (task, length, ...), one number a sample. Samples are drawn again within
             their stratum, and the means of the strata are averaged.
-        draws: Of the bootstrap.
+        draws: Of the percentile bootstrap.
 
     Raises:
         ValueError: If there are no samples in a stratum, or no strata.
@@ -77,7 +69,7 @@ def paired_interval(differences: Sequence[Sequence[float]], *, draws: int = 10_0
         method="percentile",
         rng=np.random.default_rng(seed),
     ).confidence_interval
-    return Interval(float(sum(part.mean() for part in strata) / len(strata)), float(found.low), float(found.high))
+    return float(sum(part.mean() for part in strata) / len(strata)), float(found.low), float(found.high)
 
 
 def metrics_of(entries: list[CacheEntry], records: dict[str, Records]) -> Metrics:
