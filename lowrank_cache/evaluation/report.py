@@ -19,10 +19,7 @@ from jinja2 import Environment, FileSystemLoader
 
 from lowrank_cache.evaluation.caches import CacheEntry
 
-__all__ = [
-    "Table", "check_installed", "metrics_of", "paired_interval", "report_html", "report_markdown",
-    "write_report",
-]  # fmt: skip
+__all__ = ["Table", "check_installed", "metrics_of", "paired_interval", "report_text", "write_report"]
 
 Records = dict[tuple, dict[str, Any]]
 Metrics = dict[str, dict[str, Any]]
@@ -178,31 +175,24 @@ class Table(NamedTuple):
         return "\n".join(f"| {' | '.join(cells)} |" for cells in (self.head, ["---"] * len(self.head), *self.lines))
 
 
-def report_markdown(metrics: Metrics, config: dict[str, Any]) -> str:
-    """The report without its pictures, but for the one beside it."""
-    return _rendered("report.md", config=config, tables=_tables(metrics), pareto=bool(_lengths_of(metrics)))
-
-
-def report_html(metrics: Metrics, config: dict[str, Any]) -> str:
-    """The report as one page that needs no other file: tables, and plots as inline SVG."""
-    figures = {title: _svg(figure, title) for title, draw in _FIGURES.items() if (figure := draw(metrics))}
-    return _rendered("report.html", config=config, tables=_tables(metrics), figures=figures)
-
-
-def _rendered(template: str, **given: Any) -> str:
+def report_text(kind: str, metrics: Metrics, config: dict[str, Any]) -> str:
+    """The report as ``"md"``, with one picture beside it, or as ``"html"``, one page that needs no other file."""
+    found = {"config": config, "tables": _tables(metrics), "pareto": bool(_lengths_of(metrics))}
+    if kind == "html":
+        found["figures"] = {title: _svg(figure, title) for title, draw in _FIGURES.items() if (figure := draw(metrics))}
     files = FileSystemLoader(Path(__file__).parent / "templates")
-    environment = Environment(autoescape=template.endswith(".html"), loader=files)
-    return environment.get_template(template).render(given).strip() + "\n"
+    template = Environment(autoescape=kind == "html", loader=files).get_template(f"report.{kind}")
+    return template.render(found).strip() + "\n"
 
 
 def write_report(out: Path, metrics: Metrics, config: dict[str, Any]) -> str:
     """Write ``report.html``, ``report.md`` and its picture into ``out``; returns the Markdown."""
-    text = report_markdown(metrics, config)
-    (out / "report.md").write_text(text, encoding="utf-8")
-    (out / "report.html").write_text(report_html(metrics, config), encoding="utf-8")
+    texts = {kind: report_text(kind, metrics, config) for kind in ("html", "md")}
+    for kind, text in texts.items():
+        (out / f"report.{kind}").write_text(text, encoding="utf-8")
     if figure := _pareto(metrics):
         figure.savefig(out / "pareto.png", dpi=120)
-    return text
+    return texts["md"]
 
 
 def _lengths_of(metrics: Metrics) -> list[str]:

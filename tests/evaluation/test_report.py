@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from lowrank_cache.evaluation import report
 from lowrank_cache.evaluation.caches import CacheEntry
 from lowrank_cache.evaluation.evaluate import EvaluationSettings, record_key
-from lowrank_cache.evaluation.report import metrics_of, paired_interval, report_html, report_markdown, write_report
+from lowrank_cache.evaluation.report import metrics_of, paired_interval, report_text, write_report
 
 NAMES = ["full", "quantized-fp8", "fisher:4", "xkv:2,groups=2"]
 CONFIG = {
@@ -95,13 +95,13 @@ def test_exact_answers_are_counted_in_all_and_where_the_full_cache_is_right():
     metrics = metrics_of(entries, records)
     code = metrics["a"]["codes"]["lookup"]["22"]
     assert (code["exact"], code["kept"], code["difference"]) == (0.75, 0.5, 0.0)
-    table = report_markdown(metrics, CONFIG).splitlines()
+    table = report_text("md", metrics, CONFIG).splitlines()
     assert "| full | 1.000 | 0.50 |" in table and "| a | +0.000 [+0.000, +0.000] | 0.75 (0.50) |" in table
 
 
 def test_the_markdown_has_a_line_for_each_cache_in_each_table(found):
     _, _, metrics = found
-    table = report_markdown(metrics, CONFIG)
+    table = report_text("md", metrics, CONFIG)
     assert all(table.count(f"| {name} |") == 5 for name in NAMES) and "## Tasks at 2,000 tokens" in table
     widths = [line.count("|") for line in table.splitlines() if line.startswith("|")]
     assert widths == [7] * 6 + [6] * 6 + [8] * 6 + [5] * 6 + [6] * 6  # five tables of four caches
@@ -160,7 +160,7 @@ def test_the_page_needs_nothing_else_and_holds_the_numbers(found, tmp_path):
 
 def test_names_are_escaped(found):
     _, _, metrics = found
-    html = report_html(metrics, {**CONFIG, "model": "<b>&model", "versions": {"torch": "<2>"}})
+    html = report_text("html", metrics, {**CONFIG, "model": "<b>&model", "versions": {"torch": "<2>"}})
     assert "<b>" not in html and "&lt;b&gt;&amp;model" in html and "torch &lt;2&gt;" in html
 
 
