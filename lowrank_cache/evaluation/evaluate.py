@@ -136,7 +136,7 @@ def _jobs(model, tokenizer, text: str, settings: EvaluationSettings) -> Iterator
     for task, length, questions in asked:
         texts = makers[task](questions // QUESTIONS, length, settings.seed)
         measure = partial(_codes, model, settings.chunk, settings.prompt if task == "lookup" else 0, texts)
-        yield from batches("codes", task, length, [text.context for text in texts], measure)
+        yield from batches("codes", task, length, [context for context, _ in texts], measure)
     prompter = Prompter(tokenizer, settings.chat)
     if settings.samples and settings.tasks and settings.lengths:
         haystack, overhead = tasks.Haystack(text), prompter.overhead()

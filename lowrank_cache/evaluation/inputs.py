@@ -9,6 +9,7 @@ import importlib.util
 import inspect
 import json
 import platform
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,9 +90,8 @@ def load_model(
 def processor() -> str:
     """The processor's name and the vector instructions that torch uses on it: what a time holds for."""
     listed = Path("/proc/cpuinfo")
-    lines = listed.read_text(encoding="utf-8").splitlines() if listed.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    name = next(iter(names), platform.processor() or platform.machine())
+    found = re.search(r"^model name\s*:\s*(.+)", listed.read_text(encoding="utf-8") if listed.exists() else "", re.M)
+    name = found[1] if found else platform.processor() or platform.machine()
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 

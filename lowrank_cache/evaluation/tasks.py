@@ -36,17 +36,14 @@ _COMMON = 10  # words to be found in a list
 _LONG = 4096  # tokens from which on lists repeat their words more often
 
 
-class CodeText(NamedTuple):
-    """What is read, ``[tokens]`` ids, and questions about it with their answers, ``[tokens]`` ids each."""
-
-    context: Tensor
-    questions: tuple[tuple[Tensor, Tensor], ...]
+# What is read, ``[tokens]`` ids, and questions about it with their answers, ``[tokens]`` ids each.
+CodeText = tuple[Tensor, tuple[tuple[Tensor, Tensor], ...]]
 
 
 def lookup_texts(tokenizer, count: int, entries: int = 22, seed: int = 0) -> list[CodeText]:
     """Each text lists ``entries`` similar facts; some of them are asked for."""
     lookups = _lookups(count, entries, seed)
-    return [CodeText(_ids(tokenizer, text), _questions(tokenizer, "lookup", codes)) for _, text, codes in lookups]
+    return [(_ids(tokenizer, text), _questions(tokenizer, "lookup", codes)) for _, text, codes in lookups]
 
 
 def needle_texts(tokenizer, haystack: Tensor, count: int, tokens: int, seed: int = 0) -> list[CodeText]:
@@ -61,7 +58,7 @@ def needle_texts(tokenizer, haystack: Tensor, count: int, tokens: int, seed: int
         places = sorted(draw.sample(range(len(prose) // 20, len(prose) * 19 // 20), QUESTIONS))
         first, *parts = prose.tensor_split(places)
         context = torch.cat([first, *chain.from_iterable(zip(needles, parts, strict=True))])
-        texts.append(CodeText(context, _questions(tokenizer, "vault", codes)))
+        texts.append((context, _questions(tokenizer, "vault", codes)))
     return texts
 
 

@@ -91,7 +91,7 @@ def test_codes_are_forced_through_the_cache_itself(measured):
     haystack = torch.tensor(tokenizer(prose(200))["input_ids"])
     texts = {("lookup", 6): lookup_texts(tokenizer, 2, 6), ("needle", 500): needle_texts(tokenizer, haystack, 2, 500)}
     for (task, length), part in texts.items():
-        contexts, questions = [text.context for text in part], [text.questions for text in part]
+        contexts, questions = zip(*part, strict=True)
         expected = force_answers(model, contexts, questions, entries[2].make, chunk=200)
         for index, answers in enumerate(expected):
             found = records["fisher:4"]["codes", task, length, index]

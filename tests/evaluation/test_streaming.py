@@ -8,14 +8,12 @@ from lowrank_cache import LowRankCache
 from lowrank_cache.calibration import calibrate
 from lowrank_cache.evaluation.caches import make_baseline
 from lowrank_cache.evaluation.streaming import fill, force_answers, greedy_answer, stream
-from lowrank_cache.evaluation.tasks import CodeText
 from tests.oracle.models import random_tokens, tiny_model, wide_llama
 
 
 def forced(model, texts, make_cache, chunk):
-    return force_answers(
-        model, [text.context for text in texts], [text.questions for text in texts], make_cache, chunk=chunk
-    )
+    contexts, questions = zip(*texts, strict=True)
+    return force_answers(model, contexts, questions, make_cache, chunk=chunk)
 
 
 def test_streaming_the_full_cache_is_the_models_own_loss():
@@ -37,7 +35,7 @@ def test_the_score_is_the_models_own_loss_on_the_answer():
         return random_tokens(1, length, seed=length)[0]
 
     texts = [
-        CodeText(tokens(context), tuple((tokens(question), tokens(answer)) for question, answer in pairs))
+        (tokens(context), tuple((tokens(question), tokens(answer)) for question, answer in pairs))
         for context, pairs in lengths
     ]
     found = [
@@ -46,7 +44,7 @@ def test_the_score_is_the_models_own_loss_on_the_answer():
         for scores in forced(model, part, lambda: DynamicCache(config=model.config), chunk=7)
         for score in scores
     ]
-    asked = [(text.context, *pair) for text in texts for pair in text.questions]
+    asked = [(context, *pair) for context, pairs in texts for pair in pairs]
     for (context, question, answer), (loss, exact) in zip(asked, found, strict=True):
         ids = torch.cat([context, question, answer])[None]
         with torch.no_grad():
@@ -69,8 +67,8 @@ def test_a_question_does_not_change_what_the_next_one_sees(name):
 
     tokens = [random_tokens(1, 40, seed=seed)[0] for seed in range(4)]
     context, pairs = torch.cat([tokens[3]] * 3), tuple((each[:35], each[35:]) for each in tokens[:3])
-    (together,) = forced(model, [CodeText(context, pairs)], make_cache, chunk=16)
-    alone = [forced(model, [CodeText(context, (pair,))], make_cache, chunk=16)[0][0] for pair in pairs]
+    (together,) = forced(model, [(context, pairs)], make_cache, chunk=16)
+    alone = [forced(model, [(context, (pair,))], make_cache, chunk=16)[0][0] for pair in pairs]
     assert together == alone
 
 

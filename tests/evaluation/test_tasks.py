@@ -132,14 +132,14 @@ def byte_tokenizer(text: str) -> dict:
 
 
 def test_texts_hold_each_answer_once_and_questions_do_not():
-    for tokens, text in [
+    for tokens, (context_ids, questions) in [
         *((None, text) for text in lookup_texts(byte_tokenizer, 5, entries=8)),
         *((900, text) for text in needle_texts(byte_tokenizer, torch.zeros(3000), 5, 900)),
     ]:
-        context = _string(text.context)
+        context = _string(context_ids)
         assert tokens is None or len(context) == tokens
-        assert len(text.questions) == 4
-        for question, answer in text.questions:
+        assert len(questions) == 4
+        for question, answer in questions:
             (line,) = [line for line in context.splitlines() if _string(answer) in line]
             name = re.search(r"(\w+ \w+)( opens with the number| is)$", _string(question))[1]
             assert name in line and _string(answer) not in _string(question)
