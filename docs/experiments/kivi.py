@@ -76,7 +76,7 @@ class SimulatedKiviCache(Cache):
 
 
 def register() -> None:
-    """Make ``kivi-4`` and ``kivi-2`` known as baselines, to commands and to ``make_baseline``, in this process."""
+    """Make ``kivi-4`` and ``kivi-2`` known as baselines in this process."""
     for bits in (4, 2):
         BASELINES[f"kivi-{bits}"] = partial(SimulatedKiviCache, bits=bits)
 

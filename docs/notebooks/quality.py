@@ -14,7 +14,7 @@ from lowrank_cache import LowRankCache, Projections
 from lowrank_cache.calibration import PRESETS
 from lowrank_cache.calibration.api import projections_from_moments
 from lowrank_cache.calibration.moments import Moments
-from lowrank_cache.evaluation.caches import make_baseline, tensor_bytes
+from lowrank_cache.evaluation.caches import BASELINES, tensor_bytes
 from lowrank_cache.evaluation.streaming import stream, windows_of
 
 name = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -35,8 +35,8 @@ def low_rank(projections, ratio):
     return lambda: LowRankCache(model, projections, compression_ratio=ratio, residual_length=32, block_size=32)
 
 
-makers = {"full": lambda: make_baseline("full", model, 32)}
-makers["quantized, fp8"] = lambda: make_baseline("quantized-fp8", model, 32)
+makers = {"full": lambda: BASELINES["full"](model, 32)}
+makers["quantized, fp8"] = lambda: BASELINES["quantized-fp8"](model, 32)
 makers |= {f"smallest, {ratio}x": low_rank(smallest, ratio) for ratio in (5, 10, 20)}
 makers |= {f"fastest, {ratio}x": low_rank(fastest, ratio) for ratio in (4, 8)}
 

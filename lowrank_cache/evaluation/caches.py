@@ -23,8 +23,8 @@ from lowrank_cache.probe import model_shape
 from lowrank_cache.prompt_svd import NEW_TOKENS
 
 __all__ = [
-    "BASELINES", "GRAMMAR", "XKV", "CacheEntry", "CacheSizes", "Configuration", "cache_entry", "make_baseline",
-    "make_bases", "parse", "tensor_bytes",
+    "BASELINES", "GRAMMAR", "XKV", "CacheEntry", "CacheSizes", "Configuration", "cache_entry", "make_bases",
+    "parse", "tensor_bytes",
 ]  # fmt: skip
 
 GRAMMAR = "METHOD:RATIO[,groups=G][,frame=L][,joint=0|1][,bits=B][,ranks=R], with xkv also [,new=encode|exact]"
@@ -169,7 +169,7 @@ def cache_entry(
 
     def make() -> Cache:
         if projections is None and "method" not in options:
-            return make_baseline(name, model, sizes["residual_length"])
+            return BASELINES[name](model, sizes["residual_length"])
         return LowRankCache(model, projections, **sizes, **options)
 
     try:
@@ -185,13 +185,6 @@ def cache_entry(
         full += 2 * width
         stored += 2 * width if "method" in options and not group.tiers else 0
     return CacheEntry(name, make, full / stored, cache.projection_bytes())
-
-
-def make_baseline(name: str, model: PreTrainedModel, residual_length: int) -> Cache:
-    """A fresh cache by its name in ``BASELINES``; an ImportError if its package is not installed."""
-    if name not in BASELINES:
-        raise ValueError(f"cache must be one of {list(BASELINES)}, got {name!r}")
-    return BASELINES[name](model, residual_length)
 
 
 def tensor_bytes(cache: Cache) -> int:

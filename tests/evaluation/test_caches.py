@@ -5,11 +5,11 @@ import torch
 
 from lowrank_cache.calibration.collect import collect_moments
 from lowrank_cache.evaluation.caches import (
+    BASELINES,
     XKV,
     CacheSizes,
     Configuration,
     cache_entry,
-    make_baseline,
     make_bases,
     parse,
     tensor_bytes,
@@ -88,12 +88,10 @@ def test_the_ratio_in_latents_counts_what_is_kept_exactly():
 
 def test_bytes_of_baselines_are_those_of_their_tensors():
     model = tiny_model("llama")
-    full, fp8 = make_baseline("full", model, 8), make_baseline("quantized-fp8", model, 8)
+    full, fp8 = BASELINES["full"](model, 8), BASELINES["quantized-fp8"](model, 8)
     with torch.no_grad():
         for cache in (full, fp8):
             model(random_tokens(2, 50), past_key_values=cache)
     numbers = 3 * 2 * 2 * 50 * 2 * 16
     assert tensor_bytes(full) == 4 * numbers
     assert numbers <= tensor_bytes(fp8) <= numbers + 200  # one scale a layer and side
-    with pytest.raises(ValueError, match="cache must be one of"):
-        make_baseline("quantized-3", model, 8)

@@ -6,7 +6,7 @@ from transformers import DynamicCache
 
 from lowrank_cache import LowRankCache
 from lowrank_cache.calibration import calibrate
-from lowrank_cache.evaluation.caches import make_baseline
+from lowrank_cache.evaluation.caches import BASELINES
 from lowrank_cache.evaluation.streaming import fill, force_answers, greedy_answer, stream
 from tests.oracle.models import random_tokens, tiny_model, wide_llama
 
@@ -63,7 +63,7 @@ def test_a_question_does_not_change_what_the_next_one_sees(name):
     def make_cache():
         if name == "low-rank":
             return LowRankCache(model, projections, compression_ratio=4, residual_length=8, block_size=8)
-        return make_baseline(name, model, 32)
+        return BASELINES[name](model, 32)
 
     tokens = [random_tokens(1, 40, seed=seed)[0] for seed in range(4)]
     context, pairs = torch.cat([tokens[3]] * 3), tuple((each[:35], each[35:]) for each in tokens[:3])
@@ -88,7 +88,7 @@ def test_answers_are_those_of_generate_and_leave_the_cache_as_it_is(family):
 @pytest.mark.parametrize("name", ["full", "quantized-fp8"])
 def test_an_answer_leaves_a_baseline_as_it_is(name):
     model = wide_llama()
-    cache = make_baseline(name, model, 32)
+    cache = BASELINES[name](model, 32)
     fill(model, cache, random_tokens(1, 90)[0], chunk=30)
     question = random_tokens(1, 40, seed=2)[0]
     first = greedy_answer(model, cache, question, 12, set())

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from lowrank_cache.evaluation.caches import BASELINES, make_baseline, tensor_bytes
+from lowrank_cache.evaluation.caches import BASELINES, tensor_bytes
 from lowrank_cache.evaluation.streaming import fill, force_answers, greedy_answer
 from tests.evaluation.test_tasks import prose
 from tests.experiments import load
@@ -26,7 +26,7 @@ def registered(monkeypatch):
 
 def test_simulated_kivi_quantizes_what_left_its_window_and_counts_three_bits():
     model = wide_llama()
-    cache = make_baseline("kivi-2", model, 32)
+    cache = BASELINES["kivi-2"](model, 32)
     exact = DynamicCache(config=model.config)
     tokens = random_tokens(1, 200)
     with torch.no_grad():
@@ -47,7 +47,7 @@ def test_simulated_kivi_quantizes_what_left_its_window_and_counts_three_bits():
 
 def test_questions_leave_it_as_it_is():
     model = wide_llama()
-    cache = make_baseline("kivi-2", model, 32)
+    cache = BASELINES["kivi-2"](model, 32)
     fill(model, cache, random_tokens(1, 90)[0], chunk=30)
     question = random_tokens(1, 40, seed=2)[0]
     first = greedy_answer(model, cache, question, 12, set())
@@ -56,7 +56,7 @@ def test_questions_leave_it_as_it_is():
     pairs = tuple((each[:35], each[35:]) for each in tokens)
 
     def forced(*questions):
-        return force_answers(model, [context], [questions], lambda: make_baseline("kivi-2", model, 32), chunk=16)[0]
+        return force_answers(model, [context], [questions], lambda: BASELINES["kivi-2"](model, 32), chunk=16)[0]
 
     assert forced(*pairs) == [forced(pair)[0] for pair in pairs]
 
