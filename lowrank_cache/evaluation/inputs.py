@@ -33,12 +33,6 @@ from lowrank_cache.probe import model_shape
 from lowrank_cache.projections import ARTEFACT
 from lowrank_cache.shapes import BOTH, layer_groups
 
-__all__ = [
-    "CALIBRATION_TOKENS", "MOMENTS_FILE", "CalibrateOn", "Device", "Dtype", "Prepared", "RecallShare", "Run",
-    "Sensitivity", "Tokens", "append_result", "bundled_text", "load_model", "load_text", "moments_of",
-    "prepare", "processor", "resume_results",
-]  # fmt: skip
-
 CALIBRATION_TOKENS = 20_480
 MOMENTS_FILE = "moments.safetensors"
 WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1")

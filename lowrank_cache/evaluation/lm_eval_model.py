@@ -31,8 +31,6 @@ try:
 except ImportError as error:
     raise ImportError('hf-lowrank needs lm-eval: pip install "lowrank-cache[lm-eval]"') from error
 
-__all__ = ["TASKS", "LowRankLM", "main", "register"]
-
 TASKS = Path(__file__).parent / "lm_eval_tasks"  # look-ups, which need no network
 OPTIONS = ("method", "compression_ratio", "ranks", "bits", "layer_group_size", "new_tokens", "latent_dtype")
 SIZES = {"residual_length": 32, "num_sink_tokens": 4, "block_size": 32}  # and their defaults here

@@ -19,8 +19,6 @@ from jinja2 import Environment, FileSystemLoader
 
 from lowrank_cache.evaluation.caches import CacheEntry
 
-__all__ = ["Table", "check_installed", "metrics_of", "paired_interval", "report_text", "write_report"]
-
 Records = dict[tuple, dict[str, Any]]
 Metrics = dict[str, dict[str, Any]]
 # How a cell is written: in the last of the forms whose fields have all been measured.

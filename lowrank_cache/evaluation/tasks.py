@@ -23,11 +23,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = [
-    "QUESTIONS", "TASKS", "CodeText", "Haystack", "Prompter", "Question", "Sample", "answer_tokens", "lookup_dataset",
-    "lookup_texts", "needle_texts", "sample_of", "score",
-]  # fmt: skip
-
 QUESTIONS = 4  # of a look-up list or a text with needles; choices of an lm-eval document
 _WORDING = tomllib.loads(Path(__file__).with_name("templates").joinpath("tasks.toml").read_text(encoding="utf-8"))
 _NAMES = [f"{colour} {animal}" for colour in _WORDING["colours"].split() for animal in _WORDING["animals"].split()]
