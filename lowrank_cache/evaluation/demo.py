@@ -15,15 +15,15 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from rich.console import Console
 from rich.table import Column, Table
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding, Cache, DynamicCache, PreTrainedModel
 
 from lowrank_cache import LowRankCache, Projections, latent_attention
@@ -166,23 +166,17 @@ def _convert(gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-class DemoRun(NamedTuple):
-    """What one ``generate`` produced and cost."""
-
-    token_ids: Tensor  # ``[new_tokens]``
-    prefill_seconds: float  # until the first new token
-    seconds_per_token: float  # mean of those that follow
-
-
-def generate_timed(model: PreTrainedModel, inputs: BatchEncoding, cache: Cache, new_tokens: int) -> DemoRun:
-    """Generate greedily, with the time to the first token apart from the rest."""
+def generate_timed(
+    model: PreTrainedModel, inputs: BatchEncoding, cache: Cache, new_tokens: int
+) -> tuple[list[int], float, float]:
+    """Generate greedily: the new tokens, seconds until the first of them, and mean seconds of those that follow."""
     times: list[float] = []  # of the prompt and of each new token, as ``generate`` hands them over
     clock = SimpleNamespace(put=lambda tokens: times.append(time.perf_counter()), end=lambda: None)
     options = {"max_new_tokens": new_tokens, "do_sample": False, "streamer": clock}
     start = time.perf_counter()
     output = model.generate(**inputs, **cache_argument(model, cache), **options)  # type: ignore[operator]
     per_token = (times[-1] - times[1]) / max(len(times) - 2, 1)
-    return DemoRun(output[0, inputs["input_ids"].shape[1] :], times[1] - start, per_token)
+    return output[0, inputs["input_ids"].shape[1] :].tolist(), times[1] - start, per_token
 
 
 def run_demo(out: str | Path, text: tuple[str, str], ratio: float = 8.0) -> None:
@@ -228,20 +222,17 @@ def run_demo(out: str | Path, text: tuple[str, str], ratio: float = 8.0) -> None
     console.print(f"The projections are in {Path(out).resolve()}; see 'lowrank-cache inspect {out}/smallest'.")
 
 
-def _comparison(tokenizer, runs: list[DemoRun], full_cache: DynamicCache, *caches: LowRankCache) -> list[list[str]]:
+def _comparison(tokenizer, runs: list[tuple], full_cache: DynamicCache, *caches: LowRankCache) -> list[list[str]]:
     """Lines of a table: a label, and a cell for the full cache and for each of ``caches``."""
-    occupied, full = tensor_bytes(full_cache), runs[0]
-    texts = tokenizer.batch_decode([run.token_ids.tolist() for run in runs], skip_special_tokens=True)
-    sizes = [cache.stored_bytes() for cache in caches]
-    alike = []
-    for run in runs[1:]:
-        length = min(len(full.token_ids), len(run.token_ids))
-        same = (full.token_ids[:length] == run.token_ids[:length]).long().cumprod(0).sum()
-        alike.append(f"the first {int(same)} of {length}")
-    slower = [run.seconds_per_token / full.seconds_per_token for run in runs[1:]]
+    answers, prefills, paces = zip(*runs, strict=True)
+    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    pairs = [list(zip(answers[0], answer, strict=False)) for answer in answers[1:]]
+    alike = [len(list(takewhile(lambda pair: pair[0] == pair[1], both))) for both in pairs]
+    shared = [f"the first {count} of {len(both)}" for count, both in zip(alike, pairs, strict=True)]
+    occupied, sizes = tensor_bytes(full_cache), [cache.stored_bytes() for cache in caches]
     return [
         ["text", *(text.strip() for text in texts)],
-        ["tokens as with the full cache", "", *alike],
+        ["tokens as with the full cache", "", *shared],
         ["tokens in the cache", *(f"{cache.get_seq_length():,}" for cache in (full_cache, *caches))],
         ["bytes at 16 bits a number", f"{caches[0].full_bytes():,}"],
         ["bytes of its tensors", *(f"{size:,}" for size in (occupied, *sizes))],
@@ -249,7 +240,7 @@ def _comparison(tokenizer, runs: list[DemoRun], full_cache: DynamicCache, *cache
         ["ratio to the full cache's tensors", "", *(f"{occupied / size:.2f}x" for size in sizes)],
         ["target ratio in latents", "", *(f"{cache.target_compression_ratio:.2f}x" for cache in caches)],
         ["bytes of the bases", "", *(f"{cache.projection_bytes():,}" for cache in caches)],
-        ["prefill, first token included", *(f"{run.prefill_seconds:.2f} s" for run in runs)],
-        ["decode, per token", *(f"{1000 * run.seconds_per_token:.0f} ms" for run in runs)],
-        ["decode, times as slow as the full cache", "", *(f"{times:.1f}" for times in slower)],
+        ["prefill, first token included", *(f"{seconds:.2f} s" for seconds in prefills)],
+        ["decode, per token", *(f"{1000 * seconds:.0f} ms" for seconds in paces)],
+        ["decode, times as slow as the full cache", "", *(f"{seconds / paces[0]:.1f}" for seconds in paces[1:])],
     ]

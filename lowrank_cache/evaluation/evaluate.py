@@ -137,11 +137,11 @@ def _jobs(model, tokenizer, text: str, settings: EvaluationSettings) -> Iterator
         yield from batches("codes", task, length, [context for context, _ in texts], measure)
     prompter = Prompter(tokenizer, settings.chat)
     if settings.samples and settings.tasks and settings.lengths:
-        haystack, overhead = tasks.Haystack(text), prompter.overhead()
+        haystack, overhead = tasks.Haystack(text), len(prompter.context("")) + len(prompter.question("", ""))
         for length, task, index in product(settings.lengths, settings.tasks, range(settings.samples)):
             sample = tasks.sample_of(task, prompter.count, haystack, length, index, settings.seed, overhead)
-            context = prompter.context(sample.context)
-            measure = partial(_answers, model, settings, prompter, context, sample.questions)
+            context = prompter.context(sample[0])
+            measure = partial(_answers, model, settings, prompter, context, sample[1])
             yield [("answers", task, length, index)], len(context), measure
     for length in settings.lengths:
         needed = length + settings.steps + 1
@@ -207,10 +207,8 @@ def run_evaluation(
     are calibrated are kept in ``projections``, their statistics in ``moments.safetensors``. Specifications are those of
     ``caches.parse``; the full cache is always measured, first.
 
-    Raises:
-        ValueError: If a cache cannot be made, with its name, before anything is measured; or if the folder holds an
-            evaluation with other settings.
-        ImportError: If what the report needs is not installed, before anything is measured.
+    An ImportError says what is missing for the report, a ValueError which cache cannot be made, before anything is
+    measured; or that the folder holds an evaluation with other settings.
     """
     report.check_installed()
     names = ["full", *(name for name in dict.fromkeys(specifications) if name != "full")]

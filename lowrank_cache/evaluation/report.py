@@ -264,9 +264,8 @@ def _svg(figure, title: str) -> str:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
-    drawn = buffer.getvalue()
-    drawn = re.sub(r"<metadata>.*?</metadata>", "", drawn[drawn.index("<svg") :], flags=re.DOTALL)
-    return re.sub(r' (?:xmlns(?::\w+)?="[^"]*"|id="[\w.]+_\d+")', "", drawn).replace("xlink:href", "href")
+    left_out = r'^.*?(?=<svg)|<metadata>.*?</metadata>| xmlns(?::\w+)?="[^"]*"| id="[\w.]+_\d+"'
+    return re.sub(left_out, "", buffer.getvalue(), flags=re.DOTALL).replace("xlink:href", "href")
 
 
 def _figure(height: float, rows: int = 1):

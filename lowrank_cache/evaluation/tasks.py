@@ -108,11 +108,7 @@ class Question(NamedTuple):
     expected: tuple[str, ...]
 
 
-class Sample(NamedTuple):
-    """A context and questions that are asked about it independently of each other."""
-
-    context: str
-    questions: list[Question]
+Sample = tuple[str, list[Question]]  # a context, and questions that are asked about it independently of each other
 
 
 class Haystack:
@@ -150,7 +146,7 @@ def _needles(
         expected = tuple(number for name in group for number in numbers[name])
         shown = group[0] if len(group) == 1 else f"{', '.join(group[:-1])}, and {group[-1]}"
         questions.append(_question("one" if len(expected) == 1 else "many", expected, names=shown))
-    return Sample(context, questions)
+    return context, questions
 
 
 def _question(kind: str, expected: tuple[str, ...], **filled: Any) -> Question:
@@ -201,7 +197,7 @@ def _after_example(kind: str, parts: list[tuple[str, Question]], write: Callable
     (solved, example), (text, question) = parts
     context = _WORDING[kind]["context"]
     answered = f"{context.format(text=solved)}{example.text}{example.prefix} {write(example.expected)}"
-    return Sample(f"{answered}\n\n{context.format(text=text)}", [question])
+    return f"{answered}\n\n{context.format(text=text)}", [question]
 
 
 def _numbered(words: Sequence[str]) -> str:
@@ -232,9 +228,9 @@ def sample_of(
         return TASKS[task](random.Random(f"{seed} {task} {length} {index}"), haystack, size, length)
 
     def too_long(size: int) -> bool:
-        sample = build(size)
-        asked = max(count(part.text + part.prefix) + answer_tokens(count, part) for part in sample.questions)
-        return count(sample.context) + asked > length - reserved
+        context, questions = build(size)
+        asked = max(count(part.text + part.prefix) + answer_tokens(count, part) for part in questions)
+        return count(context) + asked > length - reserved
 
     low = _HOPS + 1
     if too_long(low):
@@ -274,10 +270,6 @@ class Prompter:
     def count(self, text: str) -> int:
         """Tokens of a text, special ones apart."""
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def overhead(self) -> int:
-        """Tokens that a context and a question take beside their texts."""
-        return len(self.context("")) + len(self.question("", ""))
 
     def context(self, text: str) -> Tensor:
         """``[tokens]`` ids of what is read first; a chat template has written the special ones itself."""
