@@ -175,6 +175,7 @@ def evaluate(
     cache: Cache = None,
     out: Out = Path("artefacts/eval"),
     projections: Ready = None,
+    device: inputs.Device = None,
     lengths: Annotated[
         str, typer.Option(help="Tokens of contexts, by commas; empty for no tasks, bytes, times.")
     ] = "1024,2048,4096",
@@ -188,7 +189,7 @@ def evaluate(
     sizes = _numbers("lengths", lengths) if lengths else ()
     asked = {"tasks": tuple(map(str.strip, tasks.split(","))), "needles": _needles(needles or [])}
     settings = _made(EvaluationSettings, options, lengths=sizes, **asked)
-    run = _made(Run, options, out=out, projections=tuple(projections or ()))
+    run = _made(Run, options, out=out, projections=tuple(projections or ()), device=device)
     run_evaluation(run, cache or EVAL_CACHES, settings, typer.echo)
 
 
@@ -198,6 +199,7 @@ def bench(
     cache: BenchCache = None,
     out: Out = Path("artefacts/bench"),
     projections: Ready = None,
+    device: inputs.Device = None,
     contexts: Annotated[str, typer.Option(help="Tokens in the cache, separated by commas.")] = "1024,4096,8192",
     batches: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,4",
     new_tokens: Annotated[int, typer.Option(help="Timed decode steps of each cache.")] = 24,
@@ -207,7 +209,7 @@ def bench(
     """Time prefill and decoding of compressed caches against the full cache, and count their bytes."""
     sizes = {"contexts": _numbers("contexts", contexts), "batches": _numbers("batches", batches)}
     settings = _made(BenchSettings, options, new_tokens=new_tokens, threads=threads, **sizes)
-    run = _made(Run, options, out=out, projections=tuple(projections or ()))
+    run = _made(Run, options, out=out, projections=tuple(projections or ()), device=device)
     run_bench(run, cache or BENCH_CACHES, settings, typer.echo)
 
 

@@ -8,7 +8,7 @@ import json
 import platform
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from itertools import product
@@ -31,7 +31,6 @@ from lowrank_cache.probe import cache_argument
 # Keys of records that are measured together, the tokens that this takes, and what gives the facts of each of them.
 _Job = tuple[list[tuple], int, Callable[[CacheEntry], list[dict[str, Any]]]]
 _KEY = ("kind", "task", "length", "index")
-_GROWING = ("lengths", "tasks", "samples", "lookups", "needles")  # a record says which of them it is of
 
 
 @dataclass(frozen=True)
@@ -69,8 +68,9 @@ class EvaluationSettings(CacheSizes):
                 raise ValueError(f"{name} must be a multiple of {QUESTIONS}, asked of each text, got {questions}")
 
     def fixed(self) -> dict[str, Any]:
-        """What all runs that write into one file must have in common."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _GROWING}
+        """What all runs that write into one file must have in common; a record says which of the others it is of."""
+        growing = ("lengths", "tasks", "samples", "lookups", "needles")
+        return {name: value for name, value in asdict(self).items() if name not in growing}
 
 
 def record_key(record: dict[str, Any]) -> tuple:

@@ -176,7 +176,7 @@ class Run:
     recall_share: RecallShare = 0.5
     sensitivity: Sensitivity = "gradient"
     dtype: Dtype = "bfloat16"  # in which the caches are measured
-    device: Device = None
+    device: str | None = "cpu"  # of torch; None for the GPU if there is one
 
     def calibration_text(self) -> tuple[str, str]:
         """What is calibrated on, and the name of its source."""
@@ -216,7 +216,7 @@ def prepare(run: Run, specifications: list[str], sizes: dict[str, int], report: 
     parsed = {one: parse(one) for one in specifications}
     calibrated = {one: found for one, found in parsed.items() if found and found.method in METHODS}
     ready = _ready(run, calibrated)
-    missing = {one: found for one, found in calibrated.items() if found.bases_name not in ready}
+    missing = {found.bases_name: found for found in calibrated.values() if found.bases_name not in ready}
     text, source = load_text(run.evaluate_on, split="test")
     first_dtype = "float32" if missing and run.dtype != "auto" else run.dtype
     model, tokenizer, name = load_model(run.model, report, first_dtype, run.device)
@@ -227,8 +227,8 @@ def prepare(run: Run, specifications: list[str], sizes: dict[str, int], report: 
         bases, options = (ready.get(found.bases_name), found.options()) if found else (None, {})
         return cache_entry(one, bases, options, model, sizes)
 
-    for one in parsed:
-        if one not in missing:
+    for one, found in parsed.items():
+        if found is None or found.bases_name not in missing:
             entry(one)  # fails before the long calibration
     if missing:
         moments = moments_of(run, model, tokenizer, report)
@@ -237,11 +237,10 @@ def prepare(run: Run, specifications: list[str], sizes: dict[str, int], report: 
             report(f"calibrating values in a stream compressed {ratio:g}x")
             return refit_values(model, run.batches(tokenizer), moments, projections, ratio)
 
-        for found in missing.values():
-            if found.bases_name not in ready:  # equal ones are made once
-                folder = run.out / "projections" / found.bases_name
-                make_bases(found, moments, refit).save_pretrained(folder)
-                ready[found.bases_name] = Projections.from_pretrained(folder)
+        for bases_name, configuration in missing.items():
+            folder = run.out / "projections" / bases_name
+            make_bases(configuration, moments, refit).save_pretrained(folder)
+            ready[bases_name] = Projections.from_pretrained(folder)
         if run.dtype not in ("auto", "float32"):
             model = None  # makes room for the same one in another dtype
             model, *_ = load_model(run.model, report, run.dtype, run.device)
