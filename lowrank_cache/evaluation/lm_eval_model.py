@@ -47,7 +47,7 @@ class LowRankLM(HFLM):
     """A causal language model of transformers with a lossy prefill.
 
     Args:
-        pretrained: As for lm-eval's ``hf``, whose other arguments are taken too.
+        pretrained: As for lm-eval's ``hf``, whose other arguments are taken too; scores are always float32's.
         cache: ``"lowrank"``, or a baseline by name, e.g. ``"full"``.
         projections: Folder, hub repository or ``Projections`` for ``"lowrank"``.
         compression_ratio, residual_length and the other ``OPTIONS`` and ``SIZES``: Of ``LowRankCache``. A context no
