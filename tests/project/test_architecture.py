@@ -266,6 +266,9 @@ def test_the_wheel_holds_every_module_and_nothing_at_the_top_level(wheel):
     assert tops == {PACKAGE, next(top for top in tops if top.endswith(".dist-info"))}
     tasks = {f"{PACKAGE}/evaluation/lm_eval_tasks/{path.name}" for path in TASKS.glob("*.yaml")}
     assert tasks and {name for name in names if name.endswith(".yaml")} == tasks
+    templates = {f"{PACKAGE}/evaluation/templates/{path.name}" for path in TASKS.with_name("templates").iterdir()}
+    assert templates and templates <= set(names)
+    assert f"{PACKAGE}/kernels/native.c" in names
     assert {name for name in names if name.endswith(".py")} == {
         f"{module_of(path).replace('.', '/')}{'/__init__' if path.name == '__init__.py' else ''}.py"
         for path in sources()
