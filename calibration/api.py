@@ -22,6 +22,9 @@ __all__ = ["METHODS", "Method", "auto_group_size", "calibrate", "projections_fro
 
 MAX_GROUP_LAYERS = 5
 MAX_GROUP_WIDTH = 4096
+# Absorbing a query costs head_dim / frame_length of what reading the codes costs (docs/method.md, "Integer attention on
+# CPUs"), so frames of 64 at most double or triple it; longer ones lose more, shorter ones gain nothing at 8x.
+FRAME_LENGTH = 64
 
 
 def auto_group_size(shape: ModelShape, side: str) -> int:
@@ -71,7 +74,7 @@ def calibrate(
     batches: Iterable,
     *,
     method: str = "fisher",
-    frame_length: int = 1,
+    frame_length: int = FRAME_LENGTH,
     layer_group_size: int | tuple[int, int] | str = "auto",
     joint: bool | None = None,
     sensitivity: str = "gradient",
@@ -82,8 +85,8 @@ def calibrate(
 ) -> Projections:
     """Calibrate projections on token batches.
 
-    The defaults give the smallest caches; ``calibrate(model, batches, **PRESETS["fastest"])`` gives those that decode
-    fastest under ``latent_attention``.
+    The defaults are one preset for all; ``PRESETS`` has one that is smaller and slower, and one that is faster and
+    loses more.
     One forward and one backward pass per batch; memory does not grow with their number. Pads and each
     sequence's first four real tokens are skipped. Equal batches give equal projections.
 
@@ -93,7 +96,8 @@ def calibrate(
             ``attention_mask``; ``text.mixed_batches`` makes good ones. 20,000 tokens are enough for a
             135M model.
         method: A name in ``METHODS``: ``"fisher"`` (default), ``"palu"`` or ``"recalkv"``.
-        frame_length: Slots per rotary frame in which keys are stored; 1 stores them pre-RoPE.
+        frame_length: Slots per rotary frame in which keys are stored; 1 stores them pre-RoPE, and every step must
+            then reconstruct them.
         layer_group_size: Adjacent layers that share a latent: a number, a pair for keys and values, or
             ``"auto"``, see ``auto_group_size``. Methods other than fisher take ``"auto"`` as 1.
         joint: Whether keys and values of a layer group share one latent. They are functions of the same
@@ -157,7 +161,7 @@ def projections_from_moments(
     moments: Moments,
     *,
     method: str = "fisher",
-    frame_length: int = 1,
+    frame_length: int = FRAME_LENGTH,
     layer_group_size: int | tuple[int, int] | str = "auto",
     joint: bool | None = None,
     refitted: Moments | None = None,

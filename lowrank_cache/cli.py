@@ -119,8 +119,8 @@ def calibrate(
     seed: Annotated[int, typer.Option(help="Of the generated look-ups.")] = 0,
     method: Annotated[str | None, typer.Option(help="How bases are found: fisher (default), palu or recalkv.")] = None,
     preset: Annotated[
-        Literal["smallest", "fastest"], typer.Option(help="Defaults of the next three options.")
-    ] = "smallest",
+        Literal["default", "smallest", "fastest"], typer.Option(help="Defaults of the next three options.")
+    ] = "default",
     frame_length: Annotated[int | None, typer.Option(help="Tokens per rotary frame; 1 stores pre-RoPE keys.")] = None,
     layer_group_size: Annotated[
         str | None, typer.Option(help="Layers that share a latent: a number, KEYS,VALUES or auto.")
