@@ -22,9 +22,6 @@ __all__ = ["METHODS", "Method", "auto_group_size", "calibrate", "projections_fro
 
 MAX_GROUP_LAYERS = 5
 MAX_GROUP_WIDTH = 4096
-# Absorbing a query costs head_dim / frame_length of what reading the codes costs (docs/method.md, "Integer attention on
-# CPUs"), so frames of 64 at most double or triple it; longer ones lose more, shorter ones gain nothing at 8x.
-FRAME_LENGTH = 64
 
 
 def auto_group_size(shape: ModelShape, side: str) -> int:
@@ -49,6 +46,7 @@ class Method:
         options: Its own options of ``calibrate`` with their defaults; JSON-able, for they are recorded.
         check: ``(groups, **options)``, called before the model is run: raises ValueError for what cannot be made.
         joint: Whether keys and values may share one latent, as they then do by default.
+        frame_length: What ``calibrate`` takes unless told.
         group_size: ``(shape, side)`` → layers that share a latent under ``layer_group_size="auto"``.
         refit: For a method that also wants the moments of a model that attends to compressed states: the name of the
             option, True by default, that asks for this second pass. ``refit_ratio`` becomes an option too, and
@@ -60,6 +58,7 @@ class Method:
     options: Mapping[str, Any] = field(default_factory=dict)
     check: Callable[..., None] = lambda groups, **options: None
     joint: bool = False
+    frame_length: int = 1
     group_size: Callable[[ModelShape, str], int] = lambda shape, side: 1
     refit: str | None = None
     refit_ratio: float = 3.0
@@ -74,7 +73,7 @@ def calibrate(
     batches: Iterable,
     *,
     method: str = "fisher",
-    frame_length: int = FRAME_LENGTH,
+    frame_length: int | None = None,
     layer_group_size: int | tuple[int, int] | str = "auto",
     joint: bool | None = None,
     sensitivity: str = "gradient",
@@ -97,7 +96,7 @@ def calibrate(
             135M model.
         method: A name in ``METHODS``: ``"fisher"`` (default), ``"palu"`` or ``"recalkv"``.
         frame_length: Slots per rotary frame in which keys are stored; 1 stores them pre-RoPE, and every step must
-            then reconstruct them.
+            then reconstruct them. None: 64 for fisher, 1 for the papers' methods.
         layer_group_size: Adjacent layers that share a latent: a number, a pair for keys and values, or
             ``"auto"``, see ``auto_group_size``. Methods other than fisher take ``"auto"`` as 1.
         joint: Whether keys and values of a layer group share one latent. They are functions of the same
@@ -129,6 +128,7 @@ def calibrate(
         NotImplementedError: If the model's cache cannot be compressed.
     """
     found, own = _with_options(method, method_options, passes=2)
+    frame_length = found.frame_length if frame_length is None else frame_length
     refit_ratio = _refit_ratio(method, own, batches)
     options: dict[str, Any] = {
         "method": method,
@@ -161,7 +161,7 @@ def projections_from_moments(
     moments: Moments,
     *,
     method: str = "fisher",
-    frame_length: int = FRAME_LENGTH,
+    frame_length: int | None = None,
     layer_group_size: int | tuple[int, int] | str = "auto",
     joint: bool | None = None,
     refitted: Moments | None = None,
@@ -175,6 +175,7 @@ def projections_from_moments(
     ``refit_ratio`` are no options here; the other arguments are those of ``calibrate``.
     """
     found, own = _with_options(method, method_options, passes=1)
+    frame_length = found.frame_length if frame_length is None else frame_length
     groups = _checked_groups(moments.shape, method, frame_length, layer_group_size, joint, **own)
     facts = {
         **(provenance or {}),
