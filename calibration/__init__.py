@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from lowrank_cache.calibration.api import METHODS, Method, calibrate
+from lowrank_cache.calibration.api import METHODS, Method, calibrate, projections_for
 from lowrank_cache.calibration.fisher import FISHER
 from lowrank_cache.calibration.palu import PALU
 from lowrank_cache.calibration.recalkv import RECALKV
 
-__all__ = ["METHODS", "PRESETS", "Method", "calibrate"]
+__all__ = ["METHODS", "PRESETS", "Method", "calibrate", "projections_for"]
 
 METHODS.update(fisher=FISHER, palu=PALU, recalkv=RECALKV)
 

@@ -1,5 +1,7 @@
 """``calibrate``: from a model and token batches to ``Projections``, by one of ``METHODS``."""
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -7,18 +9,20 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from lowrank_cache.artefact import integer
+from lowrank_cache.artefact import integer, user_cache
 from lowrank_cache.basis import Basis
 from lowrank_cache.calibration.collect import collect_moments, refit_values
 from lowrank_cache.calibration.moments import Moments
+from lowrank_cache.calibration.text import bundled_text, mixed_batches
 from lowrank_cache.probe import model_shape
 from lowrank_cache.projections import Projections
 from lowrank_cache.shapes import BOTH, SIDES, Group, ModelShape, layer_groups
 
-__all__ = ["METHODS", "Method", "auto_group_size", "calibrate", "projections_from_moments"]
+__all__ = ["METHODS", "Method", "auto_group_size", "calibrate", "projections_for", "projections_from_moments"]
 
 MAX_GROUP_LAYERS = 5
 MAX_GROUP_WIDTH = 4096
@@ -155,6 +159,52 @@ def calibrate(
             refitted = refit_values(model, batches, moments, first, refit_ratio, progress=bar.update)
         facts["refit_ratio"] = refit_ratio
     return projections_from_moments(moments, **options, refitted=refitted, provenance=facts)
+
+
+def projections_for(
+    model: PreTrainedModel,
+    tokenizer: Callable[[str], Mapping],
+    text: str | None = None,
+    *,
+    tokens: int = 20_480,
+    **options: Any,
+) -> Projections:
+    """This model's projections from the user's cache folder; the first call calibrates them, which takes minutes.
+
+    Args:
+        model: As in ``calibrate``. The same weights in another dtype or format are another model.
+        tokenizer: Called as ``tokenizer(text)["input_ids"]``.
+        text: Prose to calibrate on beside look-ups, best of the kind that will be cached; None for Python's own
+            documentation, which is always there.
+        tokens: Tokens to calibrate on.
+        options: Of ``calibrate``.
+
+    Raises:
+        ValueError, NotImplementedError, NoGradientError: As ``calibrate``; ValueError also if the text is too short.
+    """
+    prose = bundled_text() if text is None else text
+    asked = json.dumps([tokens, options, hashlib.sha256(prose.encode()).hexdigest()], sort_keys=True, default=repr)
+    key = hashlib.sha256(f"{_weights_digest(model)}{asked}".encode()).hexdigest()[:32]
+    folder = user_cache() / "projections" / key
+    try:
+        return Projections.from_pretrained(folder)
+    except (FileNotFoundError, ValueError):  # not there yet, damaged, or of another format
+        batches = list(mixed_batches(tokenizer, prose, tokens=tokens))
+        source = "Python's own documentation" if text is None else "text of the caller's"
+        projections = calibrate(model, batches, **{"provenance": {"text": source}, **options})
+        projections.save_pretrained(folder)
+        return projections
+
+
+def _weights_digest(model: PreTrainedModel) -> str:
+    """SHA-256 of the model's shape, and of every parameter's name, dtype, shape and some of its numbers."""
+    digest = hashlib.sha256(model_shape(model).fingerprint.encode())
+    for name, weight in model.state_dict().items():
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        if not weight.is_meta:
+            some = weight.detach().flatten()[:: max(1, weight.numel() // 64)].contiguous().cpu()
+            digest.update(some.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def projections_from_moments(

@@ -25,8 +25,9 @@ from lowrank_cache.evaluation.bench import bench as run_bench
 from lowrank_cache.evaluation.caches import GRAMMAR, CacheSizes
 from lowrank_cache.evaluation.demo import DownloadError, run_demo
 from lowrank_cache.evaluation.evaluate import EvaluationSettings, run_evaluation
-from lowrank_cache.evaluation.inputs import Run, load_model, load_text, processor
+from lowrank_cache.evaluation.inputs import Run, load_model, load_text
 from lowrank_cache.evaluation.inspection import inspect_projections, plot_projections
+from lowrank_cache.evaluation.streaming import processor
 from lowrank_cache.evaluation.tasks import TASKS
 from lowrank_cache.kernels import native
 

@@ -15,7 +15,8 @@ from lowrank_cache.evaluation import inputs
 from lowrank_cache.evaluation.bench import BenchSettings
 from lowrank_cache.evaluation.demo import DownloadError
 from lowrank_cache.evaluation.evaluate import EvaluationSettings
-from lowrank_cache.evaluation.inputs import Run, processor
+from lowrank_cache.evaluation.inputs import Run
+from lowrank_cache.evaluation.streaming import processor
 from tests.oracle.models import random_tokens, tiny_model
 
 
