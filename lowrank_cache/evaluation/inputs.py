@@ -231,7 +231,7 @@ def _ready(run: Run, calibrated: dict[str, Configuration]) -> dict[str, Projecti
     for specification, found in calibrated.items():
         folder = run.out / "projections" / found.bases_name
         if found.method in given:
-            if (found.groups, found.frame, found.joint) != ("auto", 1, None):
+            if (found.groups, found.frame, found.joint) != ("auto", None, None):
                 raise ValueError(
                     f"cache {specification!r} must not have groups, frame or joint: its bases are those of the "
                     f"projections given for {found.method!r}"
