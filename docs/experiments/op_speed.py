@@ -19,8 +19,8 @@ from lowrank_cache.budget import GroupPlan
 from lowrank_cache.calibration.moments import Moments
 from lowrank_cache.evaluation.caches import XKV, make_bases, parse
 from lowrank_cache.evaluation.report import Table
-from lowrank_cache.kernels.api import latent_attention
-from lowrank_cache.kernels.packed import LatentSide, PackedTier, RotaryFrames, padded_channels
+from lowrank_cache.kernels.api import attend_stored
+from lowrank_cache.kernels.packed import LatentSide, PackedTier, RotaryFrames, StoredSide, padded_channels
 from lowrank_cache.kernels.rope import angle_tables
 from lowrank_cache.projections import Projections
 from lowrank_cache.shapes import BOTH
@@ -55,9 +55,8 @@ def time_ops(
     """Time both sides in turn, with the channels that calibration gives to the model's median layer.
 
     Args:
-        projections: Of one layer per group.
         q_heads: Query heads of the model.
-        context: Tokens, all of them latents.
+        context: Tokens, all latents but for one.
     """
     sides = _median_sides(projections, compression_ratio, context, batch)
     shape = projections.shape.layers[0].key
@@ -67,11 +66,11 @@ def time_ops(
     times: dict[str, list[float]] = {"dense": [], "latent": []}
     for repeat in range(repeats + 2):
         keys, values = dense[repeat % _LAYERS]
-        key, value = sides[repeat % _LAYERS]
+        key, value = (_stored(side, dtype) for side in sides[repeat % _LAYERS])
         start = time.perf_counter()
         torch.nn.functional.scaled_dot_product_attention(folded, keys, values)
         middle = time.perf_counter()
-        latent_attention(query, key, value, scaling=shape.head_dim**-0.5)
+        attend_stored(query, key, value, scaling=shape.head_dim**-0.5)
         end = time.perf_counter()
         if repeat >= 2:
             times["dense"].append(middle - start)
@@ -101,6 +100,12 @@ def _median_sides(
         key_tiers, value_tiers = (tiers.get(BOTH, tiers.get(side, ())) for side in ("key", "value"))
         sides.append((_side(key_tiers, layer.key, frames), _side(value_tiers, layer.value, None)))
     return sides
+
+
+def _stored(latents: LatentSide, dtype: torch.dtype) -> StoredSide:
+    batch, (_, heads, head_dim) = latents.tiers[0].codes.shape[0], latents.up_proj.shape
+    tail = torch.zeros(batch, heads, 1, head_dim, dtype=dtype)
+    return StoredSide(tail[:, :, :0], latents, tail)
 
 
 def _channels(plans: dict[str, GroupPlan]) -> int:
@@ -145,9 +150,7 @@ def op_table(entries: list[OpEntry]) -> Table:
 
 def main(
     moments: Annotated[Path, typer.Argument(help="Statistics that eval, bench or calibrate --save-moments saved.")],
-    cache: Annotated[
-        list[str] | None, typer.Option(help="Calibrated caches of one layer a group, as for 'lowrank-cache eval'.")
-    ] = None,
+    cache: Annotated[list[str] | None, typer.Option(help="Calibrated caches, as for 'lowrank-cache eval'.")] = None,
     contexts: Annotated[str, typer.Option(help="Tokens in the cache, separated by commas.")] = "1024,4096,8192",
     batches: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,4",
     query_heads: Annotated[int, typer.Option(help="Query heads of the model of MOMENTS; SmolLM2-135M has 9.")] = 9,
@@ -157,12 +160,10 @@ def main(
     """Time attention over the latents of one layer, alone, against dense attention."""
     torch.set_num_threads(threads)
     statistics, entries = Moments.load(moments), []
-    for name in cache or ["fisher:8,groups=1,frame=64,joint=0"]:
+    for name in cache or ["fisher:8,groups=1,joint=0", "fisher:8"]:
         configuration = parse(name)
-        if configuration is None or configuration.method == XKV or configuration.groups != 1:
-            raise ValueError(
-                f"cache must be calibrated and have groups=1, for what layers share is not one's: {name!r}"
-            )
+        if configuration is None or configuration.method == XKV:
+            raise ValueError(f"cache must be calibrated, got {name!r}")
         made, ratio = make_bases(configuration, statistics), configuration.compression_ratio
         entries += [
             time_ops(name, made, ratio, query_heads, context, batch, getattr(torch, dtype))
