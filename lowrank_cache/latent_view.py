@@ -1,21 +1,21 @@
 """What one layer holds during a forward, by segment, and how it travels from the cache to the attention function.
 
-``Cache.update`` returns dense keys and values, or, to a model under ``latent_attention``, the forward's own
-states with a ``LatentView`` of everything else. Between ``Cache.update`` and the attention function stands the model's
+``Cache.update`` returns dense keys and values, or, to a layer that attends to latents, the forward's own states with a
+``LatentView`` of everything else. Between ``Cache.update`` and the attention function stands the model's
 own code, which hands on two tensors, so the view rides on the key tensor. See docs/cache_contract.md, "Attending to
 latents".
 """
 
-import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowrank_cache.kernels.api import attend_stored
 from lowrank_cache.kernels.packed import StoredSide
 
-__all__ = ["Attended", "LatentView", "attach_view", "attended_by", "set_attended", "view_of"]
+__all__ = ["LatentView", "attach_view", "causal", "view_of"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class LatentView:
         sink_slots: ``[batch, sinks]``, the slot of each sequence's sinks, ``slots`` or more where one has not come yet;
             None if they are the first slots of all.
         impl: Kernels that read the latents, see ``kernels.api``.
+        note_read: Called when they are attended to.
     """
 
     key: StoredSide
@@ -36,7 +37,8 @@ class LatentView:
     slots: int
     encoded_end: int
     sink_slots: Tensor | None
-    impl: str = "auto"
+    impl: str
+    note_read: Callable[[], object]
 
     def attend(
         self,
@@ -58,8 +60,9 @@ class LatentView:
         Returns:
             ``[batch, q_heads, q_tokens, value_dim]``, dtype of ``query`` or float32.
         """
+        self.note_read()
         if mask is None and query.shape[2] > 1:
-            mask = _causal(query.shape[2], self.slots, query.device)
+            mask = causal(query.shape[2], self.slots, query.device)
         sink_mask, mask = self._split_off_sinks(mask)
         masks: tuple[Tensor | None, ...] = (None, None, None)
         if mask is not None:
@@ -87,30 +90,9 @@ class LatentView:
         return sinks, mask & elsewhere
 
 
-def _causal(q_tokens: int, slots: int, device: torch.device) -> Tensor:
+def causal(q_tokens: int, slots: int, device: torch.device) -> Tensor:
     """``[1, 1, q_tokens, slots]``: the last ``q_tokens`` slots see themselves and what is before them."""
     return torch.ones(q_tokens, slots, dtype=torch.bool, device=device).tril_(slots - q_tokens)[None, None]
-
-
-@dataclass(frozen=True)
-class Attended:
-    """The cache layers of a model that attend to latents, and who computes for its caches (``kernels.api``)."""
-
-    layers: frozenset[int] = frozenset()
-    impl: str = "auto"
-
-
-_ATTENDED: "weakref.WeakKeyDictionary[nn.Module, Attended]" = weakref.WeakKeyDictionary()
-_NOWHERE = Attended()
-
-
-def set_attended(decoder: nn.Module, attended: Attended) -> None:
-    """Tell the caches of ``decoder``, from its next forward on, which of its layers attend to latents."""
-    _ATTENDED[decoder] = attended
-
-
-def attended_by(decoder: nn.Module) -> Attended:
-    return _ATTENDED.get(decoder, _NOWHERE)
 
 
 def attach_view(keys: Tensor, view: object) -> None:

@@ -228,18 +228,22 @@ def compare(family: str, mode: str, make: MakeCache, band: float, attn_implement
     assert_within_reference_error(ours.logits, stock.logits, truth.logits, band)
 
 
+def reconstructing(family: str) -> MakeCache:
+    """Makes caches that reconstruct keys and values; ``test_attention`` runs the same with attention over latents."""
+    projections = full_rank_projections(family)
+    return lambda model: exact_cache(model, projections, attend="reconstruct")
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generation_mode_equals_dynamic_cache(family, mode):
-    projections = full_rank_projections(family)
-    compare(family, mode, lambda model: exact_cache(model, projections), rounding_band(family))
+    compare(family, mode, reconstructing(family), rounding_band(family))
 
 
 @pytest.mark.parametrize("mode", MORE_MODES)
 @pytest.mark.parametrize("family", MORE_FAMILIES)
 def test_more_families_equal_dynamic_cache(family, mode):
-    projections = full_rank_projections(family)
-    compare(family, mode, lambda model: exact_cache(model, projections), rounding_band(family))
+    compare(family, mode, reconstructing(family), rounding_band(family))
 
 
 @pytest.mark.parametrize("mode", ["left_padded", "prompt_lookup"])
@@ -249,21 +253,26 @@ def test_more_families_equal_dynamic_cache(family, mode):
     ids=lambda option: ("joint" if option else "apart") if isinstance(option, bool) else str(option),
 )
 @pytest.mark.parametrize("frame_length", [1, 4, 16])
-@pytest.mark.parametrize("family", ["llama", "gemma3", "deepseek-v3"])
-def test_frames_and_layer_groups_equal_dynamic_cache(family, frame_length, layer_group_size, joint, mode):
+@pytest.mark.parametrize(
+    "family, attend",
+    [(family, attend) for family in ("llama", "gemma3") for attend in ("auto", "reconstruct")]
+    + [("deepseek-v3", "reconstruct")],
+)
+def test_frames_and_layer_groups_equal_dynamic_cache(family, attend, frame_length, layer_group_size, joint, mode):
     options = (frame_length, layer_group_size, joint)
     projections = full_rank_projections(family, *options)
-    compare(family, mode, lambda model: exact_cache(model, projections), rounding_band(family, *options))
+    compare(family, mode, lambda model: exact_cache(model, projections, attend=attend), rounding_band(family, *options))
 
 
 @pytest.mark.parametrize("mode", ["left_padded", "beam_search", "prefill_chunk_size"])
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
-def test_attention_implementations_equal_dynamic_cache(attn_implementation, mode):
+@pytest.mark.parametrize("attend", ["auto", "reconstruct"])
+def test_attention_implementations_equal_dynamic_cache(attend, attn_implementation, mode):
     projections = full_rank_projections("llama")
     compare(
         "llama",
         mode,
-        lambda model: exact_cache(model, projections),
+        lambda model: exact_cache(model, projections, attend=attend),
         rounding_band("llama"),
         attn_implementation=attn_implementation,
     )
@@ -303,15 +312,17 @@ def _check_chunkings(family: str, prompts: range, **sizes) -> None:
         assert all(group.tokens > 0 for group in cache.groups()), "nothing was compressed, nothing was tested"
 
 
+@pytest.mark.parametrize("attend", ["auto", "reconstruct"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_prompt_length_around_sinks_window_and_block(family):
+def test_every_prompt_length_around_sinks_window_and_block(family, attend):
     # 2 sinks, 6 with the window, 9 when the first block is encoded, 12 the second.
-    _check_chunkings(family, range(1, sum(SMALL_SIZES.values()) + 5))
+    _check_chunkings(family, range(1, sum(SMALL_SIZES.values()) + 5), attend=attend)
 
 
 @pytest.mark.parametrize("sinks, residual, block", [(0, 0, 1), (0, 5, 4), (3, 0, 2), (1, 1, 1), (5, 2, 7)])
-def test_every_prompt_length_with_other_sizes(sinks, residual, block):
-    sizes = {"num_sink_tokens": sinks, "residual_length": residual, "block_size": block}
+@pytest.mark.parametrize("attend", ["auto", "reconstruct"])
+def test_every_prompt_length_with_other_sizes(sinks, residual, block, attend):
+    sizes = {"num_sink_tokens": sinks, "residual_length": residual, "block_size": block, "attend": attend}
     _check_chunkings("llama", range(1, sinks + residual + block + 3), **sizes)
 
 
