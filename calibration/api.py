@@ -82,7 +82,7 @@ def calibrate(
     """Calibrate projections on token batches.
 
     The defaults give the smallest caches; ``calibrate(model, batches, **PRESETS["fastest"])`` gives those that decode
-    fastest under ``latent_attention``.
+    fastest.
     One forward and one backward pass per batch; memory does not grow with their number. Pads and each
     sequence's first four real tokens are skipped. Equal batches give equal projections.
 

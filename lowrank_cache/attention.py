@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowrank_cache.kernels.api import IMPLEMENTATIONS
-from lowrank_cache.latent_view import LatentView, attach_view, causal, view_of
+from lowrank_cache.latent_view import CURE, LatentView, as_bool, attach_view, view_of
 from lowrank_cache.probe import SpyCache, decoder_of, model_shape, one_token_forward
 
 __all__ = ["LatentAttention", "attended_layers", "impl_of", "join", "latent_attention", "make_attending"]
 
+_OUTSIDE = "it does not attend through transformers' attention interface"
 _INTERFACE, _EAGER = "ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"  # as modeling files call them
 
 
@@ -102,9 +103,9 @@ def attended_layers(decoder: nn.Module, arguments: Mapping[str, Any] | None = No
     if known is None or not layers:
         return frozenset()
     places = known.places(name)
-    obstacle = _obstacle_of_forward(decoder, arguments or {})
-    if name == "flex_attention" or not places:
-        obstacle = _not_served(name)
+    obstacle = _obstacle_of_name(name) or _obstacle_of_forward(decoder, arguments or {})
+    if not places:
+        obstacle = _OUTSIDE
     elif not known.handles and not all(_is_their_own(file, mapping[key]) for file, mapping, key in places):
         obstacle = (
             f"{name!r} is not a function of transformers, and may compute something else than attention; "
@@ -128,8 +129,10 @@ def _obstacle_of_forward(decoder: nn.Module, arguments: Mapping[str, Any]) -> st
     return None
 
 
-def _not_served(name: str) -> str:
-    return f"attention {name!r} works on masks or pages of its own"
+def _obstacle_of_name(name: str | None) -> str | None:
+    if name == "flex_attention" or (name or "").startswith("paged|"):
+        return f"attention {name!r} works on masks or pages of its own"
+    return None
 
 
 class _Place(NamedTuple):
@@ -154,18 +157,17 @@ class _Known:
         names = {base.__module__ for base in classes} - {PreTrainedModel.__module__}
         files = [vars(sys.modules[name]) for name in sorted(names) if name in sys.modules]
         self.files = [file for file in files if _INTERFACE in file]
-        self.direct: dict[
-            str, frozenset[int]
-        ] = {}  # by name, layers between `Cache.update` and attention nothing happens
+        # By name of an attention, the layers between whose `Cache.update` and attention function nothing happens.
+        self.direct: dict[str | None, frozenset[int]] = {}
         self.handles, self.impl = 0, "auto"
         self._warned = False
 
-    def places(self, name: str) -> list[_Place]:
+    def places(self, name: str | None) -> list[_Place]:
         """Where attention of this name is looked up."""
         places = {}
         for file in self.files:
             mappings = file[_INTERFACE]._local_mapping, file[_INTERFACE]._global_mapping
-            mapping, key = next(((each, name) for each in mappings if name in each), (file, _EAGER))
+            mapping, key = next(((each, name or "") for each in mappings if name in each), (file, _EAGER))
             if key in mapping:
                 places[id(mapping), key] = _Place(file["__name__"], mapping, key)
         return list(places.values())
@@ -190,10 +192,10 @@ def _examine(model: PreTrainedModel) -> tuple[_Known, str | None]:
     known = _KNOWN.get(decoder) or _KNOWN.setdefault(decoder, _Known(decoder))
     name = decoder.config._attn_implementation
     if not known.files:
-        return known, "it does not attend through transformers' attention interface"
+        return known, _OUTSIDE
     if name not in known.direct:
-        if name == "flex_attention" or str(name).startswith("paged|"):
-            return known, _not_served(name)
+        if (obstacle := _obstacle_of_name(name)) is not None:
+            return known, obstacle
         user = _enter()
         try:
             _install(known.places(name))
@@ -332,44 +334,15 @@ def _attend(original: Callable, module, query, key, value, attention_mask=None, 
         attach_view(key, view)
         return output
     if kwargs.get("dropout"):
-        raise NotImplementedError(f"attention over latents has no dropout; call model.eval(), or {_CURE}")
+        raise NotImplementedError(f"attention over latents has no dropout; call model.eval(), or {CURE}")
     if kwargs.get("position_bias") is not None:
-        raise NotImplementedError(f"attention over latents takes no position_bias; {_CURE}")
+        raise NotImplementedError(f"attention over latents takes no position_bias; {CURE}")
     scaling = kwargs.get("scaling")
     output = view.attend(
         query,
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        mask=None if attention_mask is None else _as_bool(attention_mask, query.shape[2], view.slots),
+        mask=None if attention_mask is None else as_bool(attention_mask, query.shape[2], view.slots),
         softcap=kwargs.get("softcap"),
         sink_logits=kwargs.get("s_aux"),
     )
     return output.to(query.dtype).transpose(1, 2).contiguous(), None
-
-
-_CURE = "make the cache with attend='reconstruct'"
-
-
-def _as_bool(mask: object, q_tokens: int, slots: int) -> Tensor:
-    """Which slots queries see, ``[batch, 1, q_tokens, slots]``, of any mask that says no more than this."""
-    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
-        raise NotImplementedError(
-            f"attention over latents cannot read an attention_mask {type(mask).__name__}; {_CURE}"
-        )
-    if mask.dim() == 2:  # flash attention's: which slots are padding
-        visible = mask.bool()[:, None, None, :]
-        if q_tokens > 1 and mask.shape[1] == slots:
-            visible = visible & causal(q_tokens, slots, mask.device)
-    elif mask.dtype == torch.bool:
-        visible = mask
-    else:
-        visible = mask == 0
-        lowest = max(torch.finfo(mask.dtype).min, torch.finfo(torch.float32).min)
-        if not bool((visible | (mask <= lowest / 2)).all()):
-            raise NotImplementedError(
-                f"attention_mask must be boolean or hold 0 and very low numbers only, got a bias; {_CURE}"
-            )
-    if visible.shape[1:] != (1, q_tokens, slots):
-        raise NotImplementedError(
-            f"attention_mask must have shape [batch, 1, {q_tokens}, {slots}], got {list(mask.shape)}; {_CURE}"
-        )
-    return visible

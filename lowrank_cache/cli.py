@@ -187,7 +187,7 @@ def evaluate(
     block_size: Block = 64,
     seed: Annotated[int, typer.Option(help="Of look-ups, needles and tasks.")] = 0,
     chat: Annotated[bool, typer.Option(help="Ask in the model's chat template.")] = False,
-    attend: Annotated[bool, typer.Option(help="Attend to latents instead of reconstructing keys and values.")] = False,
+    attend: Annotated[bool, typer.Option(help="Attend to latents, or reconstruct keys and values.")] = True,
     dtype: Dtype = "bfloat16",
     device: Device = None,
 ) -> None:

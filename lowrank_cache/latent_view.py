@@ -15,7 +15,9 @@ from torch import Tensor
 from lowrank_cache.kernels.api import attend_stored
 from lowrank_cache.kernels.packed import StoredSide
 
-__all__ = ["LatentView", "attach_view", "causal", "view_of"]
+__all__ = ["CURE", "LatentView", "as_bool", "attach_view", "view_of"]
+
+CURE = "make the cache with attend='reconstruct'"
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class LatentView:
         """
         self.note_read()
         if mask is None and query.shape[2] > 1:
-            mask = causal(query.shape[2], self.slots, query.device)
+            mask = _causal(query.shape[2], self.slots, query.device)
         sink_mask, mask = self._split_off_sinks(mask)
         masks: tuple[Tensor | None, ...] = (None, None, None)
         if mask is not None:
@@ -90,9 +92,42 @@ class LatentView:
         return sinks, mask & elsewhere
 
 
-def causal(q_tokens: int, slots: int, device: torch.device) -> Tensor:
+def _causal(q_tokens: int, slots: int, device: torch.device) -> Tensor:
     """``[1, 1, q_tokens, slots]``: the last ``q_tokens`` slots see themselves and what is before them."""
     return torch.ones(q_tokens, slots, dtype=torch.bool, device=device).tril_(slots - q_tokens)[None, None]
+
+
+def as_bool(mask: object, q_tokens: int, slots: int) -> Tensor:
+    """Which slots queries see, bool ``[batch, 1, q_tokens, slots]``, of a mask in any form that says no more than this.
+
+    Args:
+        mask: ``[batch, slots]``, nonzero where a slot is no padding (flash attention); or
+            ``[batch, 1, q_tokens, slots]``, bool, or 0 where a query sees a slot and else a very low number.
+
+    Raises:
+        NotImplementedError: If it is something else.
+    """
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+        raise NotImplementedError(f"attention over latents cannot read an attention_mask {type(mask).__name__}; {CURE}")
+    if mask.dim() == 2:
+        visible = mask.bool()[:, None, None, :]
+        if mask.shape[1] == slots:
+            visible = visible & _causal(q_tokens, slots, mask.device)
+    elif mask.dtype == torch.bool:
+        visible = mask
+    else:
+        visible = mask == 0
+        # float64's masks may be clamped to float32's lowest number
+        lowest = max(torch.finfo(mask.dtype).min, torch.finfo(torch.float32).min)
+        if not bool((visible | (mask <= lowest / 2)).all()):
+            raise NotImplementedError(
+                f"attention_mask must be boolean or hold 0 and very low numbers only, got a bias; {CURE}"
+            )
+    if visible.shape[1:] != (1, q_tokens, slots):
+        raise NotImplementedError(
+            f"attention_mask must have shape [batch, 1, {q_tokens}, {slots}], got {list(mask.shape)}; {CURE}"
+        )
+    return visible
 
 
 def attach_view(keys: Tensor, view: object) -> None:

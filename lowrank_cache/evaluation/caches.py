@@ -6,7 +6,6 @@ that it would store are counted by its formula, not from tensors.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, QuantizedCache
 from transformers.cache_utils import DynamicLayer
 
-from lowrank_cache import LowRankCache, Projections, latent_attention
+from lowrank_cache import LowRankCache, Projections
 from lowrank_cache.calibration.api import METHODS, projections_from_moments
 from lowrank_cache.calibration.moments import Moments
 from lowrank_cache.kernels.packed import BIT_WIDTHS
@@ -143,13 +142,9 @@ class CacheEntry:
     """A cache by name, which can be made again and again."""
 
     name: str  # the specification
-    make: Callable[[], Cache]  # a fresh cache
+    make: Callable[..., Cache]  # a fresh cache; with False one that reconstructs keys and values
     latent_ratio: float | None  # full bytes per token at 16 bits over latent bytes per token; None for baselines
     projection_bytes: int  # of the truncated bases
-
-    def attention(self, model: PreTrainedModel, attend: bool) -> AbstractContextManager:
-        """What to measure in: ``latent_attention`` if asked of a cache that holds latents."""
-        return latent_attention(model) if attend and self.latent_ratio is not None else nullcontext()
 
 
 def cache_entry(
@@ -166,10 +161,10 @@ def cache_entry(
         ValueError, NotImplementedError, ImportError: If its cache cannot be made, with its name.
     """
 
-    def make() -> Cache:
+    def make(attend: bool = True) -> Cache:
         if projections is None and "method" not in options:
             return make_baseline(name, model, sizes["residual_length"])
-        return LowRankCache(model, projections, **sizes, **options)
+        return LowRankCache(model, projections, attend="auto" if attend else "reconstruct", **sizes, **options)
 
     try:
         cache = make()

@@ -26,7 +26,7 @@ from rich.table import Column, Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding, Cache, DynamicCache, PreTrainedModel
 
-from lowrank_cache import LowRankCache, Projections, latent_attention
+from lowrank_cache import LowRankCache, Projections
 from lowrank_cache.calibration import PRESETS, calibrate
 from lowrank_cache.calibration.api import projections_from_moments
 from lowrank_cache.calibration.moments import Moments
@@ -233,8 +233,7 @@ def run_demo(out: str | Path, text: tuple[str, str], ratio: float = 8.0) -> None
         loaded = Projections.from_pretrained(Path(out) / name, compression_ratio=ratio)
         caches.append(LowRankCache(model, loaded, compression_ratio=ratio))
         console.print(f"Generating with the {name} low-rank cache.")
-        with latent_attention(model):
-            runs.append(generate_timed(model, inputs, caches[-1], NEW_TOKENS))
+        runs.append(generate_timed(model, inputs, caches[-1], NEW_TOKENS))
     names = ["full cache", *(f"low-rank, {name}" for name in presets)]
     table = Table("", *(Column(name, ratio=1) for name in names), show_lines=True)
     for cells in _comparison(tokenizer, runs, full_cache, caches):

@@ -8,7 +8,7 @@ import json
 import platform
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from importlib.metadata import version
 from itertools import product
@@ -52,7 +52,7 @@ class EvaluationSettings(CacheSizes):
     batch: int = 4  # windows, lists or texts per forward
     steps: int = 8  # timed decode steps after a context of each length
     chat: bool = False  # put a task's context and question into a message of the model's chat template
-    attend: bool = False  # attend to latents (``latent_attention``) instead of reconstructing keys and values
+    attend: bool = True  # attend to latents; False reconstructs keys and values
     seed: int = 0  # of the tasks
 
     def __post_init__(self):
@@ -115,8 +115,7 @@ def evaluate(
     total, done = sum(job.tokens for _, job in pending), 0
     for entry, job in pending:
         progress(entry.name, done, total)
-        with entry.attention(model, settings.attend):
-            measured = job.run(entry)
+        measured = job.run(replace(entry, make=partial(entry.make, settings.attend)))
         for key, facts in zip(job.keys, measured, strict=True):
             named = {name: value for name, value in zip(_KEY, key, strict=True) if value is not None}
             known[entry.name][key] = {"cache": entry.name, **named, **facts}

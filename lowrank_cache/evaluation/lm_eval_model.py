@@ -55,7 +55,7 @@ class LowRankLM(HFLM):
         chunk: Tokens per forward; each sees its own tokens exactly and all others as cached.
         residual_length, num_sink_tokens, block_size: Of ``LowRankCache``. A context no longer than these keep exactly
             measures nothing, so the window is shorter than the library's default.
-        attend: Attend to latents instead of reconstructing keys and values.
+        attend: Attend to latents; False reconstructs keys and values.
 
     Raises:
         ValueError: If the cache cannot be made, ``chunk`` is below 1 or ``batch_size`` is not a number.
@@ -66,7 +66,7 @@ class LowRankLM(HFLM):
         method: str | None = None, compression_ratio: float = 8.0, ranks: int | None = None, bits: int | None = None,
         layer_group_size: int | None = None, new_tokens: str | None = None,
         latent_dtype: str | torch.dtype | None = "float16", chunk: int = 32, residual_length: int = 32,
-        num_sink_tokens: int = 4, block_size: int = 32, attend: bool = False, **arguments,
+        num_sink_tokens: int = 4, block_size: int = 32, attend: bool = True, **arguments,
     ):  # fmt: skip
         if cache != "lowrank" and cache not in BASELINES:
             raise ValueError(f"cache must be 'lowrank' or one of {BASELINES}, got {cache!r}")
@@ -130,7 +130,7 @@ class LowRankLM(HFLM):
     def _reading(self) -> Iterator[None]:
         dtype = self.mixed_precision_dtype
         precision = torch.autocast(device_type=self.device.type, dtype=dtype, enabled=dtype is not None)
-        with self.entry.attention(self.model, self.attend), precision:
+        with precision:
             yield
 
     @torch.no_grad()
@@ -145,7 +145,7 @@ class LowRankLM(HFLM):
         with self._reading():
             contexts = [torch.tensor(cut[indices[0]][0][:-1]).long() for indices in asked]
             ids, mask = padded(contexts, "left", self.device)
-            read = self.entry.make()
+            read = self.entry.make(self.attend)
             fill(self.model, read, ids, mask, chunk=self.chunk)
             for turn in range(max(map(len, asked))):
                 # A context without a continuation left repeats its last one, so that the batch stays as it is.
@@ -172,7 +172,7 @@ class LowRankLM(HFLM):
         if generation_kwargs.get("num_beams", 1) != 1 or generation_kwargs.get("num_return_sequences", 1) != 1:
             raise NotImplementedError("hf-lowrank generates one sequence a context without beams, got other settings")
         mask = generation_kwargs.pop("attention_mask", torch.ones_like(context))
-        cache = self.entry.make()
+        cache = self.entry.make(self.attend)
         self._warn_if_exact([int(mask.sum(1).max())])
         with self._reading():
             fill(self.model, cache, context[:, :-1], mask[:, :-1], chunk=self.chunk)

@@ -326,11 +326,12 @@ def test_every_prompt_length_with_other_sizes(sinks, residual, block, attend):
     _check_chunkings("llama", range(1, sinks + residual + block + 3), **sizes)
 
 
+@pytest.mark.parametrize("attend", ["auto", "reconstruct"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_row_of_padded_batch_equals_row_alone(family):
+def test_row_of_padded_batch_equals_row_alone(family, attend):
     new = 8  # ends below 24 tokens: a dynamic rotary embedding turns all rows by the longest one's length
     model = tiny_model(family)
-    cache = exact_cache(model, full_rank_projections(family))
+    cache = exact_cache(model, full_rank_projections(family), attend=attend)
     batch = _generate(model, **_padded_prompts(), cache=cache, new=new)
     stock = _generate(model, **_padded_prompts(), cache=_dynamic(model), new=new)
     logits, stock_logits = (outcome.logits.view(new, len(PROMPT_LENGTHS), VOCAB) for outcome in (batch, stock))
@@ -408,7 +409,8 @@ def test_sinks_and_window_of_padded_rows_come_back_exactly(monkeypatch):
     stock = _dynamic(model)
     sinks, window = SMALL_SIZES["num_sink_tokens"], SMALL_SIZES["residual_length"]
     prompts = _padded_prompts()
-    for cache in (LowRankCache(model, full_rank_projections("llama"), ranks=2, **SMALL_SIZES), stock):
+    ours = LowRankCache(model, full_rank_projections("llama"), ranks=2, attend="reconstruct", **SMALL_SIZES)
+    for cache in (ours, stock):
         _generate(model, **prompts, cache=cache, sequence_bias={(17,): 1e4})  # the same tokens for both
     for ours, theirs in zip(returned[0], (stock.layers[0].keys, stock.layers[0].values), strict=True):
         for row, length in enumerate(PROMPT_LENGTHS):
@@ -418,8 +420,9 @@ def test_sinks_and_window_of_padded_rows_come_back_exactly(monkeypatch):
             assert not exact[first + sinks : -window - SMALL_SIZES["block_size"]].any()
 
 
+@pytest.mark.parametrize("attend", ["auto", "reconstruct"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "deepseek-v3"])
-def test_lossy_padded_rows_are_as_good_as_rows_alone(family):
+def test_lossy_padded_rows_are_as_good_as_rows_alone(family, attend):
     projections = full_rank_projections(family)
     tokens, lengths = random_tokens(3, 60, seed=6), (60, 57, 48)
     mask = torch.ones_like(tokens)
@@ -444,7 +447,7 @@ def test_lossy_padded_rows_are_as_good_as_rows_alone(family):
         return torch.cat(steps, dim=1)
 
     def lossy() -> LowRankCache:
-        return LowRankCache(model, projections, compression_ratio=3, **SMALL_SIZES)
+        return LowRankCache(model, projections, compression_ratio=3, attend=attend, **SMALL_SIZES)
 
     batch_error = logits(lossy(), tokens, mask) - logits(_dynamic(model), tokens, mask)
     for row, length in enumerate(lengths):
@@ -457,9 +460,10 @@ def test_lossy_padded_rows_are_as_good_as_rows_alone(family):
         assert 0.5 < padded_size / alone_size < 2, (row, padded_size, alone_size)
 
 
+@pytest.mark.parametrize("attend", ["auto", "reconstruct"])
 @pytest.mark.parametrize("frame_length", [1, 4])
 @pytest.mark.parametrize("family", ["llama-dynamic", "phi3"])
-def test_frequencies_that_change_with_length(family, frame_length):
+def test_frequencies_that_change_with_length(family, frame_length, attend):
     # 24 is the switch. Keys keep the frequencies of the forward that made them, as in DynamicCache.
     tokens = random_tokens(1, 44, seed=2)
     for chunks in ([10, 10, *[1] * 24], [21, 1, 5, 5, *[1] * 12], [30, *[1] * 14]):
@@ -467,7 +471,7 @@ def test_frequencies_that_change_with_length(family, frame_length):
         truth = _forced(exact, _dynamic(exact), tokens, chunks)
         reference = _forced(model, _dynamic(model), tokens, chunks)
         model = tiny_model(family)
-        cache = exact_cache(model, full_rank_projections(family, frame_length))
+        cache = exact_cache(model, full_rank_projections(family, frame_length), attend=attend)
         logits = _forced(model, cache, tokens, chunks)
         assert_within_reference_error(logits, reference, truth, rounding_band(family, frame_length))
 
@@ -480,18 +484,20 @@ def test_bfloat16_model_gets_its_very_states_back(family):
     projections = full_rank_projections(family)
     ours = _left_padded(
         model,
-        lambda model: LowRankCache(model, projections, compression_ratio=1, latent_dtype=torch.float32, **SMALL_SIZES),
+        lambda model: exact_cache(model, projections, attend="reconstruct", latent_dtype=torch.float32),
     )
     assert torch.equal(ours.sequences, stock.sequences)
     assert torch.equal(ours.logits, stock.logits)
 
 
-def test_float64_model_works():
+@pytest.mark.parametrize("attend", ["auto", "reconstruct"])
+def test_float64_model_works(attend):
     # Latents keep float32 accuracy in any dtype; the logits show it.
     tokens = random_tokens(1, FORCED, seed=2)
     exact = tiny_model("llama", torch.float64)
     truth = _forced(exact, _dynamic(exact), tokens, [FORCED])
-    logits = _forced(exact, exact_cache(exact, full_rank_projections("llama")), tokens, _chunks(5))
+    cache = exact_cache(exact, full_rank_projections("llama"), attend=attend)
+    logits = _forced(exact, cache, tokens, _chunks(5))
     assert_within_reference_error(logits, truth, truth, rounding_band("llama"))
 
 
