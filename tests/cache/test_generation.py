@@ -308,7 +308,9 @@ def _check_chunkings(family: str, prompts: range, **sizes) -> None:
     for prompt in prompts:
         cache = exact_cache(model, full_rank_projections(family), **sizes)
         logits = _forced(model, cache, tokens, _chunks(prompt))
-        assert_within_reference_error(logits, reference, truth, rounding_band(family))
+        # Attention over latents joins segments, which rounds once more.
+        band = rounding_band(family) * (1 if sizes.get("attend") == "reconstruct" else 1.5)
+        assert_within_reference_error(logits, reference, truth, band)
         assert all(group.tokens > 0 for group in cache.groups()), "nothing was compressed, nothing was tested"
 
 
