@@ -509,20 +509,22 @@ def test_gradients_reconstruct():
     assert model.model.layers[0].self_attn.q_proj.weight.grad.abs().max() > 0
 
 
-def test_flex_attention_reconstructs():
-    """Its masks are blocks. A fresh cache, and one in mid-chat."""
+@pytest.mark.parametrize("name", ["flex_attention", "paged|sdpa"])
+def test_flex_attention_and_continuous_batching_reconstruct(name):
+    """The masks of the one are blocks, and the other has pages. A fresh cache, and one in mid-chat."""
     model = tiny_model("llama")
     cache = exact_cache(model, full_rank_projections("llama"))
     assert attended_layers(model.model)
-    model.config._attn_implementation = "flex_attention"
-    with pytest.warns(UserWarning, match="'flex_attention' works on masks or pages of its own"):
+    model.config._attn_implementation = name
+    message = re.escape(f"{name!r} works on masks or pages of its own")
+    with pytest.warns(UserWarning, match=message):
         assert not attended_layers(model.model)
     other = tiny_model("llama")
     exact_cache(other, full_rank_projections("llama"), attend="reconstruct")  # the probe, before flex compiles
-    other.config._attn_implementation = "flex_attention"
-    with pytest.warns(UserWarning, match="'flex_attention'"):
+    other.config._attn_implementation = name
+    with pytest.warns(UserWarning, match=message):
         exact_cache(other, full_rank_projections("llama"))
-    with pytest.raises(NotImplementedError, match="'flex_attention'"):
+    with pytest.raises(NotImplementedError, match=message):
         latent_attention(other)
     del cache
 

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from lowrank_cache import LowRankCache
+from tests.oracle.inside import wrapped_attention
 from tests.oracle.models import SMALL_SIZES, VOCAB, exact_cache, full_rank_projections, random_tokens, tiny_model
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
@@ -218,6 +219,9 @@ def test_custom_generate_from_a_folder(model, modules_cache):
 
 
 def test_continuous_batching_says_that_it_takes_no_cache(model, cache):
+    twin = copy.deepcopy(cache)  # which attends to latents, and has its wrappers installed
+    model.generate(random_tokens(1, 14), past_key_values=twin, **GREEDY)
+    assert wrapped_attention()
     prompts = [random_tokens(1, length, seed=length)[0].tolist() for length in (12, 9)]
     config = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
     small = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64, use_cuda_graph=False)
