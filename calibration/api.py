@@ -10,6 +10,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from lowrank_cache.artefact import integer
 from lowrank_cache.basis import Basis
 from lowrank_cache.calibration.collect import collect_moments, refit_values
 from lowrank_cache.calibration.moments import Moments
@@ -236,8 +237,7 @@ def _checked_groups(
     **own: Any,
 ) -> dict[str, list[Group]]:
     """Layer groups under ``"both"``, or under ``"key"`` and ``"value"``, if ``method`` can do what is asked."""
-    if not isinstance(frame_length, int) or frame_length < 1:
-        raise ValueError(f"frame_length must be an integer of at least 1, got {frame_length!r}")
+    integer(frame_length, "frame_length", 1)
     found, size = METHODS[method], layer_group_size
     parts: tuple = size if isinstance(size, tuple) else (size, size)
     if size != "auto" and (len(parts) != 2 or any(not isinstance(part, int) or part < 1 for part in parts)):

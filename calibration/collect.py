@@ -238,22 +238,20 @@ def _prepared(model: PreTrainedModel, differentiable: bool):
     """Eval mode; if asked, gradients from the embeddings on and none for parameters; undone at the end."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()] if differentiable else []
     was_training = model.training
-    hooks = [model.get_input_embeddings().register_forward_hook(_require_gradient)] if differentiable else []
+    hook: AbstractContextManager = nullcontext()
+    if differentiable:
+        embed = model.get_input_embeddings()
+        hook = embed.register_forward_hook(lambda module, inputs, output: output.detach().requires_grad_(True))
     model.eval()
     try:
         for parameter, _ in flags:
             parameter.requires_grad_(False)
-        yield
+        with hook:
+            yield
     finally:
-        for hook in hooks:
-            hook.remove()
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         model.train(was_training)
-
-
-def _require_gradient(module: nn.Module, inputs, output: Tensor) -> Tensor:
-    return output.detach().requires_grad_(True)
 
 
 def _tensors(batches: Iterable, model: PreTrainedModel):

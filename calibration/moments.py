@@ -6,18 +6,21 @@ the states (keys pre-RoPE), jointly over each layer group; their mean; and the s
 but these sums is kept; ``collect`` runs the model. Mathematics: docs/method.md, "Calibration".
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from lowrank_cache.artefact import damage_named, read_tensors, write_tensors
+from lowrank_cache.artefact import damage_named, write_files
 from lowrank_cache.kernels.rope import angle_tables, rotate
 from lowrank_cache.shapes import SIDES, Group, ModelShape, RopeShape, SideShape
 
-__all__ = ["SKIPPED_TOKENS", "Moments", "UsableTokens"]
+__all__ = ["SKIPPED_TOKENS", "Moments", "UsableTokens", "rotation_average"]
 
 SKIPPED_TOKENS = 4  # a sequence's first real tokens are attention sinks with outlier keys; the cache keeps them exact
 _COUNTS = ("tokens", "sequences", "loss", "predicted", "sensitivity_kind")
@@ -25,15 +28,10 @@ _COUNTS = ("tokens", "sequences", "loss", "predicted", "sensitivity_kind")
 
 @dataclass(frozen=True)
 class UsableTokens:
-    """Which tokens of a batch are counted, and where they stand.
+    """Which tokens of a batch are counted, and where they stand."""
 
-    Attributes:
-        positions: ``[batch, tokens]``: how many real tokens stand before each; 0 for leading padding.
-        usable: ``[batch, tokens]`` bool: real tokens that are not sinks.
-    """
-
-    positions: Tensor
-    usable: Tensor
+    positions: Tensor  # [batch, tokens]: how many real tokens stand before each; 0 for leading padding
+    usable: Tensor  # [batch, tokens] bool: real tokens that are not sinks
 
     @classmethod
     def of(cls, attention_mask: Tensor) -> "UsableTokens":
@@ -102,10 +100,10 @@ class Moments:
         members = self.shape.members(side, group)
         sensitivity = torch.block_diag(*(self.sensitivity[name, layer] / self.tokens for layer, name, _ in members))
         if frame_length > 1:
-            shapes = [shape for _, _, shape in members]
-            second = _frame_average(second, shapes, self.inv_freq, frame_length)
-            sensitivity = _frame_average(sensitivity, shapes, self.inv_freq, frame_length)
-            mean = _frame_average(mean[:, None], shapes, self.inv_freq, frame_length)[:, 0]
+            shapes, offsets = [shape for _, _, shape in members], torch.arange(frame_length)
+            second = rotation_average(second, shapes, self.inv_freq, offsets)
+            sensitivity = rotation_average(sensitivity, shapes, self.inv_freq, offsets)
+            mean = rotation_average(mean[:, None], shapes, self.inv_freq, offsets)[:, 0]
         return second, mean, sensitivity
 
     def rows_of(self, side: str, group: Group) -> tuple[Tensor, tuple[str, Group]]:
@@ -133,12 +131,15 @@ class Moments:
             OSError: If it cannot be written; a file that was there stays as it was.
         """
         counts = {name: getattr(self, name) for name in _COUNTS}
-        header = {"shape": self.shape.to_dict(), "groups": self.groups, **counts}
+        metadata = {"moments": json.dumps({"shape": self.shape.to_dict(), "groups": self.groups, **counts})}
         tensors = {f"second.{side}.{group[0]}": sums for (side, group), sums in self.second.items()}
         tensors |= {f"total.{side}.{group[0]}": sums for (side, group), sums in self.total.items()}
         tensors |= {f"sensitivity.{side}.{layer}": sums for (side, layer), sums in self.sensitivity.items()}
         tensors |= {f"inv_freq.{source}": table.contiguous() for source, table in self.inv_freq.items()}
-        write_tensors(path, tensors, header, "moments")
+        try:
+            write_files({Path(path): lambda part: save_file(tensors, part, metadata=metadata)})
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}") from error
 
     @classmethod
     def load(cls, path: str | Path) -> "Moments":
@@ -148,7 +149,9 @@ class Moments:
             ValueError: If the file is damaged or holds something else.
         """
         with damage_named(f"{path} holds no readable moments", ValueError):
-            header, tensors = read_tensors(path, "moments")
+            with safe_open(str(path), framework="pt") as file:
+                header = json.loads(file.metadata()["moments"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
             groups = {side: [tuple(group) for group in recorded] for side, recorded in header["groups"].items()}
             moments = cls(ModelShape.from_dict(header["shape"]), groups, **{name: header[name] for name in _COUNTS})
             for side, recorded in groups.items():
@@ -167,24 +170,26 @@ def _add(total: Tensor | None, part: Tensor) -> Tensor:
     return part if total is None else total.add_(part)
 
 
-def _frame_average(matrix: Tensor, shapes: list[SideShape], inv_freq: dict[str, Tensor], frame_length: int) -> Tensor:
-    """Mean over offsets ``o`` in a frame of ``R(o) matrix R(o)ᵀ``; of ``R(o) matrix`` for one column.
+def rotation_average(
+    matrix: Tensor, shapes: list[SideShape], inv_freq: Mapping[str, Tensor], offsets: Tensor
+) -> Tensor:
+    """Mean over ``offsets`` ``o`` of ``R(o) matrix R(o)ᵀ``, ``[..., width, width]``; of ``R(o) matrix`` for one column.
 
     ``R(o)`` rotates the rows that belong to sides with a rotary embedding, see ``shapes``.
     """
     average = torch.zeros_like(matrix)
-    for offset in range(frame_length):
-        rotated = _rotate_columns(matrix.T, shapes, inv_freq, offset).T
-        average += _rotate_columns(rotated, shapes, inv_freq, offset) if matrix.shape[1] > 1 else rotated
-    return average / frame_length
+    for offset in offsets:
+        rotated = _rotate_columns(matrix.mT, shapes, inv_freq, offset).mT
+        average += _rotate_columns(rotated, shapes, inv_freq, offset) if matrix.shape[-1] > 1 else rotated
+    return average / len(offsets)
 
 
-def _rotate_columns(matrix: Tensor, shapes: list[SideShape], inv_freq: dict[str, Tensor], offset: int) -> Tensor:
+def _rotate_columns(matrix: Tensor, shapes: list[SideShape], inv_freq: Mapping[str, Tensor], offset: Tensor) -> Tensor:
     """``matrix R(o)ᵀ``: every row of ``matrix`` is a state of all members."""
     parts = []
-    for shape, part in zip(shapes, matrix.split([shape.width for shape in shapes], dim=1), strict=True):
+    for shape, part in zip(shapes, matrix.split([shape.width for shape in shapes], dim=-1), strict=True):
         if shape.rope is not None:
-            cos, sin = angle_tables(torch.tensor(offset), inv_freq[shape.rope.source])
-            part = rotate(part.unflatten(1, (-1, shape.head_dim)), cos, sin, shape.rope.layout).flatten(1)
+            cos, sin = angle_tables(offset, inv_freq[shape.rope.source])
+            part = rotate(part.unflatten(-1, (-1, shape.head_dim)), cos, sin, shape.rope.layout).flatten(-2)
         parts.append(part)
-    return torch.cat(parts, dim=1)
+    return torch.cat(parts, dim=-1)

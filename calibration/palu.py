@@ -8,13 +8,14 @@ cache sees, so no weight is needed. Source: Palu (arXiv:2407.21118), G-LRD.
 import torch
 from torch import Tensor
 
+from lowrank_cache.artefact import integer
 from lowrank_cache.basis import Basis
 from lowrank_cache.calibration.api import Method
 from lowrank_cache.calibration.fisher import unit_variance
 from lowrank_cache.calibration.moments import Moments
-from lowrank_cache.shapes import Group, SideShape
+from lowrank_cache.shapes import SIDES, Group, SideShape
 
-__all__ = ["PALU", "check_head_group_size", "head_groups", "head_rows", "palu_bases", "principal_basis", "rank_weight"]
+__all__ = ["PALU", "check_head_group_size", "head_groups", "head_rows", "palu_bases", "principal_bases", "rank_weight"]
 
 
 def head_groups(heads: int, size: int) -> list[tuple[int, ...]]:
@@ -27,12 +28,10 @@ def palu_bases(
 ) -> list[Basis]:
     """One basis per group of ``head_group_size`` adjacent KV heads, keys and values alike."""
     bases = []
-    for side in ("key", "value"):
+    for side in SIDES:
         for group in groups[side]:
-            second, mean, sensitivity = moments.of_group(side, group, frame_length)
-            shape, weight = moments.side(side, group), rank_weight(sensitivity)
-            for heads in head_groups(shape.heads, head_group_size):
-                bases.append(principal_basis(side, group, shape, heads, second, mean, weight))
+            shape, statistics = moments.side(side, group), moments.of_group(side, group, frame_length)
+            bases += principal_bases(side, group, shape, head_groups(shape.heads, head_group_size), statistics)
     return bases
 
 
@@ -50,20 +49,23 @@ def rank_weight(sensitivity: Tensor) -> float:
     return float(sensitivity.diagonal().sqrt().mean())
 
 
-def principal_basis(
-    side: str, group: Group, shape: SideShape, heads: tuple[int, ...], second: Tensor, mean: Tensor, weight: float
-) -> Basis:
-    """Principal components of the states of some heads, from the second moment and mean of all, float64."""
-    rows = head_rows(shape, len(group), heads)
-    second, mean = second[rows][:, rows], mean[rows]
-    _, components = torch.linalg.eigh(second)
-    arrays = unit_variance(components, components.T, second, mean)
-    return Basis(side, group, heads, **arrays, rank_weight=weight * len(mean))
+def principal_bases(
+    side: str, group: Group, shape: SideShape, head_sets: list[tuple[int, ...]], statistics: tuple[Tensor, ...]
+) -> list[Basis]:
+    """Principal components of the states of each of ``head_sets``; ``statistics`` are those of ``Moments.of_group``."""
+    second, mean, sensitivity = statistics
+    weight, bases = rank_weight(sensitivity), []
+    for heads in head_sets:
+        rows = head_rows(shape, len(group), heads)
+        part, centre = second[rows][:, rows], mean[rows]
+        _, components = torch.linalg.eigh(part)
+        arrays = unit_variance(components, components.T, part, centre)
+        bases.append(Basis(side, group, heads, **arrays, rank_weight=weight * len(rows)))
+    return bases
 
 
 def check_head_group_size(groups: dict[str, list[Group]], *, head_group_size: int) -> None:
-    if not isinstance(head_group_size, int) or head_group_size < 1:
-        raise ValueError(f"head_group_size must be an integer of at least 1, got {head_group_size!r}")
+    integer(head_group_size, "head_group_size", 1)
 
 
 PALU = Method(palu_bases, {"head_group_size": 4}, check_head_group_size)

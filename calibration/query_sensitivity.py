@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lowrank_cache.calibration.moments import Moments, UsableTokens
-from lowrank_cache.kernels.rope import angle_tables, rotate
+from lowrank_cache.calibration.moments import Moments, UsableTokens, rotation_average
 from lowrank_cache.probe import execution_device
-from lowrank_cache.shapes import RopeShape
+from lowrank_cache.shapes import SideShape
 
 __all__ = ["QuerySensitivity", "output_gram", "record_queries"]
 
@@ -42,11 +41,9 @@ class QuerySensitivity:
     ) -> None:
         """Add the usable tokens of one batch; ``moments.inv_freq`` are those of its forward.
 
-        ``seen`` is what ``record_queries`` kept of the forward, and is emptied; ``hidden_states`` are the embeddings,
-        then what each layer gave, ``[batch, tokens, hidden_size]``.
-
-        Raises:
-            NotImplementedError: If a layer's queries were not seen, or are not of its keys' head_dim.
+        ``seen`` is what ``record_queries`` kept of the forward, and is emptied; NotImplementedError if a layer's
+        queries are missing, or not of its keys' head_dim. ``hidden_states`` are the embeddings, then what each layer
+        gave, ``[batch, tokens, hidden_size]``.
         """
         for layer in moments.shape.layers:
             index, head_dim = layer.layer_idx, layer.key.head_dim
@@ -77,22 +74,12 @@ class QuerySensitivity:
             queries_per_head = int(module.num_key_value_groups)  # type: ignore[arg-type]  # nn.Module
             value_spread = float((value * spread).sum()) * residual / (layer.key.heads * queries_per_head)
             outer = self.outer[index] / moments.tokens
-            if rope is not None:
-                outer = _average_over_distances(outer, rope, moments.inv_freq[rope.source], self.context)
+            if rope is not None:  # their mean over the distances in the context, at most 256 of them
+                distances = torch.linspace(0, self.context - 1, min(self.context, 256)).round()
+                outer = rotation_average(outer, [SideShape(1, layer.key.head_dim, rope)], moments.inv_freq, distances)
             key = torch.block_diag(*outer) * (self.scaling[index] ** 2 * value_spread / residual)
             moments.sensitivity["value", index] = value * moments.tokens
             moments.sensitivity["key", index] = key * moments.tokens
-
-
-def _average_over_distances(outer: Tensor, rope: RopeShape, inv_freq: Tensor, context: int) -> Tensor:
-    """Mean of ``R(d) outer R(d)ᵀ`` over distances ``0 ≤ d < context``, at most 256 of them."""
-    distances = torch.linspace(0, context - 1, min(context, 256)).round()
-    average = torch.zeros_like(outer)
-    for distance in distances:
-        cos, sin = angle_tables(distance, inv_freq)
-        rotated = rotate(outer, cos, sin, rope.layout).transpose(1, 2).contiguous()
-        average += rotate(rotated, cos, sin, rope.layout).transpose(1, 2)
-    return average / len(distances)
 
 
 def output_gram(module: nn.Module, kv_heads: int, value_dim: int) -> Tensor:

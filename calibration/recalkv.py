@@ -8,13 +8,15 @@ share one budget by Fisher information. Source: ReCalKV (arXiv:2505.24357). Math
 from its released code: docs/method.md, "ReCalKV".
 """
 
+from itertools import combinations
+
 import torch
 from torch import Tensor
 
 from lowrank_cache.basis import Basis
 from lowrank_cache.calibration.api import Method
 from lowrank_cache.calibration.moments import Moments
-from lowrank_cache.calibration.palu import check_head_group_size, head_groups, principal_basis, rank_weight
+from lowrank_cache.calibration.palu import check_head_group_size, head_groups, principal_bases
 from lowrank_cache.shapes import Group
 
 __all__ = ["RECALKV", "group_similar_heads", "head_similarity", "recalkv_bases"]
@@ -35,18 +37,17 @@ def recalkv_bases(
     """
     bases = []
     for group in groups["key"]:
-        second, mean, sensitivity = moments.of_group("key", group, frame_length)
-        shape, weight = moments.side("key", group), rank_weight(sensitivity)
+        shape, statistics = moments.side("key", group), moments.of_group("key", group, frame_length)
         if reorder:
-            head_sets = group_similar_heads(head_similarity(second, mean, shape.heads), head_group_size)
+            head_sets = group_similar_heads(head_similarity(*statistics[:2], shape.heads), head_group_size)
         else:
             head_sets = head_groups(shape.heads, head_group_size)
-        bases += [principal_basis("key", group, shape, heads, second, mean, weight) for heads in head_sets]
+        bases += principal_bases("key", group, shape, head_sets, statistics)
     for group in groups["value"]:
-        weight = rank_weight(moments.of_group("value", group, frame_length)[2])
+        shape, sensitivity = moments.side("value", group), moments.of_group("value", group, frame_length)[2]
         second, mean, _ = (refitted or moments).of_group("value", group, frame_length)
-        shape = moments.side("value", group)
-        bases.append(principal_basis("value", group, shape, tuple(range(shape.heads)), second, mean, weight))
+        all_heads = [tuple(range(shape.heads))]
+        bases += principal_bases("value", group, shape, all_heads, (second, mean, sensitivity))
     return bases
 
 
@@ -84,8 +85,7 @@ def group_similar_heads(similarity: Tensor, size: int) -> list[tuple[int, ...]]:
             groups[index].append(head)
             of_head[head] = index
 
-    pairs = [(-float(similarity[i, j]), i, j) for i in range(count) for j in range(i + 1, count)]
-    for _, first, second in sorted(pairs):
+    for _, first, second in sorted((-float(similarity[i, j]), i, j) for i, j in combinations(range(count), 2)):
         free = [head for head in (first, second) if head not in of_head]
         if len(free) == 2 and opened < len(rooms) and rooms[opened] >= 2:
             join(first, opened)

@@ -1,9 +1,11 @@
-"""The three operations over packed latents, and the one place that chooses who computes them.
+"""The operations over packed latents, and the one place that chooses who computes them.
 
 ``encode``, ``reconstruct`` and ``latent_attention`` are specified in ``reference``, and computed by ``torch_ops`` or,
-on GPUs, by the ``triton_*`` files, which are imported when they are first used.
+on GPUs, by the ``triton_*`` files, which are imported when they are first used. ``attend_stored`` joins a layer's
+latents with its exact tokens; on CPUs ``native`` computes it in one call.
 """
 
+import os
 import warnings
 from functools import cache
 from importlib.util import find_spec
@@ -16,7 +18,10 @@ from lowrank_cache.kernels import native, reference, torch_ops
 from lowrank_cache.kernels.packed import LatentSide, PackedTier, RotaryFrames, StoredSide, tiles
 from lowrank_cache.kernels.segments import attend, merge
 
-__all__ = ["CHECKED_CARDS", "IMPLEMENTATIONS", "MAX_KERNEL_QUERIES", "attend_stored", "encode", "latent_attention", "reconstruct"]
+__all__ = [
+    "CHECKED_CARDS", "IMPLEMENTATIONS", "MAX_KERNEL_QUERIES", "attend_stored", "encode", "latent_attention",
+    "reconstruct",
+]  # fmt: skip
 
 IMPLEMENTATIONS = ("auto", "native", "torch", "triton", "reference")
 MAX_KERNEL_QUERIES = 16  # longer queries reconstruct keys and values tile by tile, where dense products are best
@@ -29,16 +34,24 @@ def _operations(impl: str, device: torch.device, *head_dims: int) -> ModuleType 
 
     ``"auto"`` takes Triton on a GPU of ``CHECKED_CARDS`` where it is installed and every head_dim is a multiple of 16
     up to 256, and torch elsewhere; ``"triton"`` takes it on any device (on a CPU it needs ``TRITON_INTERPRET=1``).
+    Here ``"native"`` is torch: compiled code has ``attend_stored`` only.
 
     Raises:
         ValueError: If ``impl`` is none of ``IMPLEMENTATIONS``.
     """
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl must be one of {IMPLEMENTATIONS}, got {impl!r}")
+    impl = _chosen(impl)
     if impl == "auto":
         serves = device.type == "cuda" and all(map(_fits, head_dims)) and _triton_serves(device)
         impl = "triton" if serves else "torch"
     return {"torch": torch_ops, "native": torch_ops, "reference": reference}.get(impl) or _triton()
+
+
+def _chosen(impl: str) -> str:
+    """``impl``; the environment's ``LOWRANK_CACHE_IMPL`` instead of ``"auto"``."""
+    chosen = os.environ.get("LOWRANK_CACHE_IMPL", "auto") if impl == "auto" else impl
+    if chosen not in IMPLEMENTATIONS:
+        raise ValueError(f"impl must be one of {IMPLEMENTATIONS}, got {chosen!r}")
+    return chosen
 
 
 def _fits(head_dim: int) -> bool:
@@ -90,6 +103,7 @@ def encode(
     impl: str = "auto",
 ) -> tuple[PackedTier, ...]:
     """See ``reference.encode``; ``impl`` is one of ``IMPLEMENTATIONS``."""
+    impl = _chosen(impl)
     if impl in ("auto", "triton") and not (down_proj.dim() == 2 and tiers):
         impl = "torch"  # kernels take one basis for the whole batch
     operations = _operations(impl, down_proj.device, *{part.shape[3] for part in states})
@@ -98,6 +112,7 @@ def encode(
 
 def reconstruct(side: LatentSide, dtype: torch.dtype, *, impl: str = "auto") -> Tensor:
     """See ``reference.reconstruct``; ``impl`` is one of ``IMPLEMENTATIONS``."""
+    impl = _chosen(impl)
     if impl in ("auto", "triton") and not (side.up_proj.dim() == 3 and side.tiers and _fits(side.up_proj.shape[-1])):
         impl = "torch"
     return _operations(impl, side.up_proj.device, side.up_proj.shape[-1]).reconstruct(side, dtype)
@@ -132,7 +147,7 @@ def attend_stored(
     value: StoredSide,
     *,
     scaling: float,
-    masks: tuple[Tensor | None, ...] = (None, None, None),
+    masks: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
     impl: str = "auto",
@@ -150,10 +165,9 @@ def attend_stored(
     Returns:
         ``[batch, q_heads, q_tokens, value_dim]``, dtype of ``query`` or float32.
     """
+    impl = _chosen(impl)
     if impl in ("auto", "native") and native.serves(query, key, value) and _native_works(impl):
-        return native.attend(
-            query, key, value, scaling=scaling, masks=masks, softcap=softcap, sink_logits=sink_logits
-        )
+        return native.attend(query, key, value, scaling=scaling, masks=masks, softcap=softcap, sink_logits=sink_logits)
     sinks, seen, tail = masks
     mask = None if sinks is None or tail is None else torch.cat([sinks.expand(tail.shape[0], -1, -1, -1), tail], dim=3)
     keys, values = (torch.cat([side.sinks, side.tail], dim=2) for side in (key, value))
@@ -176,5 +190,5 @@ def _native_works(impl: str) -> bool:
     if library is None:
         if impl == "native":
             raise RuntimeError(f"impl='native' needs a C compiler: {description}")
-        warnings.warn(f"attention over latents runs in torch, which is slower than compiled code: {description}", stacklevel=2)
+        warnings.warn(f"attention over latents runs in torch, slower than compiled code: {description}", stacklevel=2)
     return library is not None

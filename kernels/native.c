@@ -12,7 +12,7 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
-#if defined(__AVX2__)
+#if defined(__AVX2__) && defined(__F16C__)
 #include <immintrin.h>
 #endif
 
@@ -117,6 +117,9 @@ INLINE void add_scaled(Ints sum, float factor, float *out) {
 }
 
 INLINE Floats no_floats(void) { return _mm512_setzero_ps(); }
+INLINE Floats load_floats(const float *p) { return _mm512_loadu_ps(p); }
+INLINE void store_floats(float *p, Floats x) { _mm512_storeu_ps(p, x); }
+INLINE Floats load_halves(const _Float16 *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
 INLINE Floats to_floats(Ints x) { return _mm512_cvtepi32_ps(x); }
 INLINE Floats times(Floats x, float factor) { return _mm512_mul_ps(x, _mm512_set1_ps(factor)); }
 INLINE Floats minus_all(Floats x, float y) { return _mm512_sub_ps(x, _mm512_set1_ps(y)); }
@@ -135,7 +138,7 @@ INLINE void lane_sums(Floats x, float *out) {
   _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(first, x)));
 }
 
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && defined(__F16C__)
 #define INSTRUCTIONS "AVX2"
 #define MAX_ROWS 3
 typedef struct { __m256i a, b; } Bytes;
@@ -228,6 +231,17 @@ INLINE void add_scaled(Ints sum, float factor, float *out) {
 }
 
 INLINE Floats no_floats(void) { return (Floats){_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+INLINE Floats load_floats(const float *p) { return (Floats){_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+
+INLINE void store_floats(float *p, Floats x) {
+  _mm256_storeu_ps(p, x.a);
+  _mm256_storeu_ps(p + 8, x.b);
+}
+
+INLINE Floats load_halves(const _Float16 *p) {
+  const __m128i *halves = (const __m128i *)p;
+  return (Floats){_mm256_cvtph_ps(_mm_loadu_si128(halves)), _mm256_cvtph_ps(_mm_loadu_si128(halves + 1))};
+}
 INLINE Floats to_floats(Ints x) { return (Floats){_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 
 INLINE Floats times(Floats x, float factor) {
@@ -337,6 +351,19 @@ INLINE void add_scaled(Ints sum, float factor, float *out) {
 }
 
 INLINE Floats no_floats(void) { return (Floats){{0}}; }
+INLINE void store_floats(float *p, Floats x) { memcpy(p, x.x, 64); }
+
+INLINE Floats load_halves(const _Float16 *p) {
+  Floats y;
+  for (int i = 0; i < 16; i++) y.x[i] = (float)p[i];
+  return y;
+}
+
+INLINE Floats load_floats(const float *p) {
+  Floats x;
+  memcpy(x.x, p, 64);
+  return x;
+}
 
 INLINE Floats to_floats(Ints x) {
   Floats y;
@@ -377,12 +404,14 @@ INLINE void lane_sums(Floats x, float *out) {
 
 // ---- numbers --------------------------------------------------------------------------------------------------------
 
-static void to_float(const void *from, int64_t type, int64_t start, int64_t n, float *to) {
+INLINE void to_float(const void *from, int64_t type, int64_t start, int64_t n, float *to) {
   if (type == FLOAT32) {
     memcpy(to, (const float *)from + start, (size_t)n * 4);
   } else if (type == FLOAT16) {
     const _Float16 *x = (const _Float16 *)from + start;
-    for (int64_t i = 0; i < n; i++) to[i] = (float)x[i];
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) store_floats(to + i, load_halves(x + i));
+    for (; i < n; i++) to[i] = (float)x[i];
   } else {
     const uint16_t *x = (const uint16_t *)from + start;
     for (int64_t i = 0; i < n; i++) {
@@ -908,6 +937,15 @@ INLINE float weight_digits(const float *weights, const float *steps, int64_t tok
   return 0.5f * *scale * (float)total;
 }
 
+static void load_steps(const Tier *tier, int64_t b, int64_t start, int64_t tokens, float *to) {
+  const _Float16 *from = tier->steps + b * tier->step_batch + start * tier->step_token;
+  if (tier->step_token == 1) {
+    to_float(from, FLOAT16, 0, tokens, to);
+  } else {
+    for (int64_t t = 0; t < tokens; t++) to[t] = (float)from[t * tier->step_token];
+  }
+}
+
 static void attend_latents(const Step *s, const Plan *plan, Own *own, int64_t b, int64_t split) {
   const int64_t rows = plan->rows, tile_frames = plan->tile_frames, tile = s->frame >= TILE ? TILE : tile_frames * s->frame;
   const int64_t tiles = (s->tokens + tile - 1) / tile, most = block_rows(rows);
@@ -937,8 +975,7 @@ static void attend_latents(const Step *s, const Plan *plan, Own *own, int64_t b,
           const Tier *tier = s->key.tiers + k;
           codes[k] = tier->codes + b * tier->batch + from * tier->token;
           float *step = own->steps + k * (TILE + 4);
-          for (int64_t t = from; t < to; t++)
-            step[t - from] = (float)tier->steps[b * tier->step_batch + t * tier->step_token];
+          load_steps(tier, b, from, to - from, step);
           for (int64_t t = to; (t - from) % 4; t++) step[t - from] = 0.0f;
           steps[k] = step;
         }
@@ -960,8 +997,7 @@ static void attend_latents(const Step *s, const Plan *plan, Own *own, int64_t b,
       for (int64_t k = 0; k < s->value.count; k++) {
         const Tier *tier = s->value.tiers + k;
         const int64_t n = padded(tier);
-        for (int64_t t = 0; t < tokens; t++)
-          own->steps[t] = (float)tier->steps[b * tier->step_batch + (start + t) * tier->step_token];
+        load_steps(tier, b, start, tokens, own->steps);
         for (int64_t row = 0; row < rows; row++) {
           float *x = out + row * plan->values + place;
           float half = weight_digits(own->scores + row * TILE, own->steps, tokens, digits_of(tier) == 2,
@@ -976,6 +1012,33 @@ static void attend_latents(const Step *s, const Plan *plan, Own *own, int64_t b,
       }
       start = stop;
     }
+  }
+}
+
+// x[r] += latents[r] @ up_proj, for `rows` queries of one KV head; `step`: from one channel's row to the next.
+INLINE void lead_back(const int rows, const Step *s, int64_t start, int64_t step, int64_t channels, const float *latents,
+                      int64_t latent_row, float *x, float *value) {
+  const int64_t dim = s->value_dim;
+  int64_t d = 0;
+  for (; d + 32 <= dim; d += 32) {
+    Floats sums[4][2];
+    for (int r = 0; r < rows; r++)
+      for (int half = 0; half < 2; half++) sums[r][half] = load_floats(x + r * MAX_DIM + d + 16 * half);
+    for (int64_t c = 0; c < channels; c++) {
+      to_float(s->value.up_proj, s->value.up_type, start + c * step + d, 32, value);
+      Floats left = load_floats(value), right = load_floats(value + 16);
+      for (int r = 0; r < rows; r++) {
+        sums[r][0] = plus(left, latents[r * latent_row + c], sums[r][0]);
+        sums[r][1] = plus(right, latents[r * latent_row + c], sums[r][1]);
+      }
+    }
+    for (int r = 0; r < rows; r++)
+      for (int half = 0; half < 2; half++) store_floats(x + r * MAX_DIM + d + 16 * half, sums[r][half]);
+  }
+  for (int64_t c = 0; d < dim && c < channels; c++) {
+    to_float(s->value.up_proj, s->value.up_type, start + c * step + d, dim - d, value);
+    for (int r = 0; r < rows; r++)
+      for (int64_t i = 0; i < dim - d; i++) x[r * MAX_DIM + d + i] += latents[r * latent_row + c] * value[i];
   }
 }
 
@@ -1016,13 +1079,14 @@ static void join(const Step *s, const Plan *plan, Own *own, int64_t b, int64_t h
   int64_t real = 0, place = 0;
   for (int64_t k = 0; k < (splits ? s->value.count : 0); k++) {
     const Tier *tier = s->value.tiers + k;
-    for (int64_t c = 0; c < tier->channels; c++) {
-      to_float(s->value.up_proj, s->value.up_type, ((real + c) * s->kv_heads + head) * dim, dim, value);
-      for (int64_t g = 0; g < group; g++) {
-        const float latent = own->absorbed[g * plan->values + place + c];
-        float *x = sum + g * MAX_DIM;
-        for (int64_t d = 0; d < dim; d++) x[d] += latent * value[d];
-      }
+    const int64_t step = s->kv_heads * dim, start = real * step + head * dim;
+    for (int64_t g = 0; g < group; g += 4) {
+      const float *latents = own->absorbed + g * plan->values + place;
+      float *x = sum + g * MAX_DIM;
+      if (group - g >= 4) lead_back(4, s, start, step, tier->channels, latents, plan->values, x, value);
+      if (group - g == 3) lead_back(3, s, start, step, tier->channels, latents, plan->values, x, value);
+      if (group - g == 2) lead_back(2, s, start, step, tier->channels, latents, plan->values, x, value);
+      if (group - g == 1) lead_back(1, s, start, step, tier->channels, latents, plan->values, x, value);
     }
     real += tier->channels;
     place += padded(tier);

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lowrank_cache.kernels.packed import LatentSide, StoredSide
 
-__all__ = ["Native", "attend", "build", "serves"]
+__all__ = ["Native", "attend", "build", "compiler", "load", "serves"]
 
 _SOURCE = Path(__file__).with_name("native.c")
 _LEAST_FRAME = 16  # shorter ones absorb queries so often that reconstructing is faster
@@ -102,27 +102,23 @@ class _Step(Structure):
 def build() -> Native:
     """Compile the library, or load what was compiled before; once a process.
 
-    The file's name tells source, compiler and processor. It is written aside and renamed, so processes that start at
-    once do not disturb each other, and loaded only if its digest is the one noted when it was made.
+    ``CC`` and ``CFLAGS`` are respected.
     """
-    compiler = _compiler()
-    if compiler is None:
-        return Native(None, "no C compiler was found: install gcc or clang, or `pip install ziglang`, or set CC")
-    try:
-        folder = _folder()
-        problems = []
-        for flags in (["-march=native"], ["-mcpu=native"], []):
-            try:
-                return _compiled(compiler, flags, folder)
-            except (subprocess.CalledProcessError, OSError) as error:
-                said = getattr(error, "stderr", None) or str(error)
-                problems.append(f"{' '.join([*compiler, *flags])}: {said.strip().splitlines()[0] if said.strip() else error}")
-        return Native(None, "; ".join(problems))
-    except (OSError, PermissionError, subprocess.TimeoutExpired) as error:
-        return Native(None, str(error))
+    command = compiler()
+    if command is None:
+        return Native(None, "no C compiler was found; install gcc or clang, or `pip install ziglang`, or set CC")
+    problems = []
+    for flags in (["-march=native"], ["-mcpu=native"], []):
+        try:
+            return load(command, flags, _folder())
+        except (subprocess.SubprocessError, OSError) as error:
+            said = (getattr(error, "stderr", None) or str(error)).strip()
+            problems.append(f"{' '.join([*command, *flags])}: {said.partition(chr(10))[0]}")
+    return Native(None, "; ".join(problems))
 
 
-def _compiler() -> list[str] | None:
+def compiler() -> list[str] | None:
+    """The C compiler's command: ``CC``, the system's, or the one that the package ziglang brings."""
     chosen = os.environ.get("CC")
     for name in [chosen] if chosen else ["cc", "gcc", "clang"]:
         if shutil.which(name.split()[0]):
@@ -141,16 +137,25 @@ def _folder() -> Path:
     return folder
 
 
-def _compiled(compiler: list[str], flags: list[str], folder: Path) -> Native:
-    options = [*flags, "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-w"]
+def load(command: list[str], flags: list[str], folder: Path) -> Native:
+    """The library for these flags, compiled into ``folder`` unless it lies there already.
+
+    The file's name tells source, compiler and processor. It is written aside and renamed, so processes that start at
+    once do not disturb each other, and loaded only if its digest is the one noted when it was made.
+
+    Raises:
+        subprocess.SubprocessError, OSError: If it cannot be compiled or loaded.
+    """
+    extra = os.environ.get("CFLAGS", "").split()
+    options = [*flags, "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-w", *extra]
     # All that the preprocessor knows: compiler, version, and the processor's features.
-    facts = _run([*compiler, *flags, "-dM", "-E", "-x", "c", os.devnull])
+    facts = _run([*command, *flags, "-dM", "-E", "-x", "c", os.devnull])
     name = hashlib.sha256("\0".join([_SOURCE.read_text(encoding="utf-8"), facts, *options]).encode()).hexdigest()[:32]
     path, note = folder / f"{name}.so", folder / f"{name}.sha256"
     if not (path.exists() and note.exists() and note.read_text() == _digest(path)):
         with tempfile.TemporaryDirectory(dir=folder) as aside:
-            made = _make(compiler, options, Path(aside))
-            digest = Path(aside) / "digest"
+            made = _make(command, options, Path(aside))
+            digest = made.with_suffix(".sha256")
             digest.write_text(_digest(made))
             os.replace(made, path)
             os.replace(digest, note)
@@ -159,20 +164,19 @@ def _compiled(compiler: list[str], flags: list[str], folder: Path) -> Native:
     library.lowrank_scratch.argtypes = library.lowrank_attend.argtypes = [POINTER(_Step)]
     library.lowrank_instructions.restype = c_char_p
     version = next((line.split('"')[1] for line in facts.splitlines() if line.startswith("#define __VERSION__")), "")
-    return Native(library, f"{library.lowrank_instructions().decode()}, compiled by {compiler[0]} {version}")
+    return Native(library, f"{library.lowrank_instructions().decode()}, compiled by {command[0]} {version}")
 
 
-def _make(compiler: list[str], options: list[str], folder: Path) -> Path:
-    """Compile and link, with the threads of torch's own OpenMP if it can be, and without threads if nothing else can."""
+def _make(command: list[str], options: list[str], folder: Path) -> Path:
+    """Compile and link: with the threads of torch's own OpenMP, else with OpenMP of its own, else without threads."""
     compiled, linked = folder / "native.o", folder / "native.so"
     last: Exception | None = None
     # Linked without a library of its own, GOMP_parallel is found in torch's: one pool of threads, not two that fight.
     for threads, libraries in (["-fopenmp"], []), (["-fopenmp"], ["-fopenmp"]), ([], []):
         try:
-            _run([*compiler, *options, *threads, "-c", str(_SOURCE), "-o", str(compiled)])
-            _run([*compiler, "-shared", str(compiled), "-o", str(linked), *libraries, "-lm"])
-            check = f"import torch, ctypes; ctypes.CDLL({str(linked)!r})"
-            ctypes.CDLL(str(linked)) if not threads or libraries else _run([sys.executable, "-c", check])
+            _run([*command, *options, *threads, "-c", str(_SOURCE), "-o", str(compiled)])
+            _run([*command, *options, "-shared", str(compiled), "-o", str(linked), *libraries, "-lm"])
+            ctypes.CDLL(str(linked), mode=os.RTLD_NOW)
             return linked
         except (subprocess.CalledProcessError, OSError) as error:
             last = error

@@ -17,12 +17,8 @@ LAYOUTS = ("half", "interleaved")
 def angle_tables(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine and sine of ``positions * inv_freq``, computed as transformers' rotary modules do.
 
-    Args:
-        positions: ``[..., tokens]``, any integer dtype.
-        inv_freq: ``[rotary_dim / 2]``, radians per position.
-
-    Returns:
-        Two tensors ``[..., tokens, rotary_dim / 2]`` in float32 (float64 if ``inv_freq`` is).
+    ``positions`` are ``[..., tokens]`` of any dtype, ``inv_freq`` ``[rotary_dim / 2]`` radians per position, the tables
+    ``[..., tokens, rotary_dim / 2]`` in float32 (float64 if ``inv_freq`` is).
     """
     dtype = torch.promote_types(inv_freq.dtype, torch.float32)
     angles = positions[..., None].to(dtype) * inv_freq.to(positions.device, dtype)

@@ -14,7 +14,7 @@ kernels".
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lowrank_cache.kernels.packed import LatentSide
-from lowrank_cache.kernels.triton_scores import absorb, absorbed_scores, reconstructed_scores
+from lowrank_cache.kernels.triton_attend import absorb, absorbed_scores, combine, project, reconstructed_scores, weigh
 from lowrank_cache.kernels.triton_tiers import (
     TierArguments,
     block,
@@ -33,7 +33,6 @@ from lowrank_cache.kernels.triton_tiers import (
     up_proj_arguments,
     warps,
 )
-from lowrank_cache.kernels.triton_values import combine, project, weigh
 
 __all__ = ["latent_attention"]
 
@@ -48,61 +47,43 @@ _LONGEST_SPLIT = 2048  # slots; shorter splits write more partial sums than is w
 
 @dataclass(frozen=True)
 class _Step:
-    """What every launch of one call shares.
-
-    Attributes:
-        rows: Query heads times query tokens, query heads of one KV head side by side.
-        finish: How scores are capped and masked: arguments of every kernel that computes some.
-        exact: Whether everything is float32.
-    """
+    """What every launch of one call shares."""
 
     query: Tensor
     key: LatentSide
     value: LatentSide
     keys: TierArguments
     values: TierArguments
-    finish: dict[str, Any]
-    rows: int
-    exact: bool
+    finish: dict[str, Any]  # how scores are capped and masked: arguments of every kernel that computes some
+    products: dict[str, Any]  # how products without an up-projection are taken
+    rows: int  # query heads times query tokens, query heads of one KV head side by side
+    exact: bool  # whether everything is float32
     scaling: float
 
     @property
     def batch(self) -> int:
         return self.query.shape[0]
 
-    @property
-    def dot(self) -> tl.dtype:
-        return tl.float32 if self.exact else tl.float16
 
-
-@dataclass(frozen=True)
-class _Wave:
+class _Wave(NamedTuple):
     """A range of frames whose scores are computed together, cut into tiles of tokens that cross no frame.
 
-    ``first_frame``, ``frames``, and what ``triton_scores.slot_tokens`` takes.
+    What ``triton_attend._slot_tokens`` takes: ``frame_tiles`` in each frame, ``tiles`` in all of them.
     """
 
     first_frame: int
-    frames: int
     frame_length: int
-    tile: int
+    frame_tiles: int
+    tiles: int
+    TILE: int
 
     @property
-    def frame_tiles(self) -> int:
-        return triton.cdiv(self.frame_length, self.tile)
+    def frames(self) -> int:
+        return self.tiles // self.frame_tiles
 
     @property
     def slots(self) -> int:
-        return self.frames * self.frame_tiles * self.tile
-
-    def arguments(self) -> dict[str, int]:
-        return {
-            "first_frame": self.first_frame,
-            "frame_length": self.frame_length,
-            "frame_tiles": self.frame_tiles,
-            "tiles": self.frames * self.frame_tiles,
-            "TILE": self.tile,
-        }
+        return self.tiles * self.TILE
 
 
 def latent_attention(
@@ -116,11 +97,10 @@ def latent_attention(
 ) -> tuple[Tensor, Tensor]:
     """See ``reference.latent_attention``: same arguments, same results, in float32 whatever ``query`` is.
 
-    Raises:
-        ValueError: If shapes do not fit together, matrices differ by batch element, or rows of codes are not padded and
-            aligned to 16 bytes.
+    ValueError if shapes do not fit together, matrices differ by batch element, or rows of codes are not padded and
+    aligned to 16 bytes.
     """
-    batch, q_heads, q_tokens, _ = query.shape
+    (batch, q_heads, q_tokens, _), exact = query.shape, query.dtype == torch.float32
     _check(query, key, value)
     output = torch.empty(batch, q_heads, q_tokens, value.up_proj.shape[2], dtype=torch.float32, device=query.device)
     lse = torch.empty(batch, q_heads, q_tokens, dtype=torch.float32, device=query.device)
@@ -133,8 +113,9 @@ def latent_attention(
         keys=tier_arguments(key.tiers),
         values=tier_arguments(value.tiers),
         finish=_finish_arguments(mask, softcap, query, key.tokens),
+        products={"DOT": tl.float32 if exact else tl.float16, "PRECISION": precision(exact)},
         rows=q_heads * q_tokens,
-        exact=query.dtype == torch.float32,
+        exact=exact,
         scaling=scaling * _LOG2E if softcap is None else scaling / softcap,
     )
     with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
@@ -158,7 +139,7 @@ def _check(query: Tensor, key: LatentSide, value: LatentSide) -> None:
 
 
 def _finish_arguments(mask: Tensor | None, softcap: float | None, query: Tensor, tokens: int) -> dict[str, Any]:
-    """What ``triton_scores._finish`` takes; ``MASK`` is ``"tokens"`` if all query tokens see the same."""
+    """What ``triton_attend._finish`` takes; ``MASK`` is ``"tokens"`` if all query tokens see the same."""
     kind, strides = "none", [0] * 4
     if mask is not None:
         mask = mask.expand(query.shape[0], 1, query.shape[2], tokens).view(torch.uint8)
@@ -187,7 +168,10 @@ def _attend(step: _Step, output: Tensor, lse: Tensor) -> None:
     # So many frames at a time that their absorbed queries stay small.
     frames, size = triton.cdiv(tokens, frame_length), 4 if step.exact else 2
     at_a_time = max(1, _ABSORBED_BYTES // (step.batch * step.rows * step.keys.chunks(_CHUNK) * _CHUNK * size))
-    waves = [_Wave(first, min(at_a_time, frames - first), frame_length, tile) for first in range(0, frames, at_a_time)]
+    waves, frame_tiles = [], triton.cdiv(frame_length, tile)
+    for first in range(0, frames, at_a_time):
+        tiles = min(at_a_time, frames - first) * frame_tiles
+        waves.append(_Wave(first, frame_length, frame_tiles, tiles, tile))
     chunks = step.values.chunks(_CHUNK)
     rows = block(step.rows, 16, 64)
     programs = step.batch * triton.cdiv(step.rows, rows) * chunks
@@ -220,12 +204,11 @@ def _attend(step: _Step, output: Tensor, lse: Tensor) -> None:
             ROWS=rows,
             BLOCK=_BLOCK,
             CHUNK=_CHUNK,
-            DOT=step.dot,
-            PRECISION=precision(step.exact),
             # What compilers make of it: at 32 rows 128 threads need a quarter fewer instructions, at 16 they spill.
             num_warps=warps(128 if rows == 32 else 256),
             num_stages=2,
-            **wave.arguments(),
+            **step.products,
+            **wave._asdict(),
         )
         done += count
     _combine(step, partial, maxima, sums, output, lse)
@@ -266,8 +249,8 @@ def _absorbed_scores(step: _Step, wave: _Wave, scores: Tensor) -> None:
     )
     rows = block(step.rows, 16, 64 if step.exact else 128)  # float32 tiles take twice the shared memory
     # So many threads that each loads 8 bytes of codes or more.
-    threads = min(4 * wave.tile, 128 if rows < 64 else 256)
-    absorbed_scores[(wave.slots // wave.tile, triton.cdiv(step.rows, rows), step.batch)](
+    threads = min(4 * wave.TILE, 128 if rows < 64 else 256)
+    absorbed_scores[(wave.tiles, triton.cdiv(step.rows, rows), step.batch)](
         out=scores,
         absorbed=absorbed,
         bias=bias,
@@ -277,11 +260,10 @@ def _absorbed_scores(step: _Step, wave: _Wave, scores: Tensor) -> None:
         frames=wave.frames,
         ROWS=rows,
         CHUNK=_CHUNK,
-        DOT=step.dot,
-        PRECISION=precision(step.exact),
         num_warps=warps(threads),
-        num_stages=1 if wave.tile < 32 else 2,  # 64 threads with a second stage spill on sm_80
-        **wave.arguments(),
+        num_stages=1 if wave.TILE < 32 else 2,  # 64 threads with a second stage spill on sm_80
+        **wave._asdict(),
+        **step.products,
         **step.finish,
     )
 
@@ -290,7 +272,7 @@ def _reconstructed_scores(step: _Step, wave: _Wave, scores: Tensor) -> None:
     up = up_proj_arguments(step.key)
     head_rows = step.rows // up["heads"]
     assert step.key.rope is not None
-    reconstructed_scores[(wave.slots // wave.tile, up["heads"], step.batch)](
+    reconstructed_scores[(wave.tiles, up["heads"], step.batch)](
         out=scores,
         query=step.query,
         tiers=step.keys.tiers,
@@ -300,14 +282,13 @@ def _reconstructed_scores(step: _Step, wave: _Wave, scores: Tensor) -> None:
         scaling=step.scaling,
         PAIRS=block(up["HEAD_DIM"] // 2, 16, 128),
         ROWS=block(head_rows, 16, 64),
-        TILE=wave.tile,
+        TILE=wave.TILE,
         CHUNK=_SMALL_CHUNK // 2 if step.exact and up["HEAD_DIM"] > 128 else _SMALL_CHUNK,
         UP_DOT=tl.float32 if step.exact else dot_dtype(up["up_proj"].dtype),
-        DOT=step.dot,
-        PRECISION=precision(step.exact),
         num_warps=warps(128 if up["HEAD_DIM"] <= 64 else 256),
         num_stages=2,
         **up,
+        **step.products,
         **step.finish,
     )
 

@@ -24,14 +24,7 @@ from lowrank_cache.kernels.packed import (
     padded_channels,
 )
 from lowrank_cache.kernels.triton_reconstruct import pair_columns
-from lowrank_cache.kernels.triton_tiers import (
-    block,
-    plain,
-    rotary_arguments,
-    three_part_precision,
-    unspecialised,
-    warps,
-)
+from lowrank_cache.kernels.triton_tiers import block, plain, precision, rotary_arguments, unspecialised, warps
 
 __all__ = ["encode"]
 
@@ -194,11 +187,7 @@ def encode(
     weight: Tensor,
     latent_dtype: torch.dtype,
 ) -> tuple[PackedTier, ...]:
-    """See ``reference.encode``: same arguments, but one basis and one mean for all batch elements; same results.
-
-    Raises:
-        ValueError: If a latent is not finite, or shapes do not fit together.
-    """
+    """See ``reference.encode``; one basis and one mean for all batch elements, and ValueError if shapes do not fit."""
     width = sum(member.shape[1] * member.shape[3] for member in states)
     rank = sum(channels for _, channels in tiers)
     if down_proj.shape != (width, rank) or len({bits for bits, _ in tiers}) < len(tiers) or not tiers:
@@ -269,7 +258,7 @@ def _latents(
             ADD=number > 0,
             TILE=tile,
             CHUNK=chunk,
-            PRECISION="ieee" if member.dtype == torch.float32 else three_part_precision(),
+            PRECISION=precision(member.dtype == torch.float32, three_parts=True),
             num_warps=warps(256),
             num_stages=2,
             **rotary_arguments(rope, constant),

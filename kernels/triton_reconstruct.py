@@ -20,7 +20,7 @@ from lowrank_cache.kernels.triton_tiers import (
     half_steps,
     interpreted,
     load_levels,
-    plain,
+    local_channel,
     precision,
     tier_arguments,
     up_proj_arguments,
@@ -54,56 +54,6 @@ def pair_columns(start, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, INTERLEAVED:
 
 
 @triton.jit
-def _add_pair(
-    one, two, tier, batch, token, valid, first, second, in_pairs, up_proj, up_rank,
-    HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
-    TILE: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Add a tier's share of the states of one head to ``[TILE, PAIRS]`` twice, the members of pairs apart.
-
-    ``up_proj`` points to the head.
-    """
-    chunks = chunk_count(tier, CHUNK)
-    BITS: tl.constexpr = tier.bits
-    PLANES: tl.constexpr = 8 // BITS if BITS < 16 else 1
-    UNIT: tl.constexpr = 128 // tier.codes.dtype.element_ty.primitive_bitwidth
-    if chunks > 0:
-        if BITS < 16:
-            scale = half_steps(tier, batch, token, valid)
-            one, two = one / scale[:, None], two / scale[:, None]
-        for chunk in tl.range(0, chunks):
-            levels = load_levels(tier, batch, token, valid, chunk, TILE, CHUNK, DOT)
-            local = tl.arange(0, CHUNK)
-            column = chunk * (CHUNK // PLANES) + local // PLANES
-            channel = local % PLANES * (plain(tier.row) * UNIT) + column
-            stored = ((column < plain(tier.row) * UNIT) & (channel < plain(tier.channels)))[:, None]
-            at = up_proj + (plain(tier.start) + channel).to(tl.int64)[:, None] * (up_rank * 8)
-            if INTERLEAVED:
-                # One contiguous load that is split in registers.
-                dims = tl.arange(0, 2 * PAIRS)
-                up = tl.load(at + dims[None, :], mask=stored & (dims < HEAD_DIM)[None, :], other=0.0).to(DOT)
-                up_one, up_two = tl.split(tl.reshape(up, (CHUNK, PAIRS, 2)))
-            else:
-                up_one = tl.load(at + first[None, :], mask=stored & in_pairs[None, :], other=0.0).to(DOT)
-                up_two = tl.load(at + second[None, :], mask=stored & in_pairs[None, :], other=0.0).to(DOT)
-            one = tl.dot(levels, up_one, one, input_precision=PRECISION)
-            two = tl.dot(levels, up_two, two, input_precision=PRECISION)
-        if BITS < 16:
-            one, two = one * scale[:, None], two * scale[:, None]
-    return one, two
-
-
-@triton.jit
-def _rotate_pair(one, two, token, valid, cos, sin, frame_length, HALF: tl.constexpr, PAIRS: tl.constexpr):
-    """Rotate pairs ``[TILE, PAIRS]`` by their token's frame; ``cos`` and ``sin`` point to the row of the batch."""
-    pair = tl.arange(0, PAIRS)
-    offset = (token // frame_length).to(tl.int64)[:, None] * HALF + pair[None, :]
-    inside = valid[:, None] & (pair < HALF)[None, :]
-    c, s = tl.load(cos + offset, mask=inside, other=1.0), tl.load(sin + offset, mask=inside, other=0.0)
-    return one * c - two * s, two * c + one * s
-
-
-@triton.jit
 def reconstruct_pair(
     tiers, batch, token, valid, up_proj, up_rank, constant, cos, sin, frame_length,
     HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
@@ -111,20 +61,41 @@ def reconstruct_pair(
 ):  # fmt: skip
     """One head's states of some tokens, rotated: two tiles ``[TILE, PAIRS]`` float32, in columns of ``pair_columns``.
 
-    ``up_proj`` and ``constant`` point to the head, ``cos`` and
-    ``sin`` to the row of the batch.
+    ``up_proj`` and ``constant`` point to the head, ``cos`` and ``sin`` to the row of the batch.
     """
     first, second, in_pairs = pair_columns(0, HEAD_DIM, HALF, INTERLEAVED, PAIRS)
     one, two = tl.zeros((TILE, PAIRS), tl.float32), tl.zeros((TILE, PAIRS), tl.float32)
     for number in tl.static_range(len(tiers)):
-        one, two = _add_pair(
-            one, two, tiers[number], batch, token, valid, first, second, in_pairs, up_proj, up_rank,
-            HEAD_DIM, PAIRS, INTERLEAVED, TILE, CHUNK, DOT, PRECISION,
-        )  # fmt: skip
+        chunks = chunk_count(tiers[number], CHUNK)
+        if chunks > 0:
+            if tiers[number].bits < 16:
+                scale = half_steps(tiers[number], batch, token, valid)
+                one, two = one / scale[:, None], two / scale[:, None]
+            for chunk in tl.range(0, chunks):
+                levels = load_levels(tiers[number], batch, token, valid, chunk, TILE, CHUNK, DOT)
+                channel = local_channel(chunk * CHUNK + tl.arange(0, CHUNK), 0, tiers[number], CHUNK)
+                stored = (channel >= 0)[:, None]
+                at = up_proj + channel.to(tl.int64)[:, None] * (up_rank * 8)
+                if INTERLEAVED:
+                    # One contiguous load that is split in registers.
+                    dims = tl.arange(0, 2 * PAIRS)
+                    up = tl.load(at + dims[None, :], mask=stored & (dims < HEAD_DIM)[None, :], other=0.0).to(DOT)
+                    up_one, up_two = tl.split(tl.reshape(up, (CHUNK, PAIRS, 2)))
+                else:
+                    up_one = tl.load(at + first[None, :], mask=stored & in_pairs[None, :], other=0.0).to(DOT)
+                    up_two = tl.load(at + second[None, :], mask=stored & in_pairs[None, :], other=0.0).to(DOT)
+                one = tl.dot(levels, up_one, one, input_precision=PRECISION)
+                two = tl.dot(levels, up_two, two, input_precision=PRECISION)
+            if tiers[number].bits < 16:
+                one, two = one * scale[:, None], two * scale[:, None]
     one += tl.load(constant + first, mask=in_pairs, other=0.0)[None, :]
     two += tl.load(constant + second, mask=in_pairs, other=0.0)[None, :]
     if HALF > 0:
-        one, two = _rotate_pair(one, two, token, valid, cos, sin, frame_length, HALF, PAIRS)
+        pair = tl.arange(0, PAIRS)
+        offset = (token // frame_length).to(tl.int64)[:, None] * HALF + pair[None, :]
+        inside = valid[:, None] & (pair < HALF)[None, :]
+        c, s = tl.load(cos + offset, mask=inside, other=1.0), tl.load(sin + offset, mask=inside, other=0.0)
+        one, two = one * c - two * s, two * c + one * s
     return one, two
 
 
@@ -167,9 +138,8 @@ def _reconstruct(
 def reconstruct(side: LatentSide, dtype: torch.dtype = torch.float32) -> Tensor:
     """See ``reference.reconstruct``; half-precision states from products of the dtype of ``up_proj``, else float32.
 
-    Raises:
-        ValueError: If matrices do not fit the tiers or differ by batch element, head_dim is not a multiple of 16 up to
-            256, or rows of codes are not padded and aligned to 16 bytes.
+    ValueError if matrices do not fit the tiers or differ by batch element, head_dim is not a multiple of 16 up to 256,
+    or rows of codes are not padded and aligned to 16 bytes.
     """
     check_side("side", side)
     tiers, up = tier_arguments(side.tiers).tiers, up_proj_arguments(side)

@@ -34,10 +34,10 @@ __all__ = [
     "half_steps",
     "interpreted",
     "load_levels",
+    "local_channel",
     "plain",
     "precision",
     "rotary_arguments",
-    "three_part_precision",
     "tier_arguments",
     "unspecialised",
     "up_proj_arguments",
@@ -55,41 +55,26 @@ def unspecialised(number: int) -> int:
 
 
 class Tier(NamedTuple):
-    """One tier of a latent in a kernel; integers are ``unspecialised`` in its arguments.
+    """One tier of a latent in a kernel; integers are ``unspecialised`` in its arguments."""
 
-    Attributes:
-        codes: Points to the first row, or to that of a batch element.
-        steps: As ``codes``. Any aligned float16 tensor at 16 bits.
-        row: Length of a row in units of 16 bytes, 0 if the latent has no such tier.
-        codes_batch, codes_token: Strides in units of 16 bytes.
-        steps_batch, steps_token: Strides in elements.
-        start: The tier's first channel in the latent.
-        channels, bits: How many it has, and their width.
-    """
-
-    codes: Any
-    steps: Any
-    row: Any
-    codes_batch: Any
+    codes: Any  # points to the first row
+    steps: Any  # points to the first one; any aligned float16 tensor at 16 bits
+    row: Any  # length of a row in units of 16 bytes, 0 if the latent has no such tier
+    codes_batch: Any  # strides in units of 16 bytes
     codes_token: Any
-    steps_batch: Any
+    steps_batch: Any  # strides in elements
     steps_token: Any
-    start: Any
-    channels: Any
-    bits: tl.constexpr
+    start: Any  # the tier's first channel in the latent
+    channels: Any  # how many it has
+    bits: tl.constexpr  # their width
 
 
 @dataclass(frozen=True)
 class TierArguments:
-    """What kernels are given of a latent.
+    """What kernels are given of a latent."""
 
-    Attributes:
-        tiers: By ``BIT_WIDTHS``.
-        positions: That each of them takes before it is padded to whole chunks.
-    """
-
-    tiers: tuple[Tier, ...]
-    positions: tuple[int, ...]
+    tiers: tuple[Tier, ...]  # by ``BIT_WIDTHS``
+    positions: tuple[int, ...]  # that each of them takes before it is padded to whole chunks
 
     def chunks(self, chunk: int) -> int:
         """Chunks of ``chunk`` positions that all tiers take."""
@@ -97,10 +82,9 @@ class TierArguments:
 
 
 def tier_arguments(tiers: tuple[PackedTier, ...]) -> TierArguments:
-    """Check that kernels can read ``tiers`` and lay out their arguments.
+    """What kernels take of ``tiers``.
 
-    Raises:
-        ValueError: If there is no tier, a width comes twice, or rows are not padded and aligned to 16 bytes.
+    ValueError if there is no tier, a width comes twice, or rows are not padded and aligned to 16 bytes.
     """
     if not tiers:
         raise ValueError("tiers must hold at least one tier, got none")
@@ -135,11 +119,7 @@ def tier_arguments(tiers: tuple[PackedTier, ...]) -> TierArguments:
 
 
 def check_side(name: str, side: LatentSide) -> None:
-    """Check the matrices of a side.
-
-    Raises:
-        ValueError: If they do not fit its tiers, have a head_dim that kernels cannot take, or differ by batch element.
-    """
+    """Raise ValueError if a side's matrices do not fit its tiers, have a wrong head_dim, or differ by batch element."""
     shape, constant = side.up_proj.shape, side.constant.shape
     if len(shape) != 3 or len(constant) != 2:
         raise ValueError(
@@ -205,18 +185,17 @@ def dot_dtype(dtype: torch.dtype) -> tl.dtype:
     return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(dtype, tl.float32)
 
 
-def precision(exact: bool) -> str:
-    """How products of float32 operands are taken: exactly, or on tensor cores with the 11 bits of float16."""
+def precision(exact: bool, three_parts: bool = False) -> str:
+    """How products of float32 operands are taken: exactly, or on tensor cores with the 11 bits of float16.
+
+    ``three_parts`` have an error near that of float32.
+    """
     if exact or interpreted():
         return "ieee"
     target = triton.runtime.driver.active.get_current_target()
+    if three_parts:
+        return "tf32x3" if target.backend == "cuda" else "ieee"  # AMD's matrix cores multiply float32
     return "tf32" if target.backend == "cuda" or target.arch == "gfx942" else "ieee"
-
-
-def three_part_precision() -> str:
-    """How products of float32 operands are taken on matrix cores with an error near that of float32."""
-    nvidia = not interpreted() and triton.runtime.driver.active.get_current_target().backend == "cuda"
-    return "tf32x3" if nvidia else "ieee"  # AMD's matrix cores multiply float32
 
 
 @triton.jit
@@ -283,7 +262,8 @@ def load_levels(tier, batch, token, valid, chunk, TILE: tl.constexpr, CHUNK: tl.
 
 
 @triton.jit
-def _local_channel(position, first, tier, CHUNK: tl.constexpr):
+def local_channel(position, first, tier, CHUNK: tl.constexpr):
+    """The channels at some positions of a latent in which ``tier`` begins at ``first``, -1 where it has none."""
     BITS: tl.constexpr = tier.bits
     PLANES: tl.constexpr = 8 // BITS if BITS < 16 else 1
     COLUMNS: tl.constexpr = CHUNK // PLANES
@@ -302,6 +282,6 @@ def channel_of(position, tiers, CHUNK: tl.constexpr):
     channel = tl.full(position.shape, -1, tl.int32)
     for number in tl.static_range(len(tiers)):
         # A position lies in the row of one tier at most; the others say -1.
-        channel = tl.maximum(channel, _local_channel(position, first, tiers[number], CHUNK))
+        channel = tl.maximum(channel, local_channel(position, first, tiers[number], CHUNK))
         first += chunk_count(tiers[number], CHUNK) * CHUNK
     return channel

@@ -17,20 +17,11 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor
 
-__all__ = [
-    "Artefact",
-    "SavedTensors",
-    "config_digest",
-    "damage_named",
-    "integer",
-    "read_tensors",
-    "write_files",
-    "write_tensors",
-]
+__all__ = ["Artefact", "SavedTensors", "config_digest", "damage_named", "integer", "write_files"]
 
 # What wrong types and sizes in a file may raise where they are used.
 DAMAGE: tuple[type[Exception], ...] = (KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError)
@@ -45,11 +36,8 @@ def write_files(contents: Mapping[Path, bytes | Callable[[Path], object]]) -> No
     room. A process that is killed may leave files named ``.NAME.*``, which nothing reads, or, between two renames,
     files that do not belong together: one of them should hold a digest of the others.
 
-    Args:
-        contents: What each path shall hold: bytes, or a function that writes to the path it is given.
-
-    Raises:
-        OSError: If there is no room or no permission; nothing has changed then.
+    ``contents``: what each path shall hold: bytes, or a function that writes to the path it is given. OSError if there
+    is no room or no permission; nothing has changed then.
     """
     temporary: dict[Path, str] = {}
     try:
@@ -71,32 +59,11 @@ def write_files(contents: Mapping[Path, bytes | Callable[[Path], object]]) -> No
             Path(name).unlink(missing_ok=True)
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any], kind: str) -> None:
-    """One safetensors file whose metadata hold ``header`` as JSON under the name ``kind``.
-
-    Raises:
-        OSError: If it cannot be written; a file that was there stays as it was.
-    """
-    metadata = {kind: json.dumps(header)}
-    try:
-        write_files({Path(path): lambda part: save_file(dict(tensors), part, metadata=metadata)})
-    except SafetensorError as error:
-        raise OSError(f"{path} cannot be written: {error}") from error
-
-
-def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Header and tensors of what ``write_tensors`` wrote; what damage raises is left to ``damage_named``."""
-    with safe_open(str(path), framework="pt") as file:
-        return json.loads(file.metadata()[kind]), {name: file.get_tensor(name) for name in file.keys()}
-
-
 @contextmanager
 def damage_named(what: str, *also: type[Exception]) -> Iterator[None]:
-    """Turn what a damaged file can raise in the middle of reading it into a ValueError that says ``what`` it is.
+    """Turn what a damaged file can raise while it is read into a ValueError that begins with ``what`` it is.
 
-    Args:
-        what: How the message begins: ``"FOLDER holds damaged projections"``.
-        also: Errors that mean damage here, beside those of wrong types and sizes.
+    ``also``: errors that mean damage here, beside those of wrong types and sizes.
     """
     try:
         yield
@@ -108,40 +75,25 @@ def integer(number: Any, name: str, least: int = 0, most: int | None = None) -> 
     """``number`` if it is an integer of at least ``least`` and at most ``most``; else ValueError."""
     whole = isinstance(number, int) and not isinstance(number, bool)
     if not whole or number < least or (most is not None and number > most):
-        limits = f"at least {least}" if most is None else f"{least} to {most}"
-        raise ValueError(f"{name} must be an integer, {limits}, got {number!r}")
+        limits = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name} must be an integer {limits}, got {number!r}")
     return number
 
 
-class SavedTensors:
-    """Named tensors on their way to a file or back; what comes from a file is checked as it is taken.
-
-    Args:
-        tensors: What a file held; nothing for tensors that are to be written.
-    """
-
-    def __init__(self, tensors: Mapping[str, Tensor] | None = None):
-        self._tensors = dict(tensors or {})
+class SavedTensors(dict[str, Tensor]):
+    """Named tensors on their way to a file or, made of what it held, back; these are checked as they are taken."""
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Add a tensor, without the unused room of the buffer it may be a view of."""
-        self._tensors[name] = tensor.detach().cpu().contiguous()
-
-    def all(self) -> dict[str, Tensor]:
-        """Every tensor by name, on the CPU."""
-        return self._tensors
+        self[name] = tensor.detach().cpu().contiguous()
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors.values())
+        return sum(tensor.nbytes for tensor in self.values())
 
     def take(self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Remove a tensor and return it in memory of its own on ``device``.
-
-        Raises:
-            ValueError: If there is none of that name, or its shape or dtype is another.
-        """
-        tensor = self._tensors.pop(name, None)
+        """Remove a tensor and return it in memory of its own on ``device``; ValueError if it is missing or unlike."""
+        tensor = self.pop(name, None)
         if tensor is None:
             raise ValueError(f"tensor {name} is missing")
         if list(tensor.shape) != list(shape) or tensor.dtype != dtype:
@@ -153,32 +105,24 @@ class SavedTensors:
 
     def check_empty(self) -> None:
         """Raise ValueError if a tensor was not taken."""
-        if self._tensors:
-            raise ValueError(f"tensors {sorted(self._tensors)} belong to nothing")
+        if self:
+            raise ValueError(f"tensors {sorted(self)} belong to nothing")
 
 
 @dataclass(frozen=True)
 class Artefact:
     """A kind of folder: its file names, the version of its format, and the words that messages use.
 
-    The JSON is replaced last, and vouches for itself and for the tensors by SHA-256.
-
-    Attributes:
-        name: As in "holds no NAME".
-        damaged: As in "holds DAMAGED".
-        config_file: The JSON.
-        tensor_file: The safetensors; ``*`` stands for the beginning of their digest, so that an older file stays valid
-            until the JSON names the new one.
-        version: Of the format: the one that can be read.
-        remedy: What makes the artefact anew, for the error that names another version.
+    The JSON is replaced last, and vouches for itself and for the tensors by SHA-256. ``*`` in the tensors' name stands
+    for the beginning of their digest, so that an older file stays valid until the JSON names the new one.
     """
 
-    name: str
-    damaged: str
-    config_file: str
-    tensor_file: str
-    version: int
-    remedy: str
+    name: str  # as in "holds no NAME"
+    damaged: str  # as in "holds DAMAGED"
+    config_file: str  # the JSON
+    tensor_file: str  # the safetensors
+    version: int  # of the format: the one that can be read
+    remedy: str  # what makes the artefact anew, for the error that names another version
 
     def write(
         self, folder: str | Path, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], readme: str | None = None
@@ -199,7 +143,7 @@ class Artefact:
         digest = hashlib.sha256(payload).hexdigest()
         config = {"format_version": self.version, **facts, "tensors_sha256": digest}
         text = json.dumps({**config, "config_sha256": config_digest(config)}, indent=1)
-        current = folder / self._tensor_file(digest)
+        current = folder / self.tensor_file.replace("*", digest[:16])
         files: dict[Path, bytes | Callable[[Path], object]] = {current: payload}
         if readme is not None and not (folder / "README.md").exists():
             files[folder / "README.md"] = readme.encode()
@@ -212,8 +156,7 @@ class Artefact:
         """What ``write`` wrote, from a folder or from a repository on the hub, whole and undamaged.
 
         Args:
-            download: ``revision``, ``token``, ``cache_dir``, ``local_files_only`` and ``force_download``, see
-                ``huggingface_hub.snapshot_download``.
+            download: Options of ``huggingface_hub.snapshot_download``, those in ``DOWNLOAD``.
 
         Returns:
             Where it lies, its facts, and its tensors, which are mapped: pages are read when they are used.
@@ -236,7 +179,7 @@ class Artefact:
             raise ValueError(
                 f"tensors_sha256 of {folder / self.config_file} must be 64 hexadecimal digits, got {digest!r}"
             )
-        path = folder / self._tensor_file(digest)
+        path = folder / self.tensor_file.replace("*", digest[:16])
         self._check_there(path)
         with open(path, "rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -250,21 +193,14 @@ class Artefact:
         return damage_named(f"{folder} holds {self.damaged}", *also)
 
     def push(self, folder: str | Path, repo_id: str, **options: Any) -> str:
-        """Upload ``folder`` to a repository on the hub, which is made if there is none.
+        """Upload ``folder`` to a repository on the hub, made if there is none; returns the address of the commit.
 
-        Args:
-            options: ``private``, ``token``, ``revision``, ``create_pr`` and ``commit_message`` of ``huggingface_hub``.
-
-        Returns:
-            The address of the commit.
+        ``options``: ``private``, ``token``, ``revision``, ``create_pr`` and ``commit_message`` of ``huggingface_hub``.
         """
         api = HfApi(token=options.pop("token", None))
         repository = api.create_repo(repo_id, private=options.pop("private", None), exist_ok=True).repo_id
         replaced = [self.tensor_file] if "*" in self.tensor_file else None
         return str(api.upload_folder(repo_id=repository, folder_path=folder, delete_patterns=replaced, **options))
-
-    def _tensor_file(self, digest: str) -> str:
-        return self.tensor_file.replace("*", digest[:16])
 
     def _check_there(self, path: Path) -> None:
         if not path.is_file():

@@ -1,5 +1,6 @@
 """``Basis``: the matrices that take the states of some heads to a latent and back."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -7,20 +8,23 @@ from torch import Tensor
 
 from lowrank_cache.shapes import BOTH, SIDES
 
-__all__ = ["Basis"]
+__all__ = ["TENSORS", "Basis", "basis_name"]
 
 TENSORS = ("down_proj", "up_proj", "offset", "loss", "constant")  # in the order in which they are saved
+
+
+def basis_name(side: str, layers: Sequence[int], heads: Sequence[int]) -> str:
+    """What messages, and files before each tensor, call a basis."""
+    return f"{side}.layers_{layers[0]}_{layers[-1]}.heads_{'-'.join(map(str, heads))}"
 
 
 @dataclass(frozen=True)
 class Basis:
     """Down- and up-projection of the keys, the values or both of a layer group, for some of its heads.
 
-    With ``x`` the states of one token, ``[width]``, layers outermost, then keys before values, then
-    ``heads``, then head_dim:
-    ``z = x @ down_proj`` is its latent, of unit variance per channel, and ``x ≈ z @ up_proj +
-    constant``. Keys are in their rotary frame (docs/method.md). Channels are sorted by ``loss``,
-    descending.
+    With ``x`` the states of one token, ``[width]``, layers outermost, then keys before values, heads and
+    head_dim, ``z = x @ down_proj`` is its latent, of unit variance per channel, and ``x ≈ z @ up_proj +
+    constant``. Keys are in their rotary frame (docs/method.md). Channels descend by ``loss``.
 
     Attributes:
         side: ``"key"`` or ``"value"``: which argument of ``Cache.update``; ``"both"`` for one latent of
@@ -52,19 +56,17 @@ class Basis:
         if self.side not in (*SIDES, BOTH):
             raise ValueError(f"side must be 'key', 'value' or 'both', got {self.side!r}")
         width, rank = self.down_proj.shape
-        expected = {"up_proj": (rank, width), "offset": (rank,), "loss": (rank,), "constant": (width,)}
-        for name, shape in expected.items():
+        shapes = (width, rank), (rank, width), (rank,), (rank,), (width,)
+        for name, shape in zip(TENSORS, shapes, strict=True):
             tensor = getattr(self, name)
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"{self.name}: {name} must have shape {list(shape)}, got {list(tensor.shape)}")
-        for name in TENSORS:
-            if not bool(torch.isfinite(getattr(self, name)).all()):
+            if not bool(torch.isfinite(tensor).all()):
                 raise ValueError(f"{self.name}: {name} must be finite, got NaN or infinity")
 
     @property
     def name(self) -> str:
-        heads = "-".join(map(str, self.heads))
-        return f"{self.side}.layers_{self.layers[0]}_{self.layers[-1]}.heads_{heads}"
+        return basis_name(self.side, self.layers, self.heads)
 
     @property
     def width(self) -> int:
@@ -76,7 +78,7 @@ class Basis:
 
     @property
     def nbytes(self) -> int:
-        return sum(getattr(self, name).numel() * getattr(self, name).element_size() for name in TENSORS)
+        return sum(getattr(self, name).nbytes for name in TENSORS)
 
     def truncate(self, rank: int) -> "Basis":
         """A copy with the first ``rank`` channels; the others are read as their mean."""

@@ -10,11 +10,9 @@ tier, and one float16 step per quantized tier. See docs/method.md, "Spending bit
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, islice, pairwise
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from lowrank_cache.basis import Basis
 from lowrank_cache.kernels.packed import BIT_WIDTHS, ROW_BYTES, STEP_BYTES, tier_bytes
@@ -55,11 +53,9 @@ def tiers_loss(loss: np.ndarray, tiers: Tiers) -> float:
 
 @dataclass(frozen=True)
 class GroupPlan:
-    """What is stored of one latent.
+    """What is stored of one latent, which consists of ``bases``.
 
-    Attributes:
-        bases: What the latent consists of.
-        tiers: ``(bits, channels)``, most bits first; ``channels`` index the channels of ``bases`` laid end to end.
+    ``tiers`` are ``(bits, channels)``, most bits first; ``channels`` index the channels of ``bases`` laid end to end.
     """
 
     bases: tuple[Basis, ...]
@@ -77,18 +73,13 @@ class GroupPlan:
 
     def ranks(self) -> list[int]:
         """How many channels of each basis are stored: its first ones, whatever the method."""
-        ranks, start = [], 0
-        for basis in self.bases:
-            ranks.append(sum(start <= channel < start + basis.rank for channel in self.channels))
-            start += basis.rank
-        return ranks
+        basis_of = np.repeat(np.arange(len(self.bases)), [basis.rank for basis in self.bases])
+        return np.bincount(basis_of[self.channels], minlength=len(self.bases)).tolist()
 
     def predicted_loss(self) -> float:
         """Predicted loss per token, in nats, of storing these tiers and nothing else."""
-        loss = _loss(self.bases).double()
-        kept = set(self.channels)
-        rest = [channel for channel in _sorted_channels(self.bases).tolist() if channel not in kept]
-        ordered = loss[torch.tensor(self.channels + rest, dtype=torch.long)].numpy()
+        loss = _loss(self.bases)
+        ordered = np.concatenate([loss[self.channels], np.delete(loss, self.channels)])
         return tiers_loss(ordered, tuple((bits, len(channels)) for bits, channels in self.tiers))
 
 
@@ -110,10 +101,7 @@ def plan_groups(
     Args:
         groups: The bases of a model by latent, channels sorted by predicted loss.
         shape: Of the model.
-        compression_ratio: Full bytes per token over latent bytes per token, at least 1. Ignored if
-            ``ranks`` is given.
-        ranks: Channels to keep: for every basis alike, or ``{layer: (key_rank, value_rank)}`` naming
-            the first layer of each layer group; keys and values in one latent keep the sum of both.
+        compression_ratio, ranks: See ``LowRankCache``; the ratio is ignored if ``ranks`` are given.
         bits: One width for all kept channels; None lets the budget mix 16, 8, 4, 2 and 0 bits (16
             with ``ranks``, and for methods that set ranks by projection).
         least_ratio: The ratio for which the bases were truncated.
@@ -122,11 +110,9 @@ def plan_groups(
         ValueError: If an argument is out of range or the ratio cannot be reached.
         TypeError: If an argument has the wrong type.
     """
-    _check_bits(bits)
+    _check(compression_ratio, ranks, bits, sorted({basis.layers[0] for bases in groups for basis in bases}))
     if ranks is not None:
-        _check_ranks(ranks, sorted({basis.layers[0] for bases in groups for basis in bases}))
         return [_uniform_plan(bases, [_rank_of(basis, ranks) for basis in bases], bits or 16) for bases in groups]
-    check_compression_ratio(compression_ratio)
     if compression_ratio < least_ratio:
         raise ValueError(
             f"compression_ratio must be at least {least_ratio:g}, for which these projections were truncated, got "
@@ -140,11 +126,7 @@ def plan_groups(
     if any(basis.rank_weight is not None for bases in groups for basis in bases):
         plans = _plan_by_weight(groups, budget, bits or 16)
     else:
-        levels = BIT_WIDTHS if bits is None else (bits,)
-        # A channel that is not stored is read as its mean, so dropping it costs its variance alone.
-        losses = [_loss(bases)[_sorted_channels(bases)].double().numpy() for bases in groups]
-        chosen = spend(losses, budget, levels)
-        plans = [_loss_plan(bases, tiers) for bases, tiers in zip(groups, chosen, strict=True)]
+        plans = _plan_by_loss(groups, budget, BIT_WIDTHS if bits is None else (bits,))
     if all(not plan.tiers for plan in plans):
         largest = math.floor(full / _least_bytes(groups, bits) * 100) / 100
         raise ValueError(
@@ -165,24 +147,24 @@ def check_compression_ratio(compression_ratio: float) -> None:
         raise ValueError(f"compression_ratio must be at least 1, got {compression_ratio}{hint}")
 
 
-def _check_bits(bits: int | None) -> None:
+def _check(compression_ratio: float, ranks: Ranks | None, bits: int | None, firsts: list[int]) -> None:
+    """Raise unless each is in range; ``firsts`` are the groups' first layers, which a mapping ``ranks`` must name."""
     if bits is not None and (not isinstance(bits, int) or bits not in BIT_WIDTHS):
         raise ValueError(f"bits must be one of {BIT_WIDTHS} or None, got {bits!r}")
-
-
-def _check_ranks(ranks: Ranks, firsts: list[int]) -> None:
-    """Raise unless ``ranks`` is a number, or holds a pair for each of ``firsts``, the groups' first layers."""
-    if isinstance(ranks, int) and not isinstance(ranks, bool):
+    if ranks is None:
+        check_compression_ratio(compression_ratio)
+    if ranks is None or (isinstance(ranks, int) and not isinstance(ranks, bool)):
         return
     if not isinstance(ranks, Mapping):
         raise TypeError(f"ranks must be an integer or a mapping {{layer: (key_rank, value_rank)}}, got {ranks!r}")
     if set(ranks) != set(firsts):
         raise ValueError(f"ranks must name the first layer of each layer group, {firsts}, got {list(ranks)}")
     for layer, pair in ranks.items():
-        if not isinstance(pair, tuple | list) or len(pair) != 2:
-            raise ValueError(f"ranks[{layer}] must be a pair (key_rank, value_rank), got {pair!r}")
-        if any(not isinstance(rank, int) or isinstance(rank, bool) or rank < 0 for rank in pair):
-            raise ValueError(f"ranks[{layer}] must be a pair of integers of at least 0, got {pair!r}")
+        is_pair = isinstance(pair, tuple | list) and len(pair) == 2
+        if not is_pair or any(not isinstance(rank, int) or isinstance(rank, bool) or rank < 0 for rank in pair):
+            raise ValueError(
+                f"ranks[{layer}] must be a pair (key_rank, value_rank) of integers of at least 0, got {pair!r}"
+            )
 
 
 def _within(rank: int, name: str, least: int, most: int) -> int:
@@ -203,11 +185,7 @@ def _rank_of(basis: Basis, ranks: Ranks) -> int:
 def _ranks_by_weight(
     weights: Sequence[float], caps: Sequence[int], fits: Callable[[list[int]], bool], *, whole: bool = False
 ) -> list[int]:
-    """The largest ranks in proportion to ``weights``, each at most its cap, that fit; by bisection on the factor.
-
-    Args:
-        whole: Try whole factors only.
-    """
+    """The largest ranks, at most ``caps``, that fit: ``weights`` times one factor (``whole`` or not), by bisection."""
 
     def ranks(factor: float) -> list[int]:
         return [min(cap, round(factor * weight)) for weight, cap in zip(weights, caps, strict=True)]
@@ -247,26 +225,26 @@ def _least_bytes(groups: Sequence[tuple[Basis, ...]], bits: int | None) -> int:
     return sum(tier_bytes(bits or 16, count) for count in counts)
 
 
-def _loss(bases: tuple[Basis, ...]) -> Tensor:
-    return torch.cat([basis.loss for basis in bases])
+def _loss(bases: tuple[Basis, ...]) -> np.ndarray:
+    return np.concatenate([basis.loss.double().numpy() for basis in bases])
 
 
-def _sorted_channels(bases: tuple[Basis, ...]) -> Tensor:
-    return _loss(bases).argsort(descending=True, stable=True)
-
-
-def _loss_plan(bases: tuple[Basis, ...], counts: Tiers) -> GroupPlan:
-    channels = iter(_sorted_channels(bases).tolist())
-    return GroupPlan(bases, tuple((bits, tuple(next(channels) for _ in range(count))) for bits, count in counts))
+def _plan_by_loss(groups: Sequence[tuple[Basis, ...]], budget: float, levels: tuple[int, ...]) -> list[GroupPlan]:
+    """A channel that is not stored is read as its mean, so dropping it costs its variance alone."""
+    losses = [_loss(bases) for bases in groups]
+    orders = [np.argsort(-loss, kind="stable") for loss in losses]
+    plans = []
+    chosen = spend([loss[order] for loss, order in zip(losses, orders, strict=True)], budget, levels)
+    for bases, order, tiers in zip(groups, orders, chosen, strict=True):
+        channels = iter(order.tolist())
+        plans.append(GroupPlan(bases, tuple((bits, tuple(islice(channels, count))) for bits, count in tiers)))
+    return plans
 
 
 def _uniform_plan(bases: tuple[Basis, ...], kept: list[int], bits: int) -> GroupPlan:
-    channels: list[int] = []
-    start = 0
-    for basis, rank in zip(bases, kept, strict=True):
-        channels.extend(range(start, start + rank))
-        start += basis.rank
-    return GroupPlan(bases, ((bits, tuple(channels)),) if channels else ())
+    starts = accumulate((basis.rank for basis in bases), initial=0)
+    channels = tuple(start + channel for start, rank in zip(starts, kept, strict=False) for channel in range(rank))
+    return GroupPlan(bases, ((bits, channels),) if channels else ())
 
 
 def prompt_ranks(
@@ -281,16 +259,9 @@ def prompt_ranks(
     Without ``ranks``, each group gets its own layers' share of the bytes per token: the largest key rank with a
     value rank of one and a half times it, both at most the group's width. Values that are rotated (MLA models hand
     over their rotary key as values) stay exact, as in the paper, and take their bytes from the latents.
-
-    Raises:
-        ValueError: If an argument is out of range or the ratio cannot be reached.
-        TypeError: If an argument has the wrong type.
+    Raises what ``plan_groups`` does.
     """
-    _check_bits(bits)
-    if ranks is None:
-        check_compression_ratio(compression_ratio)
-    else:
-        _check_ranks(ranks, [group[0] for group in groups])
+    _check(compression_ratio, ranks, bits, [group[0] for group in groups])
     chosen = []
     for group in groups:
         full = [shape.layer(group[0]).side(side).width * len(group) for side in SIDES]
@@ -344,21 +315,19 @@ def spend(losses: Sequence[np.ndarray], budget: float, levels: tuple[int, ...] =
     """
     fronts = [_front(loss, levels) for loss in losses]
     hulls = [_lower_hull(sizes, least) for sizes, least, _ in fronts]
-    position = [0] * len(fronts)  # index into the hull
+    chosen = [hull[0] for hull in hulls]
     remaining = budget
     steps = []
     for latent, ((sizes, least, _), hull) in enumerate(zip(fronts, hulls, strict=True)):
-        for step, (here, there) in enumerate(pairwise(hull)):
+        for here, there in pairwise(hull):
             price = sizes[there] - sizes[here]
-            steps.append(((least[here] - least[there]) / price, latent, step, price))
+            steps.append(((least[there] - least[here]) / price, latent, there, price))
     stopped = set()
-    for _, latent, step, price in sorted(steps, key=lambda entry: (-entry[0], entry[1], entry[2])):
+    for _, latent, there, price in sorted(steps):
         if latent in stopped or price > remaining:
             stopped.add(latent)  # later steps of this latent build on the one that did not fit
             continue
-        position[latent] = step + 1
-        remaining -= price
-    chosen = [hull[at] for hull, at in zip(hulls, position, strict=True)]
+        chosen[latent], remaining = there, remaining - price
     _spend_rest(fronts, chosen, remaining)
     return [choices[at] for (_, _, choices), at in zip(fronts, chosen, strict=True)]
 
@@ -381,38 +350,28 @@ def _spend_rest(fronts: list, chosen: list[int], remaining: float) -> None:
 def _front(loss: np.ndarray, levels: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, list[Tiers]]:
     """Choices of one latent that no cheaper choice beats: sizes (ascending), losses, tiers."""
     channels = len(loss)
-    granules = {bits: ROW_BYTES * 8 // bits for bits in BIT_WIDTHS}
-    stride = {bits: 1 for bits in granules}
+    granules = {bits: ROW_BYTES * 8 // bits for bits in BIT_WIDTHS if bits in levels}
+    strides = dict(granules)
 
     def options(bits: int) -> np.ndarray:
-        if bits not in levels:
-            return np.zeros(1, dtype=np.int64)
-        return np.minimum(
-            np.arange(0, channels + granules[bits] * stride[bits], granules[bits] * stride[bits]), channels
-        )
+        return np.minimum(np.arange(0, channels + strides[bits], strides[bits]), channels)
 
-    while np.prod([float(len(options(bits))) for bits in granules]) > _MAX_CHOICES:
-        finest = max((bits for bits in granules if bits in levels), key=lambda bits: len(options(bits)))
-        stride[finest] *= 2
-    grid = np.stack(np.meshgrid(*(options(bits) for bits in granules), indexing="ij"), -1).reshape(-1, len(granules))
-    edges = np.minimum(grid.cumsum(1), channels)
-    counts = np.diff(edges, axis=1, prepend=0)
+    while math.prod(len(options(bits)) for bits in granules) > _MAX_CHOICES:
+        strides[max(granules, key=lambda bits: len(options(bits)))] *= 2
+    grid = np.stack(np.meshgrid(*map(options, granules), indexing="ij"), -1).reshape(-1, len(granules))
+    ends = np.minimum(grid.cumsum(1), channels)
+    counts = np.diff(ends, axis=1, prepend=0)
     summed = np.concatenate([[0.0], np.cumsum(loss)])
-    losses = summed[-1] - summed[edges[:, -1]]
-    sizes = np.zeros(len(counts), dtype=np.int64)
-    start = np.zeros(len(counts), dtype=np.int64)
+    held = np.diff(summed[ends], axis=1, prepend=0.0)  # loss of what each tier takes
+    losses, sizes = summed[-1] - summed[ends[:, -1]], np.zeros(len(counts), dtype=np.int64)
     for column, bits in enumerate(granules):
-        end = edges[:, column]
-        losses = losses + DISTORTION[bits] * (summed[end] - summed[start])
-        used = counts[:, column]
-        padded = -(-used // granules[bits]) * granules[bits]
-        sizes += padded * bits // 8 + np.where((used > 0) & (bits < 16), STEP_BYTES, 0)
-        start = end
+        losses = losses + DISTORTION[bits] * held[:, column]
+        rows = -(-counts[:, column] // granules[bits])
+        sizes += rows * ROW_BYTES + np.where((rows > 0) & (bits < 16), STEP_BYTES, 0)
     order = np.lexsort((losses, sizes))
     sizes, losses, counts = sizes[order], losses[order], counts[order]
     best_before = np.minimum.accumulate(np.concatenate([[np.inf], losses[:-1]]))
     keep = losses < best_before
-    keep[0] = True
     choices = [
         tuple((bits, int(count)) for bits, count in zip(granules, choice, strict=True) if count)
         for choice in counts[keep]
@@ -427,9 +386,8 @@ def _lower_hull(sizes: np.ndarray, losses: np.ndarray) -> list[int]:
         while len(hull) >= 2:
             first, second = hull[-2], hull[-1]
             slope = (losses[second] - losses[first]) / (sizes[second] - sizes[first])
-            if losses[point] <= losses[first] + slope * (sizes[point] - sizes[first]):
-                hull.pop()
-            else:
+            if losses[point] > losses[first] + slope * (sizes[point] - sizes[first]):
                 break
+            hull.pop()
         hull.append(point)
     return hull

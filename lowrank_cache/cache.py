@@ -264,7 +264,7 @@ class LowRankCache(Cache):
             OSError: If there is no room or no permission.
         """
         facts, tensors = self._gathered()
-        saved_cache.ARTEFACT.write(folder, facts, tensors.all())
+        saved_cache.ARTEFACT.write(folder, facts, tensors)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Save to a repository on the hub and return the commit's address; ``options``: see ``Artefact.push``."""

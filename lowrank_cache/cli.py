@@ -1,10 +1,15 @@
 """The ``lowrank-cache`` command and its sub-commands: arguments and messages."""
 
 import platform
+import re
 import time
+from collections.abc import Callable
+from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
+from inspect import Parameter, Signature, signature
+from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_origin
 
 import torch
 import typer
@@ -14,14 +19,16 @@ from typer.core import TyperGroup
 from lowrank_cache import Projections, calibration
 from lowrank_cache.calibration.collect import NoGradientError
 from lowrank_cache.calibration.text import mixed_batches
+from lowrank_cache.evaluation import inputs
 from lowrank_cache.evaluation.bench import WEIGHTS_ALONE, BenchSettings
 from lowrank_cache.evaluation.bench import bench as run_bench
-from lowrank_cache.evaluation.caches import GRAMMAR
+from lowrank_cache.evaluation.caches import GRAMMAR, CacheSizes
 from lowrank_cache.evaluation.demo import DownloadError, run_demo
 from lowrank_cache.evaluation.evaluate import EvaluationSettings, run_evaluation
-from lowrank_cache.evaluation.inputs import CALIBRATION_TOKENS, Run, check_dtype, load_model, load_text, processor
+from lowrank_cache.evaluation.inputs import Run, load_model, load_text, processor
 from lowrank_cache.evaluation.inspection import inspect_projections, plot_projections
 from lowrank_cache.evaluation.tasks import TASKS
+from lowrank_cache.kernels import native
 
 __all__ = ["app"]
 
@@ -44,29 +51,36 @@ app = typer.Typer(
 PACKAGES = "lowrank-cache torch transformers triton accelerate safetensors huggingface_hub bitsandbytes numpy".split()
 EVAL_CACHES = ["full", "quantized-fp8", "fisher:8"]
 BENCH_CACHES = ["full", WEIGHTS_ALONE, "quantized-fp8", "fisher:8,groups=1,frame=64,joint=0", "fisher:10"]
-TEXTS = (
-    "a UTF-8 file, dataset:NAME[,config=C][,split=S][,column=T], python-sources or messages:LANGUAGE; by default "
-    "WikiText-2, or Python's own documentation where the hub does not answer or datasets is not installed."
-)
-# Options that several commands share: one name, one meaning, one default.
-Model = Annotated[str | None, typer.Argument(help="Name on the hub, or folder, of a model; SmolLM2-135M by default.")]
 Cache = Annotated[list[str] | None, typer.Option(help=f"A cache to measure, repeatable: a baseline or {GRAMMAR}.")]
 BenchCache = Annotated[
     list[str] | None,
     typer.Option(help=f"As for eval, or {WEIGHTS_ALONE}; ',attend=0' at the end reconstructs keys and values."),
 ]
-CalibrateOn = Annotated[str | None, typer.Option("--calibrate-on", "--data", help=f"Text to calibrate on: {TEXTS}")]
-EvaluateOn = Annotated[str | None, typer.Option("--evaluate-on", "--text", help=f"Text to evaluate on: {TEXTS}")]
-Moments = Annotated[Path | None, typer.Option(help="Statistics of an earlier run, not to calibrate again.")]
+Out = Annotated[Path, typer.Option(help="Folder of the results; rerunning resumes.")]
 Ready = Annotated[list[str] | None, typer.Option(help="Ready projections: folder or hub repository; one of a method.")]
-Tokens = Annotated[int, typer.Option(help="Calibration tokens, rounded down to whole windows.")]
-RecallShare = Annotated[float, typer.Option(help="Fraction of calibration sequences that are generated look-ups.")]
-Sensitivity = Annotated[str, typer.Option(help="gradient, or query where gradients do not pass through the model.")]
-Dtype = Annotated[str, typer.Option(help="Dtype of the model: float32, bfloat16, float16; auto: the checkpoint's.")]
-Device = Annotated[str | None, typer.Option(help="Torch device; the GPU if there is one.")]
 Ratio = Annotated[float, typer.Option(help="Target compression ratio per token in latents.")]
-Residual = Annotated[int, typer.Option(help="Recent tokens that a cache keeps exactly.")]
-Block = Annotated[int, typer.Option(help="Tokens that a cache encodes at once.")]
+
+
+def _takes(*parts: type) -> Callable[[Any], Any]:
+    """Give a command that takes ``**options`` the annotated fields of dataclasses as options."""
+
+    def with_options(command: Any) -> Any:
+        own = [one for one in signature(command).parameters.values() if one.kind is not Parameter.VAR_KEYWORD]
+        more = [
+            Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+            for field in chain(*map(fields, parts))
+            if get_origin(field.type) is Annotated
+        ]
+        command.__signature__ = Signature([*own, *more])
+        return command
+
+    return with_options
+
+
+def _made(kind: type, options: dict[str, Any], **more: Any) -> Any:
+    """One of the dataclasses of ``_takes``, from those of the options that are its fields."""
+    names = {field.name for field in fields(kind)}
+    return kind(**{name: value for name, value in options.items() if name in names}, **more)
 
 
 @app.command()
@@ -80,12 +94,13 @@ def env() -> None:
             typer.echo(f"{name} is not installed")
     accelerators = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     typer.echo(f"processor: {processor()}")
+    typer.echo(f"attention on CPUs: {native.build().description}")
     typer.echo(f"accelerators: {', '.join(accelerators) or 'none'}; {torch.get_num_threads()} threads")
 
 
 @app.command()
 def demo(
-    calibrate_on: CalibrateOn = None,
+    calibrate_on: inputs.CalibrateOn = None,
     out: Annotated[Path, typer.Option(help="Folder for the projections.")] = Path("artefacts/demo"),
     ratio: Ratio = 8.0,
 ) -> None:
@@ -97,13 +112,15 @@ def demo(
 def calibrate(
     model: Annotated[str, typer.Argument(help="Name on the hub, or folder, of a decoder-only model.")],
     out: Annotated[Path, typer.Option(help="Folder for the projections.")],
-    calibrate_on: CalibrateOn = None,
-    tokens: Tokens = CALIBRATION_TOKENS,
+    calibrate_on: inputs.CalibrateOn = None,
+    tokens: inputs.Tokens = inputs.CALIBRATION_TOKENS,
     window: Annotated[int, typer.Option(help="Tokens per calibration sequence.")] = 512,
-    recall_share: RecallShare = 0.5,
+    recall_share: inputs.RecallShare = 0.5,
     seed: Annotated[int, typer.Option(help="Of the generated look-ups.")] = 0,
     method: Annotated[str | None, typer.Option(help="How bases are found: fisher (default), palu or recalkv.")] = None,
-    preset: Annotated[str, typer.Option(help="smallest or fastest: defaults of the next three options.")] = "smallest",
+    preset: Annotated[
+        Literal["smallest", "fastest"], typer.Option(help="Defaults of the next three options.")
+    ] = "smallest",
     frame_length: Annotated[int | None, typer.Option(help="Tokens per rotary frame; 1 stores pre-RoPE keys.")] = None,
     layer_group_size: Annotated[
         str | None, typer.Option(help="Layers that share a latent: a number, KEYS,VALUES or auto.")
@@ -113,14 +130,11 @@ def calibrate(
         float | None, typer.Option(help="Ratio at 16 bits for recalkv's values; 3 by default.")
     ] = None,
     save_moments: Annotated[Path | None, typer.Option(help="File for the statistics, for eval and bench.")] = None,
-    sensitivity: Sensitivity = "gradient",
-    dtype: Dtype = "auto",
-    device: Device = None,
+    sensitivity: inputs.Sensitivity = "gradient",
+    dtype: inputs.Dtype = "auto",
+    device: inputs.Device = None,
 ) -> None:
     """Calibrate projections for MODEL on text and save them."""
-    check_dtype(dtype, auto=True)
-    if preset not in calibration.PRESETS:
-        raise ValueError(f"preset must be one of {sorted(calibration.PRESETS)}, got {preset!r}")
     options: dict[str, Any] = {
         "method": method, "frame_length": frame_length, "layer_group_size": _group_size(layer_group_size),
         "joint": joint, "refit_ratio": refit_ratio, "save_moments": save_moments, "sensitivity": sensitivity,
@@ -158,86 +172,46 @@ def inspect(
 
 
 @app.command(name="eval")
+@_takes(Run, EvaluationSettings)
 def evaluate(
-    model: Model = None,
     cache: Cache = None,
-    out: Annotated[Path, typer.Option(help="Folder of the report; rerunning resumes.")] = Path("artefacts/eval"),
+    out: Out = Path("artefacts/eval"),
     projections: Ready = None,
-    evaluate_on: EvaluateOn = None,
-    calibrate_on: CalibrateOn = None,
-    moments: Moments = None,
-    tokens: Tokens = CALIBRATION_TOKENS,
-    recall_share: RecallShare = 0.5,
-    sensitivity: Sensitivity = "gradient",
+    device: inputs.Device = None,
     lengths: Annotated[
         str, typer.Option(help="Tokens of contexts, by commas; empty for no tasks, bytes, times.")
     ] = "1024,2048,4096",
     tasks: Annotated[str, typer.Option(help="Long-context tasks, separated by commas.")] = ",".join(TASKS),
-    samples: Annotated[int, typer.Option(help="Contexts of each task and length; 0 for none.")] = 16,
-    lookups: Annotated[int, typer.Option(help="Questions about key–value lists of 22 entries, 4 a list.")] = 64,
     needles: Annotated[
         list[str] | None, typer.Option(help="TOKENS:QUESTIONS about codes in prose; repeatable.")
     ] = None,
-    windows: Annotated[int, typer.Option(help="Windows of text for the perplexity; 0 for none.")] = 16,
-    window: Annotated[int, typer.Option(help="Tokens per window.")] = 1024,
-    chunk: Annotated[int, typer.Option(help="Tokens per forward.")] = 128,
-    prompt: Annotated[int, typer.Option(help="Tokens of a first, unscored forward; 0 for a chunk, all scored.")] = 0,
-    batch: Annotated[int, typer.Option(help="Windows, lists or texts per forward.")] = 4,
-    residual_length: Residual = 128,
-    block_size: Block = 64,
-    seed: Annotated[int, typer.Option(help="Of look-ups, needles and tasks.")] = 0,
-    chat: Annotated[bool, typer.Option(help="Ask in the model's chat template.")] = False,
-    attend: Annotated[bool, typer.Option(help="Attend to latents, or reconstruct keys and values.")] = True,
-    dtype: Dtype = "bfloat16",
-    device: Device = None,
+    **options: Any,
 ) -> None:
     """Evaluate caches on MODEL: perplexity, look-ups, long-context tasks, bytes and times, as a report."""
-    settings = EvaluationSettings(
-        lengths=_numbers("lengths", lengths) if lengths else (), tasks=tuple(map(str.strip, tasks.split(","))),
-        samples=samples, lookups=lookups, needles=_needles(needles or []), windows=windows, window=window,
-        chunk=chunk, prompt=prompt, batch=batch, chat=chat, attend=attend, seed=seed,
-        residual_length=residual_length, block_size=block_size,
-    )  # fmt: skip
-    run = Run(
-        out, model, calibrate_on, evaluate_on, moments, tuple(projections or ()), tokens=tokens,
-        recall_share=recall_share, sensitivity=sensitivity, dtype=dtype, device=device,
-    )  # fmt: skip
+    sizes = _numbers("lengths", lengths) if lengths else ()
+    asked = {"tasks": tuple(map(str.strip, tasks.split(","))), "needles": _needles(needles or [])}
+    settings = _made(EvaluationSettings, options, lengths=sizes, **asked)
+    run = _made(Run, options, out=out, projections=tuple(projections or ()), device=device)
     run_evaluation(run, cache or EVAL_CACHES, settings, typer.echo)
 
 
 @app.command()
+@_takes(Run, CacheSizes)
 def bench(
-    model: Model = None,
     cache: BenchCache = None,
-    out: Annotated[Path, typer.Option(help="Folder of the results; rerunning resumes.")] = Path("artefacts/bench"),
+    out: Out = Path("artefacts/bench"),
     projections: Ready = None,
-    evaluate_on: EvaluateOn = None,
-    calibrate_on: CalibrateOn = None,
-    moments: Moments = None,
-    tokens: Tokens = CALIBRATION_TOKENS,
-    recall_share: RecallShare = 0.5,
-    sensitivity: Sensitivity = "gradient",
+    device: inputs.Device = None,
     contexts: Annotated[str, typer.Option(help="Tokens in the cache, separated by commas.")] = "1024,4096,8192",
     batches: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,4",
     new_tokens: Annotated[int, typer.Option(help="Timed decode steps of each cache.")] = 24,
     threads: Annotated[int, typer.Option(help="Threads of PyTorch.")] = 1,
-    residual_length: Residual = 128,
-    block_size: Block = 64,
-    dtype: Dtype = "bfloat16",
-    device: Device = None,
-    quick: Annotated[bool, typer.Option(help="1,024 tokens, batch 1, 8 steps.")] = False,
+    **options: Any,
 ) -> None:
     """Time prefill and decoding of compressed caches against the full cache, and count their bytes."""
-    if quick:
-        contexts, batches, new_tokens = "1024", "1", 8
-    settings = BenchSettings(
-        contexts=_numbers("contexts", contexts), batches=_numbers("batches", batches), new_tokens=new_tokens,
-        threads=threads, residual_length=residual_length, block_size=block_size,
-    )  # fmt: skip
-    run = Run(
-        out, model, calibrate_on, evaluate_on, moments, tuple(projections or ()), tokens=tokens,
-        recall_share=recall_share, sensitivity=sensitivity, dtype=dtype, device=device,
-    )  # fmt: skip
+    sizes = {"contexts": _numbers("contexts", contexts), "batches": _numbers("batches", batches)}
+    settings = _made(BenchSettings, options, new_tokens=new_tokens, threads=threads, **sizes)
+    run = _made(Run, options, out=out, projections=tuple(projections or ()), device=device)
     run_bench(run, cache or BENCH_CACHES, settings, typer.echo)
 
 
@@ -256,9 +230,8 @@ def _numbers(name: str, given: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
-def _needles(given: list[str]) -> tuple[tuple[int, int], ...]:
+def _needles(given: list[str]) -> tuple[tuple[int, ...], ...]:
     """``["1024:16", "4096:8"]`` → ((1024, 16), (4096, 8))."""
-    pairs = [text.partition(":") for text in given]
-    if not all(tokens.isdigit() and count.isdigit() for tokens, _, count in pairs):
+    if not all(re.fullmatch(r"\d+:\d+", text) for text in given):
         raise ValueError(f"needles must be TOKENS:QUESTIONS, e.g. 1024:16, got {given}")
-    return tuple((int(tokens), int(count)) for tokens, _, count in pairs)
+    return tuple(tuple(map(int, text.split(":"))) for text in given)

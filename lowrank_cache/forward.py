@@ -11,6 +11,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,10 +27,10 @@ from lowrank_cache.store import LatentStore
 __all__ = ["Forward", "Turn", "watch"]
 
 
+@dataclass
 class _SharedHooks:
-    def __init__(self) -> None:
-        self.users = 0
-        self.handles: tuple[RemovableHandle, ...] = ()
+    users: int = 0
+    handles: tuple[RemovableHandle, ...] = ()
 
 
 _HOOKS: "weakref.WeakKeyDictionary[nn.Module, _SharedHooks]" = weakref.WeakKeyDictionary()
@@ -105,11 +106,7 @@ class Turn:
         self._holder: threading.Thread | None = None
 
     def take(self) -> None:
-        """Begin; a thread may begin again after a forward of its own that failed, or of a thread that has ended.
-
-        Raises:
-            RuntimeError: If a forward of another living thread has not ended.
-        """
+        """Begin, also after a forward of this thread or a dead one that failed; RuntimeError in a living one's."""
         with self._lock:
             if self._holder is not None and not self.is_mine() and self._holder.is_alive():
                 raise RuntimeError(
@@ -132,12 +129,8 @@ class Turn:
 class Forward:
     """The forward that a cache is in, or its last one, and the way back to the state before it.
 
-    Args:
-        decoder: The model's decoder, by weak reference.
-        track, stores: Of the cache.
-        compressed: The compressed layers.
-        others: All other layers, transformers' own, in order.
-        attends: Whether layers attend to latents where they can.
+    ``compressed`` are the numbers of the compressed layers; ``others`` all other layers, transformers' own, in order;
+    ``attends`` is whether layers attend to latents where they can.
     """
 
     def __init__(
@@ -191,27 +184,25 @@ class Forward:
         self._turn.take()
         try:
             self.settle()
+            length = self._track.slots
+            self._length_before, self._others_before = length, self._others_progress()
             self.impl = impl_of(decoder)
             self.attended = attended_layers(decoder, arguments) if self._attends else frozenset()
-            self._begin(tokens, arguments.get("position_ids"), arguments.get("attention_mask"))
+            self._unread.clear()
+            try:
+                place = arguments.get("position_ids"), arguments.get("attention_mask"), tokens.device
+                self._track.begin(tokens.shape[0], tokens.shape[1], *place)
+                for store in self._stores:
+                    store.begin(self.impl)
+                self._updated = set()
+            except BaseException:
+                self._updated = None
+                for store in self._stores:
+                    store.rollback()
+                self._track.truncate(length)
+                raise
         except BaseException:
             self._turn.give_back()
-            raise
-
-    def _begin(self, tokens: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None) -> None:
-        length = self._track.slots
-        self._length_before, self._others_before = length, self._others_progress()
-        self._unread.clear()
-        try:
-            self._track.begin(tokens.shape[0], tokens.shape[1], position_ids, attention_mask, tokens.device)
-            for store in self._stores:
-                store.begin(self.impl)
-            self._updated = set()
-        except BaseException:
-            self._updated = None
-            for store in self._stores:
-                store.rollback()
-            self._track.truncate(length)
             raise
 
     def check_update(self, layer_idx: int, past: int, states: Tensor) -> None:
@@ -262,11 +253,7 @@ class Forward:
         self._turn.give_back()
 
     def settle(self) -> None:
-        """If the last forward did not reach every layer, return to the state before it.
-
-        Raises:
-            ValueError: If that is impossible.
-        """
+        """If the last forward did not reach every layer, return to the state before it, or raise ValueError."""
         if self._half_changed:
             raise ValueError(
                 "a crop or a change of the batch of this cache was interrupted, so its layers do not agree any more; "

@@ -25,14 +25,12 @@ def hadamard_blocks(rank: int) -> list[int]:
 def channel_mixing(size: Tensor, unit: float) -> tuple[Tensor, Tensor]:
     """Matrices that take latents of unit variance to rotated ones of equal size, and back.
 
-    Channels are first given the size they have in the states, then rotated by ``mixed_rotation``.
+    Channels are first given the size they have in the states, then rotated by ``mixed_rotation``. Returns ``mix`` and
+    ``unmix``, ``[rank, rank]`` float32, inverse to each other: latents are stored as ``z @ mix``.
 
     Args:
         size: ``[rank]`` float32, non-negative, descending: root of what a unit of squared latent error costs.
         unit: That size which becomes 1; the same for all bases that share a step.
-
-    Returns:
-        ``mix`` and ``unmix``, ``[rank, rank]`` float32, inverse to each other: latents are stored as ``z @ mix``.
     """
     size = size.clamp(min=SCALE_FLOOR * float(size.max().clamp(min=1e-30))) / unit
     rotation = mixed_rotation(len(size))
@@ -42,8 +40,7 @@ def channel_mixing(size: Tensor, unit: float) -> tuple[Tensor, Tensor]:
 def mixed_rotation(rank: int) -> Tensor:
     """Orthogonal matrix ``[rank, rank]`` float32: channels sorted by size in its rows, rotated ones in its columns.
 
-    Channels are dealt to the blocks in turn, so that every block holds large and small ones, then each block is
-    rotated.
+    Channels are dealt to the blocks in turn, so that each holds large and small ones, then each is rotated.
 
     Source: Palu (arXiv:2407.21118) and QuaRot (arXiv:2404.00456) for the rotation. Differs: channels are dealt
     over blocks; there the blocks follow the order of the singular values.

@@ -66,7 +66,7 @@ class LatentView:
         if mask is None and query.shape[2] > 1:
             mask = _causal(query.shape[2], self.slots, query.device)
         sink_mask, mask = self._split_off_sinks(mask)
-        masks: tuple[Tensor | None, ...] = (None, None, None)
+        masks: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
         if mask is not None:
             latents = 0 if self.key.latents is None else self.key.latents.tokens
             tail = mask[..., self.slots - self.key.tail.shape[2] :]

@@ -15,10 +15,6 @@ class GrowingTensor:
     A full buffer is replaced by one that is longer by ``max(min_room, length / 8)``, so copying
     costs O(1) an entry, and at most one part in nine of the buffer is unused. Doubling would halve every
     compression ratio that this library reports.
-
-    Args:
-        axis: The axis that grows.
-        min_room: Least length to add when the buffer is replaced.
     """
 
     def __init__(self, axis: int, min_room: int):
@@ -32,8 +28,15 @@ class GrowingTensor:
     def append(self, block: Tensor) -> None:
         """Add ``block`` at the end; dtype, device and other axes follow the first block."""
         added = block.shape[self.axis]
-        if self.buffer is None or self.length + added > self.buffer.shape[self.axis] or is_read_only(self.buffer):
-            self.buffer = self._grown(block, added)
+        needed = self.length + added
+        if self.buffer is None or needed > self.buffer.shape[self.axis] or is_read_only(self.buffer):
+            shape, needed = list(block.shape), max(needed, self._reserved)
+            # A first block that fills its buffer exactly (a long prompt) leaves room for what follows.
+            shape[self.axis] = needed + (0 if self._final else max(self.min_room, needed // 8))
+            buffer = block.new_empty(shape)
+            if self.length:
+                buffer.narrow(self.axis, 0, self.length).copy_(self.view())
+            self.buffer = buffer
         self.buffer.narrow(self.axis, self.length, added).copy_(block)
         self.length += added
 
@@ -43,16 +46,6 @@ class GrowingTensor:
         ``final``: none will follow, so that a new buffer needs no room for more.
         """
         self._reserved, self._final = length, final
-
-    def _grown(self, block: Tensor, added: int) -> Tensor:
-        shape = list(block.shape)
-        needed = max(self.length + added, self._reserved)
-        # A first block that fills its buffer exactly (a long prompt) leaves room for what follows.
-        shape[self.axis] = needed + (0 if self._final else max(self.min_room, needed // 8))
-        buffer = block.new_empty(shape)
-        if self.length:
-            buffer.narrow(self.axis, 0, self.length).copy_(self.view())
-        return buffer
 
     def adopt(self, tensor: Tensor) -> None:
         """Hold ``tensor``, whose memory becomes the buffer, instead of what was appended."""
@@ -83,7 +76,7 @@ class GrowingTensor:
     @property
     def nbytes(self) -> int:
         """Bytes the buffer occupies, unused room included."""
-        return 0 if self.buffer is None else self.buffer.numel() * self.buffer.element_size()
+        return 0 if self.buffer is None else self.buffer.nbytes
 
 
 def is_read_only(tensor: Tensor) -> bool:
@@ -94,10 +87,8 @@ def is_read_only(tensor: Tensor) -> bool:
 class PackedLatents:
     """Latents of consecutive tokens, one tensor per tier, appended in blocks and never re-encoded.
 
-    Args:
-        tiers: ``(bits, channels)`` in channel order.
-        latent_dtype: Floating dtype of the 16-bit tier.
-        block_size: Least number of tokens by which buffers grow.
+    ``tiers`` are ``(bits, channels)`` in channel order, that of 16 bits in the floating ``latent_dtype``. Buffers grow
+    by at least ``block_size`` tokens.
     """
 
     def __init__(self, tiers: tuple[tuple[int, int], ...], latent_dtype: torch.dtype, block_size: int):
@@ -135,11 +126,7 @@ class PackedLatents:
                 into.add(f"{name}.steps.{tier}", view.steps)
 
     def load(self, saved: SavedTensors, name: str, batch: int, tokens: int, device: torch.device) -> None:
-        """Take what ``save`` added: ``tokens`` tokens of ``batch`` sequences.
-
-        Raises:
-            ValueError: If a tensor is missing, or has another shape or dtype than this store's tiers ask for.
-        """
+        """Take ``tokens`` tokens of ``batch`` sequences, as ``save`` added them; ValueError if they do not fit."""
         for tier, ((bits, channels), codes, steps) in enumerate(zip(self.tiers, self.codes, self.steps, strict=True)):
             row = row_length(bits, channels)
             dtype = self.latent_dtype if steps is None else torch.uint8

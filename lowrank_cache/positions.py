@@ -26,9 +26,7 @@ PADDING = -1  # position recorded for a padding slot; its keys are masked, only 
 class PositionTrack:
     """Positions of all cached slots, ``[batch, slots]`` int32, and what follows from them.
 
-    Args:
-        frame_length: Slots per rotary frame, see docs/method.md.
-        first_frame_slot: Slot at which the first frame starts (slots before it are never encoded).
+    Rotary frames of ``frame_length`` slots start at ``first_frame_slot``; slots before it are never encoded.
     """
 
     def __init__(self, frame_length: int, first_frame_slot: int):
@@ -76,8 +74,14 @@ class PositionTrack:
                 f"batch size must be {self.batch}, that of the cached tokens, got {batch}; "
                 "use cache.batch_repeat_interleave or batch_select_indices to change it"
             )
-        positions = self._positions_of(batch, tokens, position_ids, device)
-        real = _real_tokens(attention_mask, positions)
+        if position_ids is None:
+            position_ids = torch.arange(self.slots, self.slots + tokens, device=device)[None]
+        if position_ids.dim() != 2 or position_ids.shape[1] != tokens or position_ids.shape[0] not in (1, batch):
+            raise ValueError(f"position_ids must have shape [1 or {batch}, {tokens}], got {list(position_ids.shape)}")
+        positions = position_ids.to(device).expand(batch, tokens)
+        real = torch.ones_like(positions, dtype=torch.bool)
+        if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+            real = attention_mask[:, -tokens:].to(device).bool()
         past = torch.full((batch,), PADDING, device=device) if self._next is None else self._next
         following = self._following(positions, real, past)
         self._mark_first_real(real)
@@ -87,13 +91,6 @@ class PositionTrack:
         self._positions.append(recorded)
         self._next = following
         self.end()
-
-    def _positions_of(self, batch: int, tokens: int, position_ids: Tensor | None, device) -> Tensor:
-        if position_ids is None:
-            position_ids = torch.arange(self.slots, self.slots + tokens, device=device)[None]
-        if position_ids.dim() != 2 or position_ids.shape[1] != tokens or position_ids.shape[0] not in (1, batch):
-            raise ValueError(f"position_ids must have shape [1 or {batch}, {tokens}], got {list(position_ids.shape)}")
-        return position_ids.to(device).expand(batch, tokens)
 
     def _following(self, positions: Tensor, real: Tensor, past: Tensor) -> Tensor:
         """The position that must come after this forward in each sequence; raises if the forward is wrong."""
@@ -207,17 +204,7 @@ class PositionTrack:
         ropes: Iterable[RopeShape],
         device: torch.device,
     ) -> None:
-        """Take what ``save`` added.
-
-        Args:
-            segments: What ``save`` returned.
-            ropes: The rotations of all layers that this track serves.
-            device: Where the positions are kept.
-
-        Raises:
-            ValueError: If a tensor is missing or does not fit, positions do not follow each other, or frequencies
-                are not those of ``ropes``.
-        """
+        """Take what ``save`` added, and returned as ``segments``; ValueError if it does not fit itself or ``ropes``."""
         positions = saved.take("positions", (batch, slots), torch.int32, device)
         real = positions != PADDING
         order = torch.where(real, positions - real.int().cumsum(1), 0)
@@ -254,14 +241,7 @@ class PositionTrack:
     @property
     def nbytes(self) -> int:
         """Bytes of positions, starts, frequencies and, inside a forward, rotary tables."""
-        starts = [tensor for tensor in (self._next, self.first_real) if tensor is not None]
-        frequencies = [inv_freq for segments in self._segments.values() for _, inv_freq in segments]
-        tables = [table for frames in self._frames.values() for table in frames.tables()]
-        return self._positions.nbytes + sum(t.numel() * t.element_size() for t in starts + frequencies + tables)
-
-
-def _real_tokens(attention_mask: Tensor | None, positions: Tensor) -> Tensor:
-    """``[batch, tokens]`` bool, False for padding among this forward's tokens."""
-    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
-        return torch.ones_like(positions, dtype=torch.bool)
-    return attention_mask[:, -positions.shape[1] :].to(positions.device).bool()
+        held = [tensor for tensor in (self._next, self.first_real) if tensor is not None]
+        held += [inv_freq for segments in self._segments.values() for _, inv_freq in segments]
+        held += [table for frames in self._frames.values() for table in frames.tables()]
+        return self._positions.nbytes + sum(tensor.nbytes for tensor in held)

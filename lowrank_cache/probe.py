@@ -10,7 +10,8 @@ import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ __all__ = [
 
 # Small, so that a dynamic or long-context rotary embedding does not leave its short-context state.
 PROBE_POSITION = 3
+TOLERANCE = 0.02  # bfloat16 rounding of keys and tables stays below 0.01; a wrong layout is above 0.5
 # What a model calls the argument that takes a cache: ``cache`` since transformers 5.24, ``past_key_values`` before.
 CACHE_ARGUMENTS = ("cache", "past_key_values")
 
@@ -47,11 +49,7 @@ def cache_argument(model: Any, cache: object) -> dict[str, Any]:
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The decoder stack inside ``model``: the module that receives positions, mask and cache.
-
-    Raises:
-        NotImplementedError: For encoder–decoder models and for anything without a decoder.
-    """
+    """The module of ``model`` that receives positions, mask and cache; NotImplementedError for encoder–decoders."""
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "get_decoder"):
         raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
@@ -96,33 +94,34 @@ class SpyCache(DynamicCache):
         return returned
 
 
-def _check_one_process(model: PreTrainedModel) -> None:
-    """Refuse a model that is split over processes: each would calibrate, and cache, only its own heads or layers."""
+def _check_supported(model: PreTrainedModel, config, layer_types: tuple[str, ...], ropes: list[dict]) -> None:
+    name = type(model).__name__
     tensor_parallel = getattr(model, "_tp_size", None) or 1
     pipeline_parallel = getattr(getattr(model.config, "distributed_config", None), "pp_size", None) or 1
-    if tensor_parallel > 1 or pipeline_parallel > 1:
-        raise NotImplementedError(
-            f"{type(model).__name__} is split over processes (tensor parallel {tensor_parallel}, pipeline parallel "
-            f"{pipeline_parallel}), and each caches only its own heads or layers, which is not supported; load the "
-            "whole model in one process, over several devices with device_map if need be"
-        )
+    refusals = {
+        f"{name} is split over processes (tensor parallel {tensor_parallel}, pipeline parallel {pipeline_parallel}), "
+        "and each caches only its own heads or layers, which is not supported; load the whole model in one process, "
+        "over several devices with device_map if need be": max(tensor_parallel, pipeline_parallel) > 1,
+        f"{name} has nothing to compress: its cache layers are {sorted(set(layer_types))}, and only "
+        "'full_attention' layers grow with the context": "full_attention" not in layer_types,
+        f"{name} uses M-RoPE (several positions per token), which is not supported": any(
+            "mrope_section" in rope for rope in ropes
+        ),
+        f"{name} uses ALiBi; only rotary decoders are supported": getattr(config, "alibi", False),
+    }
+    for message, refused in refusals.items():
+        if refused:
+            raise NotImplementedError(message)
 
 
 def _probe(model: PreTrainedModel, decoder: nn.Module) -> ModelShape:
     name = type(model).__name__
-    _check_one_process(model)
     config = model.config.get_text_config(decoder=True)
     layer_types = tuple(get_layer_types_and_kwargs(config)[0])
-    full = [index for index, layer_type in enumerate(layer_types) if layer_type == "full_attention"]
-    if not full:
-        raise NotImplementedError(
-            f"{name} has nothing to compress: its cache layers are {sorted(set(layer_types))}, and only "
-            "'full_attention' layers grow with the context"
-        )
-    if _uses_mrope(config):
-        raise NotImplementedError(f"{name} uses M-RoPE (several positions per token), which is not supported")
-    if getattr(config, "alibi", False):
-        raise NotImplementedError(f"{name} uses ALiBi; only rotary decoders are supported")
+    ropes = getattr(config, "rope_parameters", None) or {}
+    by_layer_type = ropes and all(isinstance(value, dict) for value in ropes.values())  # Gemma 3
+    ropes = list(ropes.values()) if by_layer_type else [ropes]
+    _check_supported(model, config, layer_types, ropes)
     sources = _rope_sources(decoder)
     if not sources:
         raise NotImplementedError(
@@ -134,20 +133,20 @@ def _probe(model: PreTrainedModel, decoder: nn.Module) -> ModelShape:
         after = _observe(model, PROBE_POSITION)
     # Read at once after the second forward: a dynamic embedding may change its buffer in a forward.
     frequencies = {source: rope_buffer(decoder, source).detach().float().cpu() for source in sources}
-    dynamic = _is_dynamic(config)
+    rope_types = [rope.get("rope_type", "default") for rope in ropes]
+    dynamic = any("dynamic" in rope_type or rope_type == "longrope" for rope_type in rope_types)
     layers = []
-    for layer_idx in full:
+    for layer_idx in [index for index, layer_type in enumerate(layer_types) if layer_type == "full_attention"]:
         if layer_idx not in before or layer_idx not in after:
             raise NotImplementedError(f"{name}: layer {layer_idx} did not call Cache.update in the probe forward")
         sides = []
         for side, at_zero, rotated in zip(SIDES, before[layer_idx], after[layer_idx], strict=True):
-            try:
-                rope = _explain(at_zero, rotated, frequencies, dynamic)
-            except LookupError:
+            rope, error = _explain(at_zero, rotated, frequencies, dynamic)
+            if not error <= TOLERANCE:
                 raise NotImplementedError(
                     f"{name}: the {side} states of layer {layer_idx} change with position in a way that is no known "
                     f"rotary layout {LAYOUTS}"
-                ) from None
+                )
             sides.append(SideShape(at_zero.shape[1], at_zero.shape[3], rope))
         layers.append(LayerShape(layer_idx, *sides))
     return ModelShape(config.model_type, layer_types, tuple(layers))
@@ -175,13 +174,11 @@ def _same_inputs(decoder: nn.Module) -> Iterator[None]:
                 args = (first.clone(), *args[1:])
         return args, kwargs
 
-    layers = [module for module in decoder.modules() if hasattr(module, "layer_idx")]
-    handles = [module.register_forward_pre_hook(replace, with_kwargs=True) for module in layers]
-    try:
+    with ExitStack() as hooks:
+        for module in decoder.modules():
+            if hasattr(module, "layer_idx"):
+                hooks.enter_context(module.register_forward_pre_hook(replace, with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _observe(model: PreTrainedModel, position: int) -> dict[int, tuple[Tensor, ...]]:
@@ -240,11 +237,7 @@ def one_token_cache(model: PreTrainedModel) -> Cache:
 
 
 def one_token_forward(model: PreTrainedModel, cache: Cache, position: int = 0) -> None:
-    """Run one token at ``position`` through ``model`` in eval mode, without gradients.
-
-    Raises:
-        NotImplementedError: If the model takes no transformers cache or no positions.
-    """
+    """Run one token at ``position`` in eval mode, without gradients; NotImplementedError if none can be given."""
     device = input_device(model)
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     token = torch.full((1, 1), min(7, vocabulary - 1), dtype=torch.long, device=device)
@@ -267,14 +260,11 @@ def one_token_forward(model: PreTrainedModel, cache: Cache, position: int = 0) -
         model.train(was_training)
 
 
-def _explain(at_zero: Tensor, rotated: Tensor, frequencies: dict[str, Tensor], dynamic: bool) -> RopeShape | None:
-    """Which rotation takes ``at_zero`` to ``rotated`` (both ``[1, heads, 1, head_dim]``).
-
-    Raises:
-        LookupError: If none does.
-    """
+def _explain(
+    at_zero: Tensor, rotated: Tensor, frequencies: dict[str, Tensor], dynamic: bool
+) -> tuple[RopeShape | None, float]:
+    """Which rotation best takes ``at_zero`` to ``rotated``, both ``[1, heads, 1, head_dim]``; its relative error."""
     scale = at_zero.norm().clamp(min=1e-6)
-    tolerance = 0.02  # bfloat16 rounding of keys and tables stays below 0.01; a wrong layout is above 0.5
     errors: dict[RopeShape | None, float] = {None: float((rotated - at_zero).norm() / scale)}
     position = torch.tensor([PROBE_POSITION])
     for source, inv_freq in frequencies.items():
@@ -285,10 +275,7 @@ def _explain(at_zero: Tensor, rotated: Tensor, frequencies: dict[str, Tensor], d
             undone = rotate(rotated, cos, sin, layout, inverse=True)
             shape = RopeShape(layout, 2 * len(inv_freq), source, dynamic)
             errors[shape] = float((undone - at_zero).norm() / scale)
-    best = min(errors, key=errors.__getitem__)
-    if not errors[best] <= tolerance:
-        raise LookupError
-    return best
+    return min(errors.items(), key=itemgetter(1))
 
 
 def _rope_sources(decoder: nn.Module) -> list[str]:
@@ -299,19 +286,3 @@ def _rope_sources(decoder: nn.Module) -> list[str]:
             if name.endswith("inv_freq") and "original" not in name and "long" not in name:
                 sources.append(f"{path}.{name}".lstrip("."))
     return sorted(sources)
-
-
-def _rope_parameters(config) -> list[dict]:
-    parameters = getattr(config, "rope_parameters", None) or {}
-    if parameters and all(isinstance(value, dict) for value in parameters.values()):
-        return list(parameters.values())  # one set per layer type (Gemma 3)
-    return [parameters]
-
-
-def _uses_mrope(config) -> bool:
-    return any("mrope_section" in parameters for parameters in _rope_parameters(config))
-
-
-def _is_dynamic(config) -> bool:
-    types = {parameters.get("rope_type", "default") for parameters in _rope_parameters(config)}
-    return any("dynamic" in rope_type or rope_type == "longrope" for rope_type in types)

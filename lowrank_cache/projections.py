@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lowrank_cache.artefact import Artefact
-from lowrank_cache.basis import TENSORS, Basis
+from lowrank_cache.basis import TENSORS, Basis, basis_name
 from lowrank_cache.budget import GroupPlan, Ranks, plan_groups
 from lowrank_cache.shapes import SIDES, ModelShape, sides_of
 
@@ -129,8 +129,7 @@ class Projections:
         """Raise ValueError, naming the first difference, if ``shape`` is not that of these projections."""
         ours, theirs = self.shape.to_dict(), shape.to_dict()
         if ours != theirs:
-            difference = _first_difference(ours, theirs)
-            raise ValueError(f"projections do not belong to this model: {difference}")
+            raise ValueError(f"projections do not belong to this model: {_first_difference(ours, theirs)}")
 
     def __repr__(self) -> str:
         return (
@@ -155,7 +154,7 @@ class Projections:
             OSError: If there is no room or no permission.
         """
         tensors = {
-            f"{_prefix(index, basis.side, basis.layers, basis.heads)}.{name}": getattr(basis, name).contiguous()
+            f"{index:04d}.{basis.name}.{name}": getattr(basis, name).contiguous()
             for index, basis in enumerate(self.bases)
             for name in TENSORS
         }
@@ -192,11 +191,7 @@ class Projections:
 
     @classmethod
     def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | Path,
-        *,
-        compression_ratio: float | None = None,
-        **download: Any,
+        cls, pretrained_model_name_or_path: str | Path, *, compression_ratio: float | None = None, **download: Any
     ) -> "Projections":
         """Load what ``save_pretrained`` wrote, from a folder or from a repository on the hub.
 
@@ -215,16 +210,11 @@ class Projections:
         return projections if compression_ratio is None else projections.truncate(compression_ratio)
 
 
-def _prefix(index: int, side: str, layers: Sequence[int], heads: Sequence[int]) -> str:
-    """How the tensors of a basis are named in the file."""
-    return f"{index:04d}.{side}.layers_{layers[0]}_{layers[-1]}.heads_{'-'.join(map(str, heads))}"
-
-
 def _assemble(config: dict[str, Any], tensors: dict[str, Tensor]) -> Projections:
     bases = []
     for index, fields in enumerate(config["bases"]):
         layers, heads = tuple(map(int, fields["layers"])), tuple(map(int, fields["heads"]))
-        prefix = _prefix(index, fields["side"], layers, heads)
+        prefix = f"{index:04d}.{basis_name(fields['side'], layers, heads)}"
         arrays = {name: tensors[f"{prefix}.{name}"] for name in TENSORS}
         wrong = {name: array.dtype for name, array in arrays.items() if array.dtype != torch.float32}
         if wrong or arrays["down_proj"].dim() != 2:
@@ -270,22 +260,20 @@ def _check_coverage(bases: tuple[Basis, ...], shape: ModelShape) -> None:
         for side in SIDES:
             heads, count = sorted(covered.get((side, index), [])), layer.side(side).heads
             if len(heads) != count or heads != list(range(count)):
+                # A damaged file may say any number.
+                expected = list(range(count)) if count < 1000 else f"0 to {count - 1}"
                 raise ValueError(
-                    f"bases must cover each {side} head of layer {index} once, heads {_listed(count)}, got {heads}"
+                    f"bases must cover each {side} head of layer {index} once, heads {expected}, got {heads}"
                 )
 
 
-def _listed(heads: int) -> str:
-    return str(list(range(heads))) if heads < 1000 else f"0 to {heads - 1}"  # the number may come from a damaged file
-
-
 def _first_difference(ours, theirs, path: str = "") -> str:
+    pairs: list[tuple] = []
     if isinstance(ours, dict) and isinstance(theirs, dict):
-        for key in ours:
-            if ours[key] != theirs.get(key):
-                return _first_difference(ours[key], theirs.get(key), f"{path}.{key}".lstrip("."))
-    if isinstance(ours, list | tuple) and isinstance(theirs, list | tuple) and len(ours) == len(theirs):
-        for index, (one, other) in enumerate(zip(ours, theirs, strict=True)):
-            if one != other:
-                return _first_difference(one, other, f"{path}[{index}]")
+        pairs = [(f"{path}.{key}".lstrip("."), ours[key], theirs.get(key)) for key in ours]
+    elif isinstance(ours, list | tuple) and isinstance(theirs, list | tuple) and len(ours) == len(theirs):
+        pairs = [(f"{path}[{index}]", *both) for index, both in enumerate(zip(ours, theirs, strict=True))]
+    for place, one, other in pairs:
+        if one != other:
+            return _first_difference(one, other, place)
     return f"they were calibrated with {path} = {ours!r}, the model has {theirs!r}"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lowrank_cache.artefact import SavedTensors
+from lowrank_cache.artefact import SavedTensors, integer
 from lowrank_cache.budget import Ranks, prompt_ranks
 from lowrank_cache.coder import Coder, EncodingMatrices, ReadingMatrices
 from lowrank_cache.hadamard import mixed_rotation
@@ -163,7 +163,7 @@ class PromptCoder(Coder):
 
     @property
     def nbytes(self) -> int:  # type: ignore[override]
-        return sum(tensor.numel() * tensor.element_size() for tensor in (*self.up_projs, *self.constants, self.units))
+        return sum(tensor.nbytes for tensor in (*self.up_projs, *self.constants, self.units))
 
 
 def prompt_coders(
@@ -178,13 +178,10 @@ def prompt_coders(
 ) -> list[PromptCoder]:
     """A coder for the keys and one for the values of every group of ``layer_group_size`` adjacent layers.
 
-    A group ends where the model goes on on another of its ``devices``, of which a warning is given.
-
-    Raises:
-        ValueError: If an argument is out of range or the ratio cannot be reached.
+    A group ends where the model goes on on another of its ``devices``, of which a warning is given. ValueError if an
+    argument is out of range or the ratio cannot be reached.
     """
-    if not isinstance(layer_group_size, int) or isinstance(layer_group_size, bool) or layer_group_size < 1:
-        raise ValueError(f"layer_group_size must be an integer of at least 1, got {layer_group_size!r}")
+    integer(layer_group_size, "layer_group_size", 1)
     if new_tokens not in NEW_TOKENS:
         raise ValueError(f"new_tokens must be one of {NEW_TOKENS}, got {new_tokens!r}")
     groups = layer_groups(shape, BOTH, layer_group_size, devices)
@@ -201,15 +198,9 @@ def prompt_coders(
 def leading_directions(covariance: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The ``rank`` leading eigenvectors and eigenvalues of symmetric matrices, largest first.
 
-    Few of many are found by subspace iteration from a fixed start, which costs ``2 · width² · rank`` operations a
-    step; others by a full decomposition.
-
-    Args:
-        covariance: ``[batch, width, width]`` float32, positive semi-definite.
-        rank: At most ``width``.
-
-    Returns:
-        ``[batch, width, rank]`` with orthonormal columns, and ``[batch, rank]``, non-negative.
+    Of positive semi-definite ``[batch, width, width]`` float32: ``[batch, width, rank]`` with orthonormal columns, and
+    ``[batch, rank]``, non-negative. Few of many are found by subspace iteration from a fixed start, which costs
+    ``2 · width² · rank`` operations a step; others by a full decomposition.
     """
     width = covariance.shape[-1]
     trial = rank + max(16, rank // 8)

@@ -76,12 +76,8 @@ def gather(
     Args:
         facts: What else the JSON shall say.
         settings: Arguments that make an equal cache.
-        others: Layers that are not compressed, by index.
-        full_bytes: Of the full cache of the same tokens.
-
-    Raises:
-        ValueError: If there are no tokens.
-        NotImplementedError: If one of ``others`` cannot be saved.
+        others: Layers that are not compressed, by index; NotImplementedError if one cannot be saved.
+        full_bytes: Of the full cache of the same tokens; ValueError if there are none.
     """
     if not track.slots:
         raise ValueError("a cache must hold at least one token to be saved, got an empty cache")
@@ -109,7 +105,7 @@ def push(repo_id: str, facts: Mapping[str, Any], tensors: SavedTensors, **option
         **{name: facts[name] for name in ("tokens", "batch", "base_model", "model_type")},
     )
     with TemporaryDirectory() as folder:
-        ARTEFACT.write(folder, facts, tensors.all(), readme)
+        ARTEFACT.write(folder, facts, tensors, readme)
         return ARTEFACT.push(folder, repo_id, **options)
 
 
@@ -122,13 +118,7 @@ def reading(name_or_path: str | Path, **download: Any) -> Iterator["SavedCache"]
 
 
 class SavedCache:
-    """A cache as a folder holds it.
-
-    Args:
-        folder: For messages.
-        facts: Its JSON.
-        tensors: Everything else.
-    """
+    """A cache as a folder holds it: ``facts`` are its JSON; messages name ``folder``."""
 
     def __init__(self, folder: Path, facts: Mapping[str, Any], tensors: SavedTensors):
         self._folder, self._facts, self._tensors = folder, facts, tensors
@@ -156,41 +146,29 @@ class SavedCache:
             )
 
     def fill(
-        self,
-        track: PositionTrack,
-        stores: Sequence[LatentStore],
-        others: Mapping[int, Any],
-        model: PreTrainedModel,
+        self, track: PositionTrack, stores: Sequence[LatentStore], others: Mapping[int, Any], model: PreTrainedModel
     ) -> None:
-        """Take into the parts of an empty cache what ``gather`` was given.
-
-        Raises:
-            ValueError: If anything is missing, left over, or does not fit.
-        """
+        """Take what ``gather`` was given into an empty cache; ValueError if a part is missing, left over or unfit."""
         facts, saved = self._facts, self._tensors
         templates = one_token_cache(model).layers  # shapes, dtypes and devices of what the model hands to a cache
         batch, slots = (integer(facts[name], name, 1) for name in ("batch", "tokens"))
-        groups = _layer_groups(stores)
+        groups, members = _layer_groups(stores), [member for store in stores for member in store.coder.members]
         if facts.get("layer_groups", groups) != groups:  # absent from caches of older versions
             raise ValueError(
                 f"the layer groups of the saved cache, {facts['layer_groups']}, must be those of this model's, "
                 f"{groups}: xkv's end where the model goes on on another device, so load it under the device_map it "
                 "was made with"
             )
-        members = [member for store in stores for member in store.coder.members]
         ropes = {member.shape.rope for member in members if member.shape.rope is not None}
         track.load(saved, facts["frequencies"], batch, slots, ropes, input_device(model))
         if len(facts["stores"]) != len(stores) or set(facts["other_layers"]) != {str(index) for index in others}:
             raise ValueError("stores and other_layers must be those of the model's cache")
         for index, (store, part) in enumerate(zip(stores, facts["stores"], strict=True)):
-            states: list[Tensor] = [
-                getattr(templates[member.layer], "keys" if member.side == "key" else "values")
-                for member in store.coder.members
-            ]
+            states: list[Tensor] = [getattr(templates[layer], f"{side}s") for layer, side, _ in store.coder.members]
             store.load(saved, f"store.{index}", part, states)
         for index, layer in others.items():
-            name = f"layer.{index}"
-            _load_layer(layer, saved, name, facts["other_layers"][str(index)], batch, slots, templates[index])
+            held = facts["other_layers"][str(index)]
+            _load_layer(layer, saved, f"layer.{index}", held, batch, slots, templates[index])
         saved.check_empty()
 
 
@@ -212,11 +190,9 @@ def _settings_to_json(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _settings_from_json(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Undo ``_settings_to_json``; what is no valid argument is left to ``LowRankCache`` to refuse."""
     dtype, ranks = settings["latent_dtype"], settings["ranks"]
-    named = {str(known).removeprefix("torch."): known for known in (torch.float16, torch.bfloat16, torch.float32)}
-    named["float64"] = torch.float64
     if isinstance(ranks, list):
         ranks = {layer: (key, value) for layer, key, value in ranks}
-    return {**settings, "latent_dtype": None if dtype is None else named[dtype], "ranks": ranks}
+    return {**settings, "latent_dtype": None if dtype is None else getattr(torch, dtype), "ranks": ranks}
 
 
 def _check_savable(layer: object, layer_idx: int, slots: int) -> None:
@@ -257,20 +233,18 @@ def _save_layer(layer: Any, into: SavedTensors, name: str) -> dict[str, Any]:
 def _load_layer(
     layer: Any, saved: SavedTensors, name: str, facts: dict[str, Any], batch: int, slots: int, template: Any
 ):
-    """Take into an empty layer what ``_save_layer`` added.
+    """Take into an empty layer what ``_save_layer`` added; ValueError if its kind or a tensor does not fit.
 
-    Args:
-        template: The same layer of a cache that holds one token: its shapes, dtypes and devices.
-
-    Raises:
-        ValueError: If the layer is of another kind, or a tensor is missing or does not fit.
+    ``template`` is the same layer of a cache that holds one token: its shapes, dtypes and devices.
     """
     if facts["kind"] != type(layer).__name__ or type(layer) not in _KINDS:
         raise ValueError(f"{name} must be a {type(layer).__name__}, got {facts['kind']!r}")
     if isinstance(layer, DynamicSlidingWindowLayer) and facts["filled"] is True:
         taken = []
         for part in ("keys", "values"):
-            model = _of(template, part, name)
+            model = getattr(template, part)
+            if not isinstance(model, Tensor):
+                raise ValueError(f"{name} holds tokens, but this model gives the layer none")
             size = (batch, model.shape[1], _kept(layer, slots), model.shape[3])
             taken.append(saved.take(f"{name}.{part}", size, model.dtype, model.device))
         layer.lazy_initialization(*taken)
@@ -283,10 +257,8 @@ def _load_layer(
         for part, model in present.items():
             kind, index = part.split(".")
             states = saved.take(f"{name}.{part}", (batch, *model.shape[1:]), model.dtype, model.device)
-            if kind == "conv":
-                layer.lazy_initialization(conv_states=states, state_idx=int(index))
-            else:
-                layer.lazy_initialization(recurrent_states=states, state_idx=int(index))
+            given: dict[str, Any] = {f"{kind}_states": states, "state_idx": int(index)}
+            layer.lazy_initialization(**given)
             _linear_states(layer)[part].copy_(states)
         seen = facts["seen"]
         if not all(index in layer.has_previous_state for index in seen):
@@ -300,17 +272,6 @@ def _kept(layer: DynamicSlidingWindowLayer, slots: int) -> int:
 
 
 def _linear_states(layer: LinearAttentionLayer) -> dict[str, Tensor]:
-    held = {"conv": layer.conv_states, "recurrent": layer.recurrent_states}
-    return {
-        f"{kind}.{index}": state
-        for kind, states in held.items()
-        for index, state in states.items()
-        if state is not None
-    }
-
-
-def _of(template: Any, part: str, name: str) -> Tensor:
-    tensor = getattr(template, part)
-    if not isinstance(tensor, torch.Tensor):
-        raise ValueError(f"{name} holds tokens, but this model gives the layer none")
-    return tensor
+    held = [("conv", *item) for item in layer.conv_states.items()]
+    held += [("recurrent", *item) for item in layer.recurrent_states.items()]
+    return {f"{kind}.{index}": state for kind, index, state in held if state is not None}

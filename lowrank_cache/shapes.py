@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -33,19 +34,12 @@ Group = tuple[int, ...]  # adjacent compressible layers
 
 @dataclass(frozen=True)
 class RopeShape:
-    """How one side of a layer is rotated.
+    """How one side of a layer is rotated."""
 
-    Attributes:
-        layout: ``"half"`` or ``"interleaved"``, see ``kernels.rope.rotate``.
-        rotary_dim: How many leading numbers of each head are rotated.
-        source: Dotted path, inside the decoder, of the buffer that holds the inverse frequencies.
-        dynamic: Whether the model changes that buffer with the length of the context.
-    """
-
-    layout: str
-    rotary_dim: int
-    source: str
-    dynamic: bool
+    layout: str  # "half" or "interleaved", see ``kernels.rope.rotate``
+    rotary_dim: int  # how many leading numbers of each head are rotated
+    source: str  # dotted path, inside the decoder, of the buffer that holds the inverse frequencies
+    dynamic: bool  # whether the model changes that buffer with the length of the context
 
 
 @dataclass(frozen=True)
@@ -89,17 +83,11 @@ def sides_of(side: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The cached layers of a model.
+    """The cached layers of a model."""
 
-    Attributes:
-        model_type: ``config.model_type``.
-        layer_types: transformers' type of every cache layer, in order.
-        layers: The compressible (``full_attention``) layers.
-    """
-
-    model_type: str
-    layer_types: tuple[str, ...]
-    layers: tuple[LayerShape, ...]
+    model_type: str  # ``config.model_type``
+    layer_types: tuple[str, ...]  # transformers' type of every cache layer, in order
+    layers: tuple[LayerShape, ...]  # the compressible (``full_attention``) ones
 
     def members(self, side: str, layers: Group) -> list[Member]:
         """What a latent over ``layers`` holds, in the order of a basis' rows.
@@ -142,16 +130,15 @@ def layer_groups(
     A group never mixes layers whose states differ in heads, head_dim or rope, nor, with ``devices`` from
     ``probe.layer_devices``, layers of different devices.
     """
-    groups: list[list[int]] = []
-    for layer in shape.layers:
-        alike = groups and all(shape.layer(groups[-1][0]).side(name) == layer.side(name) for name in sides_of(side))
-        if alike and devices is not None:
-            alike = devices.get(groups[-1][-1]) == devices.get(layer.layer_idx)
-        if alike and len(groups[-1]) < size:
-            groups[-1].append(layer.layer_idx)
-        else:
-            groups.append([layer.layer_idx])
-    return [tuple(group) for group in groups]
+
+    def kind(layer: LayerShape) -> tuple:
+        return (devices or {}).get(layer.layer_idx), *(layer.side(name) for name in sides_of(side))
+
+    groups: list[Group] = []
+    for _, alike in groupby(shape.layers, kind):
+        run = tuple(layer.layer_idx for layer in alike)
+        groups += [run[start : start + size] for start in range(0, len(run), size)]
+    return groups
 
 
 def rope_buffer(decoder: nn.Module, source: str) -> Tensor:

@@ -10,6 +10,7 @@ values to have structure; nothing else is expected of them.
 """
 
 import math
+import os
 from collections.abc import Callable
 from functools import partial
 from itertools import combinations
@@ -80,7 +81,7 @@ def check_papers(
         calibration_windows: Likewise, of the training text.
     """
     out.mkdir(parents=True, exist_ok=True)
-    training, held_out = byte_tokens(load_text(text or "python-sources")[0])
+    training, held_out = byte_tokens(load_text(text)[0] if text else _python_sources())
     evaluation = windows_of(held_out, WINDOW, windows)
     batches = list(windows_of(training, WINDOW, calibration_windows).split(8))
     model = trained(multi_head_config(), training, out / "multi-head", steps, report)
@@ -97,6 +98,11 @@ def check_papers(
     table = "\n\n".join(parts) + "\n"
     (out / "papers.md").write_text(table, encoding="utf-8")
     report(table)
+
+
+def _python_sources() -> str:
+    paths = sorted(Path(os.__file__).parent.glob("*.py"))
+    return "\n".join(path.read_text(encoding="utf-8") for path in paths)
 
 
 def _projections(

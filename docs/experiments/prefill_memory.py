@@ -11,7 +11,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from lowrank_cache import LowRankCache, Projections
 from lowrank_cache.evaluation.bench import watch_allocated
-from lowrank_cache.evaluation.inputs import in_dtype, load_model
+from lowrank_cache.evaluation.inputs import Dtype, load_model
 from lowrank_cache.probe import cache_argument, model_shape
 from lowrank_cache.shapes import SIDES
 
@@ -76,11 +76,10 @@ def main(
     model: Annotated[str | None, typer.Option(help="Name or folder of a model; SmolLM2-135M by default.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 4096,
     ratio: Annotated[float, typer.Option(help="Target compression ratio per token in latents.")] = 8.0,
-    dtype: Annotated[str, typer.Option(help="Dtype of the model: float32, bfloat16, float16.")] = "bfloat16",
+    dtype: Dtype = "bfloat16",
 ) -> None:
     """Show what a prefill keeps alive in memory with the full cache and with a compressed one, on a CPU."""
-    loaded, _, name = load_model(model, typer.echo)
-    loaded = in_dtype(loaded, dtype)
+    loaded, _, name = load_model(model, typer.echo, dtype)
     bases = Projections.from_pretrained(projections, compression_ratio=ratio)
     prompt = torch.randint(loaded.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
     typer.echo(f"{name} in {dtype}, a prompt of {tokens} tokens, {ratio:g}x")

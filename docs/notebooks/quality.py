@@ -14,7 +14,7 @@ from lowrank_cache import LowRankCache, Projections
 from lowrank_cache.calibration import PRESETS
 from lowrank_cache.calibration.api import projections_from_moments
 from lowrank_cache.calibration.moments import Moments
-from lowrank_cache.evaluation.caches import make_baseline, tensor_bytes
+from lowrank_cache.evaluation.caches import BASELINES, tensor_bytes
 from lowrank_cache.evaluation.streaming import stream, windows_of
 
 name = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -35,8 +35,8 @@ def low_rank(projections, ratio):
     return lambda: LowRankCache(model, projections, compression_ratio=ratio, residual_length=32, block_size=32)
 
 
-makers = {"full": lambda: make_baseline("full", model, 32)}
-makers["KIVI, 2 bits (simulated)"] = lambda: make_baseline("kivi-2", model, 32)
+makers = {"full": lambda: BASELINES["full"](model, 32)}
+makers["quantized, fp8"] = lambda: BASELINES["quantized-fp8"](model, 32)
 makers |= {f"smallest, {ratio}x": low_rank(smallest, ratio) for ratio in (5, 10, 20)}
 makers |= {f"fastest, {ratio}x": low_rank(fastest, ratio) for ratio in (4, 8)}
 
@@ -50,14 +50,14 @@ for label, make in makers.items():
 
 # %%
 figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
-for family, marker in (("KIVI", "s"), ("smallest", "o"), ("fastest", "^")):
+for family, marker in (("quantized", "s"), ("smallest", "o"), ("fastest", "^")):
     members = [label for label in makers if label.startswith(family)]
     sizes = [100 * stored[label] / stored["full"] for label in members]
     ratios = [float((losses[label].mean() - losses["full"].mean()).exp()) for label in members]
     axis.plot(sizes, ratios, marker=marker, label=family)
     for label, size, ratio in zip(members, sizes, ratios, strict=True):
         axis.annotate(
-            label.partition(", ")[2].removesuffix(" (simulated)"),
+            label.partition(", ")[2],
             (size, ratio),
             textcoords="offset points",
             xytext=(5, 5),
@@ -70,7 +70,7 @@ plt.show()
 
 # %% [markdown]
 # Windows of 768 tokens keep 36 to 67 tokens exactly, which bounds every ratio here; it weighs less in longer
-# contexts. KIVI is simulated: its bytes are computed, and, as in its paper, it keeps no sinks.
+# contexts. transformers' fp8 `QuantizedCache` keeps none exactly.
 #
 # ## Where in the text
 #

@@ -1,19 +1,18 @@
-"""Caches by specification, as the command line takes them: ``fisher:8,groups=1,frame=64``, ``xkv:8``, ``kivi-2``.
+"""Caches by specification, as the command line takes them: ``fisher:8,groups=1,frame=64``, ``xkv:8``, ``full``.
 
-The name of a table's entry is its specification, so it says what was measured. transformers' own caches are used as
-they are. KIVI (arXiv:2402.02750) has no maintained cache for transformers 5: its arithmetic is simulated, and the bytes
-that it would store are counted by its formula, not from tensors.
+The name of a table's entry is its specification, so it says what was measured. ``BASELINES`` are transformers' own
+caches as they are; docs/experiments/kivi.py adds to them.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from importlib.util import find_spec
-from typing import Any
+from typing import Annotated, Any
 
-import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, QuantizedCache
-from transformers.cache_utils import DynamicLayer
+from typer import Option
 
 from lowrank_cache import LowRankCache, Projections
 from lowrank_cache.calibration.api import METHODS, projections_from_moments
@@ -22,14 +21,26 @@ from lowrank_cache.kernels.packed import BIT_WIDTHS
 from lowrank_cache.probe import model_shape
 from lowrank_cache.prompt_svd import NEW_TOKENS
 
-__all__ = [
-    "BASELINES", "GRAMMAR", "CacheEntry", "CacheSizes", "Configuration", "SimulatedKiviCache", "cache_entry",
-    "make_baseline", "make_bases", "parse", "tensor_bytes",
-]  # fmt: skip
-
-BASELINES = ("full", "quantized-fp8", "quantized-4", "quantized-2", "kivi-4", "kivi-2")
 GRAMMAR = "METHOD:RATIO[,groups=G][,frame=L][,joint=0|1][,bits=B][,ranks=R], with xkv also [,new=encode|exact]"
 XKV = "xkv"  # the one method that needs no calibration
+_OPTIONS: dict[str, Callable[[str], Any]] = {
+    "groups": lambda value: value if value == "auto" else int(value), "frame": int, "bits": int, "ranks": int,
+    "joint": {"0": False, "1": True}.__getitem__, "new": {name: name for name in NEW_TOKENS}.__getitem__,
+}  # fmt: skip
+
+
+def _quanto(model: PreTrainedModel, residual_length: int, bits: int) -> Cache:
+    if find_spec("optimum") is None or find_spec("optimum.quanto") is None:
+        raise ImportError(f'quantized-{bits} needs optimum-quanto: pip install "lowrank-cache[quanto]"')
+    return QuantizedCache("quanto", model.config, nbits=bits, residual_length=residual_length)
+
+
+BASELINES: dict[str, Callable[[PreTrainedModel, int], Cache]] = {
+    "full": lambda model, residual_length: DynamicCache(config=model.config),
+    "quantized-fp8": lambda model, residual_length: QuantizedCache("fp8", model.config),
+    "quantized-4": partial(_quanto, bits=4),
+    "quantized-2": partial(_quanto, bits=2),
+}
 
 
 @dataclass(frozen=True)
@@ -72,8 +83,7 @@ class Configuration:
 def parse(specification: str) -> Configuration | None:
     """A configuration, which is written as in ``GRAMMAR``, or None if ``specification`` names a baseline.
 
-    Raises:
-        ValueError: If it cannot be read, or asks for what no model has.
+    A ValueError says what can be written if it cannot be read.
     """
     if specification in BASELINES:
         return None
@@ -82,20 +92,13 @@ def parse(specification: str) -> Configuration | None:
     try:
         if method not in (*METHODS, XKV):
             raise ValueError
-        found: dict[str, Any] = {}
-        for name, _, value in (option.partition("=") for option in options):
-            if name == "new" and method not in METHODS and value in NEW_TOKENS:
-                found[name] = value
-            elif name in ("groups", "frame", "bits", "ranks"):
-                found[name] = value if value == "auto" else int(value)
-            elif name == "joint":
-                found[name] = bool(int(value))
-            else:
-                raise ValueError
+        found = {name: _OPTIONS[name](value) for name, _, value in (option.partition("=") for option in options)}
         configuration = Configuration(method, float(ratio), **found)
-    except ValueError:
+        if configuration.new is not None and method != XKV:
+            raise ValueError
+    except (ValueError, KeyError):
         raise ValueError(
-            f"cache must be one of {BASELINES} or {GRAMMAR}, with a method of {sorted((*METHODS, XKV))}, got "
+            f"cache must be one of {list(BASELINES)} or {GRAMMAR}, with a method of {sorted((*METHODS, XKV))}, got "
             f"{specification!r}"
         ) from None
     if not configuration.compression_ratio >= 1:
@@ -111,26 +114,24 @@ def make_bases(
     """The projections of a calibrated configuration.
 
     Args:
-        moments: Statistics.
-        refit: Moments of the values in a stream that projections compress at a ratio, that of the ranks, for recalkv's
-            value calibration; None leaves it out.
+        refit: Gives moments of the values in a stream that projections compress at a ratio, that of the ranks, for
+            recalkv's value calibration; None leaves it out.
     """
-    arguments: dict = {"method": configuration.method, "joint": configuration.joint}
-    arguments |= {"frame_length": configuration.frame, "layer_group_size": configuration.groups}
-    projections = projections_from_moments(moments, **arguments)
+    options: dict[str, Any] = {"method": configuration.method, "joint": configuration.joint}
+    options |= {"frame_length": configuration.frame, "layer_group_size": configuration.groups}
+    made = projections_from_moments(moments, **options)
     if refit is None or configuration.refit_ratio == 1:
-        return projections
-    refitted = refit(projections, configuration.refit_ratio)
-    return projections_from_moments(moments, **arguments, refitted=refitted)
+        return made
+    return projections_from_moments(moments, **options, refitted=refit(made, configuration.refit_ratio))
 
 
 @dataclass(frozen=True)
 class CacheSizes:
     """Settings of every LowRankCache of a measurement; the first is also that of other caches with a window."""
 
-    residual_length: int = 128
+    residual_length: Annotated[int, Option(help="Recent tokens that a cache keeps exactly.")] = 128
     num_sink_tokens: int = 4
-    block_size: int = 64
+    block_size: Annotated[int, Option(help="Tokens that a cache encodes at once.")] = 64
 
     def sizes(self) -> dict[str, int]:
         """Arguments of ``LowRankCache``."""
@@ -150,20 +151,15 @@ class CacheEntry:
 def cache_entry(
     name: str, projections: Projections | None, options: dict[str, Any], model: PreTrainedModel, sizes: dict[str, Any]
 ) -> CacheEntry:
-    """The entry of one configuration.
+    """The entry of one configuration: of ``BASELINES``, where there are neither projections nor a method.
 
-    Args:
-        name: One of ``BASELINES``, where there are neither projections nor a method.
-        options: Of ``LowRankCache``, ``sizes`` apart.
-        sizes: See ``CacheSizes``.
-
-    Raises:
-        ValueError, NotImplementedError, ImportError: If its cache cannot be made, with its name.
+    ``options`` and ``sizes`` (see ``CacheSizes``) are arguments of ``LowRankCache``. A ValueError, NotImplementedError
+    or ImportError in making the cache is raised again with its name.
     """
 
     def make(attend: bool = True) -> Cache:
         if projections is None and "method" not in options:
-            return make_baseline(name, model, sizes["residual_length"])
+            return BASELINES[name](model, sizes["residual_length"])
         return LowRankCache(model, projections, attend="auto" if attend else "reconstruct", **sizes, **options)
 
     try:
@@ -181,27 +177,6 @@ def cache_entry(
     return CacheEntry(name, make, full / stored, cache.projection_bytes())
 
 
-def make_baseline(name: str, model: PreTrainedModel, residual_length: int) -> Cache:
-    """A fresh cache by its name in ``BASELINES``.
-
-    Raises:
-        ValueError: If the name is unknown.
-        ImportError: If the baseline's package is not installed.
-    """
-    kind, _, bits = name.partition("-")
-    if name not in BASELINES:
-        raise ValueError(f"cache must be one of {BASELINES}, got {name!r}")
-    if kind == "full":
-        return DynamicCache(config=model.config)
-    if kind == "kivi":
-        return SimulatedKiviCache(model, int(bits), residual_length)
-    if bits == "fp8":
-        return QuantizedCache("fp8", model.config)
-    if find_spec("optimum") is None or find_spec("optimum.quanto") is None:
-        raise ImportError(f'{name} needs optimum-quanto: pip install "lowrank-cache[quanto]"')
-    return QuantizedCache("quanto", model.config, nbits=int(bits), residual_length=residual_length)
-
-
 def tensor_bytes(cache: Cache) -> int:
     """Bytes of all tensors reachable from a cache, quantized tensor subclasses by their parts."""
     if hasattr(cache, "stored_bytes"):
@@ -217,60 +192,3 @@ def tensor_bytes(cache: Cache) -> int:
         elif isinstance(part, dict | list | tuple):
             waiting += part.values() if isinstance(part, dict) else part
     return sum(tensor.nbytes for tensor in tensors.values())
-
-
-class _KiviLayer(DynamicLayer):
-    """Quantizes the oldest ``GROUP`` tokens of its window whenever they are complete."""
-
-    GROUP = 32
-
-    def __init__(self, bits: int, residual_length: int):
-        super().__init__()
-        self.bits, self.residual_length = bits, residual_length
-        self.quantized = 0
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        keys, values = super().update(key_states, value_states)
-        while keys.shape[2] - self.quantized >= self.residual_length + self.GROUP:
-            block = slice(self.quantized, self.quantized + self.GROUP)
-            # Out of place: what this update returns must stay exact.
-            self.keys, self.values = self.keys.clone(), self.values.clone()
-            self.keys[:, :, block] = _asymmetric(keys[:, :, block], self.bits, axis=2)
-            by_group = values[:, :, block].unflatten(3, (-1, self.GROUP))
-            self.values[:, :, block] = _asymmetric(by_group, self.bits, axis=4).flatten(3)
-            self.quantized += self.GROUP
-        return keys, values
-
-
-def _asymmetric(states: Tensor, bits: int, axis: int) -> Tensor:
-    """``states`` after quantizing to ``2**bits`` levels between their least and largest along ``axis``."""
-    wide = states.float()
-    low, high = wide.amin(axis, keepdim=True), wide.amax(axis, keepdim=True)
-    low = low.to(torch.float16).float()
-    step = ((high - low) / (2**bits - 1)).to(torch.float16).float().clamp(min=1e-8)
-    return (((wide - low) / step).round().clamp_(0, 2**bits - 1) * step + low).to(states.dtype)
-
-
-class SimulatedKiviCache(Cache):
-    """KIVI: keys by channel over 32 tokens, values by token over 32 channels, a window of recent tokens.
-
-    Args:
-        model: Must have full-attention layers and a head_dim divisible by 32.
-        bits: 2 or 4.
-        residual_length: Most recent tokens kept exactly.
-    """
-
-    def __init__(self, model: PreTrainedModel, bits: int, residual_length: int):
-        self.kivi_layers = [_KiviLayer(bits, residual_length) for _ in range(model.config.num_hidden_layers)]
-        super().__init__(layers=list(self.kivi_layers))
-
-    def stored_bytes(self) -> int:
-        """What KIVI would store: codes, float16 steps and offsets by 32, the window in the model's dtype."""
-        total = 0.0
-        for layer in self.kivi_layers:
-            for states in (layer.keys, layer.values):
-                if states is not None:
-                    coded = layer.quantized * (layer.bits / 8 + 4 / layer.GROUP)
-                    exact = (states.shape[2] - layer.quantized) * states.element_size()
-                    total += states[:, :, 0].numel() * (coded + exact)
-        return round(total)

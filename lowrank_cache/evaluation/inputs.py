@@ -3,23 +3,23 @@
 A folder's statistics and results are of one model, text and calibration; others are refused, not mixed in.
 """
 
-import gettext
 import hashlib
 import importlib
 import importlib.util
 import inspect
 import json
-import os
 import platform
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer import Argument, Option
 
 from lowrank_cache import Projections
 from lowrank_cache.artefact import write_files
@@ -33,31 +33,31 @@ from lowrank_cache.probe import model_shape
 from lowrank_cache.projections import ARTEFACT
 from lowrank_cache.shapes import BOTH, layer_groups
 
-__all__ = [
-    "CALIBRATION_TOKENS", "MOMENTS_FILE", "Prepared", "Run", "append_result", "bundled_text", "check_dtype",
-    "in_dtype", "load_model", "load_text", "moments_of", "prepare", "processor",
-    "resume_results",
-]  # fmt: skip
-
 CALIBRATION_TOKENS = 20_480
 MOMENTS_FILE = "moments.safetensors"
-DTYPES = ("float32", "bfloat16", "float16")
 WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1")
-LOCALES = Path("/usr/share/locale")  # where the Filesystem Hierarchy Standard puts message catalogues
-_SHORTEST_MESSAGE = 60  # characters; shorter ones are labels and names
 # Modules with long docstrings; each adds prose that the language reference's topics do not have.
 _DOCUMENTED_MODULES = (
     "argparse collections configparser datetime decimal difflib doctest email.message fractions functools heapq "
     "ipaddress itertools logging pathlib pickle random statistics string textwrap threading unittest.mock zipfile"
 ).split()
 Report = Callable[[str], object]
-
-
-def check_dtype(name: str, *, auto: bool = False) -> None:
-    """Raise ValueError unless ``name`` is one of ``DTYPES``, or ``"auto"`` where that is allowed."""
-    allowed = (*DTYPES, *(["auto"] if auto else []))
-    if name not in allowed:
-        raise ValueError(f"dtype must be one of {', '.join(allowed)}, got {name!r}")
+TEXTS = (
+    "a UTF-8 file or dataset:NAME[,config=C][,split=S][,column=T]; by default WikiText-2, or Python's own "
+    "documentation where the hub does not answer or datasets is not installed."
+)
+# Options that several commands share: one name, one meaning.
+CalibrateOn = Annotated[str | None, Option("--calibrate-on", "--data", help=f"Text to calibrate on: {TEXTS}")]
+EvaluateOn = Annotated[str | None, Option("--evaluate-on", "--text", help=f"Text to evaluate on: {TEXTS}")]
+Tokens = Annotated[int, Option(help="Calibration tokens, rounded down to whole windows.")]
+RecallShare = Annotated[float, Option(help="Fraction of calibration sequences that are generated look-ups.")]
+Sensitivity = Annotated[
+    Literal["gradient", "query"], Option(help="query where gradients do not pass through the model.")
+]
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16", "auto"], Option(help="Dtype of the model; auto: the checkpoint's.")
+]
+Device = Annotated[str | None, Option(help="Torch device; the GPU if there is one.")]
 
 
 def load_model(
@@ -71,8 +71,7 @@ def load_model(
     """
     model: Any
     if name is None:
-        model, tokenizer, name = demo_model(report)
-        model = model if dtype == "auto" else in_dtype(model, dtype)
+        model, tokenizer, name = demo_model(report, dtype)
     else:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
@@ -82,23 +81,11 @@ def load_model(
     return model.eval(), tokenizer, name
 
 
-def in_dtype(model: Any, dtype: str) -> Any:
-    """``model`` moved to a dtype by name; inverse frequencies stay float32, as in a model loaded in this dtype."""
-    check_dtype(dtype)
-    tables = {path: buffer.clone() for path, buffer in model.named_buffers() if path.endswith("inv_freq")}
-    model = model.to(getattr(torch, dtype))
-    for path, table in tables.items():
-        parent, _, leaf = path.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, table)
-    return model
-
-
 def processor() -> str:
     """The processor's name and the vector instructions that torch uses on it: what a time holds for."""
     listed = Path("/proc/cpuinfo")
-    lines = listed.read_text(encoding="utf-8").splitlines() if listed.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    name = next(iter(names), platform.processor() or platform.machine())
+    found = re.search(r"^model name\s*:\s*(.+)", listed.read_text(encoding="utf-8") if listed.exists() else "", re.M)
+    name = found[1] if found else platform.processor() or platform.machine()
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
@@ -106,12 +93,11 @@ def load_text(name: str | Path | None = None, *, split: str = "train") -> tuple[
     """Text and the name of its source.
 
     Args:
-        name: A UTF-8 file; ``dataset:NAME[,config=C][,split=S][,column=T]`` for a column of a data set of the
-            ``datasets`` package, on the hub or in a folder; ``python-sources``; or ``messages:LANGUAGE``, the
-            translated messages of the programs installed here. None for WikiText-2, or, where ``datasets`` is not
+        name: A UTF-8 file, or ``dataset:NAME[,config=C][,split=S][,column=T]`` for a column of a data set of the
+            ``datasets`` package, on the hub or in a folder. None for WikiText-2, or, where ``datasets`` is not
             installed or the hub does not answer, ``bundled_text()``; the source then says why.
         split: Of a data set: ``"train"``, ``"validation"`` or ``"test"``. The last fifth of ``bundled_text()`` is
-            ``"test"``. The other sources have none.
+            ``"test"``. A file has none.
 
     Raises:
         ValueError: If there is no text of that name, or none in it.
@@ -119,17 +105,24 @@ def load_text(name: str | Path | None = None, *, split: str = "train") -> tuple[
         ImportError: If it is a data set and ``datasets`` is not installed.
     """
     if name is None:
-        return _wikitext(split)
+        name, configuration = WIKITEXT
+        if importlib.util.find_spec("datasets") is None:
+            reason = "the package datasets is not installed"
+        elif not hub_answers(name, "README.md", "dataset"):
+            reason = "the hub does not answer"
+        else:
+            try:
+                found = f"{name}, {configuration}, {split}"
+                return _dataset_text(f"dataset:{name},config={configuration}", split), found
+            except (OSError, RuntimeError) as error:  # the hub answered, but its storage may not
+                reason = f"{name} could not be loaded: {error}"
+        text = bundled_text()
+        end = text.rindex("\n\n", 0, 4 * len(text) // 5)  # what is calibrated on is never what is evaluated on
+        part, share = (text[end:].lstrip(), "the last fifth") if split == "test" else (text[:end], "four fifths")
+        return part, f"{share} of Python's own documentation ({reason})"
     name = str(name)
-    kind, _, language = name.partition(":")
-    if kind == "dataset":
+    if name.startswith("dataset:"):
         return _dataset_text(name, split), name
-    if kind == "messages":
-        return _messages(language), f"message catalogues in {language!r} under {LOCALES}"
-    if name == "python-sources":
-        paths = sorted(Path(os.__file__).parent.glob("*.py"))
-        text = "\n".join(path.read_text(encoding="utf-8") for path in paths)
-        return text, f"sources of Python {platform.python_version()}'s standard library"
     try:
         text = Path(name).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -137,26 +130,6 @@ def load_text(name: str | Path | None = None, *, split: str = "train") -> tuple[
     if not text.strip():
         raise ValueError(f"{name} must hold text, got an empty file")
     return text, name
-
-
-def _wikitext(split: str) -> tuple[str, str]:
-    """WikiText-2, or a part of ``bundled_text()``: what is calibrated on is never what is evaluated on."""
-    name, configuration = WIKITEXT
-    if importlib.util.find_spec("datasets") is None:
-        reason = "the package datasets is not installed"
-    elif not hub_answers(name, "README.md", "dataset"):
-        reason = "the hub does not answer"
-    else:
-        from datasets import load_dataset
-
-        try:
-            return "".join(load_dataset(name, configuration, split=split)["text"]), f"{name}, {configuration}, {split}"
-        except (OSError, RuntimeError) as error:  # the hub answered, but its storage may not
-            reason = f"{name} could not be loaded: {error}"
-    text = bundled_text()
-    end = text.rindex("\n\n", 0, 4 * len(text) // 5)
-    part, share = (text[end:].lstrip(), "the last fifth") if split == "test" else (text[:end], "four fifths")
-    return part, f"{share} of Python's own documentation ({reason})"
 
 
 def _dataset_text(specification: str, split: str) -> str:
@@ -173,24 +146,7 @@ def _dataset_text(specification: str, split: str) -> str:
     column = options.get("column", "text")
     if column not in loaded.column_names:
         raise ValueError(f"{specification!r} must name a column of {sorted(loaded.column_names)}, got {column!r}")
-    return "".join(text if text.endswith("\n") else f"{text}\n\n" for text in loaded[column])
-
-
-def _messages(language: str) -> str:
-    """The translated messages of all installed programs in one language, each once."""
-    messages: dict[str, None] = {}
-    for path in sorted((LOCALES / language / "LC_MESSAGES").glob("*.mo")):
-        try:
-            with path.open("rb") as file:
-                catalogue = gettext.GNUTranslations(file)
-        except (OSError, ValueError, LookupError):  # damaged, or in an encoding that Python does not know
-            continue
-        for original, message in catalogue._catalog.items():  # type: ignore[attr-defined]  # no public way to list them
-            if original and len(message) >= _SHORTEST_MESSAGE and " " in message:
-                messages[message.strip()] = None
-    if not messages:
-        raise ValueError(f"language must be one with message catalogues under {LOCALES}, got {language!r}")
-    return "\n\n".join(messages)
+    return "".join(text if text.endswith("\n") else f"{text}\n\n" for text in loaded[column] if text)
 
 
 def bundled_text() -> str:
@@ -200,29 +156,36 @@ def bundled_text() -> str:
     parts = [topics[name] for name in sorted(topics)]
     for name in _DOCUMENTED_MODULES:
         module = importlib.import_module(name)
-        parts.append(inspect.getdoc(module) or "")
-        for member_name, member in sorted(vars(module).items()):
-            if not member_name.startswith("_") and getattr(member, "__module__", None) == name:
-                parts.append(inspect.getdoc(member) or "")
+        members = [one for key, one in sorted(vars(module).items()) if not key.startswith("_")]
+        own = [one for one in members if getattr(one, "__module__", None) == name]
+        parts += [inspect.getdoc(one) or "" for one in (module, *own)]
     return "\n\n".join(part.strip() for part in parts if len(part) > 200) + "\n"
 
 
 @dataclass(frozen=True)
 class Run:
-    """Folder, model, texts and calibration of a run."""
+    """Folder, model, texts and calibration of a run; annotated fields are options of the command line."""
 
     out: Path  # folder of results; statistics and bases that are made are kept there
-    model: str | None = None  # name or folder; None for the demo's model
-    # Texts as ``load_text`` takes them; None for WikiText-2 (validation and test)
-    calibrate_on: Path | str | None = None
-    evaluate_on: Path | str | None = None
-    moments: Path | None = None  # file of an earlier run's statistics, which replace calibration; None to calibrate
+    model: Annotated[str | None, Argument(help="Name or folder of a model; SmolLM2-135M by default.")] = None
+    calibrate_on: CalibrateOn = None  # WikiText-2's validation split
+    evaluate_on: EvaluateOn = None  # its test split
+    moments: Annotated[Path | None, Option(help="Statistics of an earlier run, not to calibrate again.")] = None
     projections: tuple[str, ...] = ()  # folders or hub repositories of ready bases; entries of their methods use them
-    tokens: int = CALIBRATION_TOKENS  # of calibration, in float32 unless ``dtype`` is ``"auto"``
-    recall_share: float = 0.5
-    sensitivity: str = "gradient"
-    dtype: str = "bfloat16"  # in which the caches are measured; ``"auto"`` for the checkpoint's
+    tokens: Tokens = CALIBRATION_TOKENS  # in float32 unless ``dtype`` is ``"auto"``
+    recall_share: RecallShare = 0.5
+    sensitivity: Sensitivity = "gradient"
+    dtype: Dtype = "bfloat16"  # in which the caches are measured
     device: str | None = "cpu"  # of torch; None for the GPU if there is one
+
+    def calibration_text(self) -> tuple[str, str]:
+        """What is calibrated on, and the name of its source."""
+        return load_text(self.calibrate_on, split="validation")
+
+    def batches(self, tokenizer) -> Iterator[Tensor]:
+        """What is calibrated on, as token ids."""
+        text, _ = self.calibration_text()
+        return mixed_batches(tokenizer, text, tokens=self.tokens, recall_share=self.recall_share)
 
     def calibration(self) -> dict[str, Any]:
         """What statistics depend on beside model and text."""
@@ -250,11 +213,10 @@ def prepare(run: Run, specifications: list[str], sizes: dict[str, int], report: 
     Raises:
         ValueError: If a cache cannot be made, with its name, before anything is measured.
     """
-    check_dtype(run.dtype, auto=True)
     parsed = {one: parse(one) for one in specifications}
     calibrated = {one: found for one, found in parsed.items() if found and found.method in METHODS}
     ready = _ready(run, calibrated)
-    missing = {one: found for one, found in calibrated.items() if found.bases_name not in ready}
+    missing = {found.bases_name: found for found in calibrated.values() if found.bases_name not in ready}
     text, source = load_text(run.evaluate_on, split="test")
     first_dtype = "float32" if missing and run.dtype != "auto" else run.dtype
     model, tokenizer, name = load_model(run.model, report, first_dtype, run.device)
@@ -265,24 +227,23 @@ def prepare(run: Run, specifications: list[str], sizes: dict[str, int], report: 
         bases, options = (ready.get(found.bases_name), found.options()) if found else (None, {})
         return cache_entry(one, bases, options, model, sizes)
 
-    for one in parsed:
-        if one not in missing:
+    for one, found in parsed.items():
+        if found is None or found.bases_name not in missing:
             entry(one)  # fails before the long calibration
     if missing:
         moments = moments_of(run, model, tokenizer, report)
 
         def refit(projections: Projections, ratio: float) -> Moments:
-            path = run.out / f"refitted-{ratio:g}.safetensors"
-            make = partial(refit_values, model, moments=moments, projections=projections, ratio=ratio)
-            return _statistics(run, path, model, tokenizer, report, {"moments": _digest_of(run.moments)}, make)
+            report(f"calibrating values in a stream compressed {ratio:g}x")
+            return refit_values(model, run.batches(tokenizer), moments, projections, ratio)
 
-        for found in missing.values():
-            if found.bases_name not in ready:  # equal ones are made once
-                folder = run.out / "projections" / found.bases_name
-                make_bases(found, moments, refit).save_pretrained(folder)
-                ready[found.bases_name] = Projections.from_pretrained(folder)
-        if run.dtype not in ("auto", "float32") and not getattr(model, "is_quantized", False):
-            model = in_dtype(model, run.dtype)
+        for bases_name, configuration in missing.items():
+            folder = run.out / "projections" / bases_name
+            make_bases(configuration, moments, refit).save_pretrained(folder)
+            ready[bases_name] = Projections.from_pretrained(folder)
+        if run.dtype not in ("auto", "float32"):
+            model = None  # makes room for the same one in another dtype
+            model, *_ = load_model(run.model, report, run.dtype, run.device)
     entries = [entry(one) for one in specifications]
     return Prepared(model, tokenizer, name, text, source, entries, _identity(run, name, model, text))
 
@@ -314,30 +275,24 @@ def moments_of(run: Run, model, tokenizer, report: Report) -> Moments:
     """Statistics from the file that ``run`` names, else from its folder, else calibrated now and kept there.
 
     Raises:
-        ValueError: If those in the folder were calibrated otherwise.
+        ValueError: If those in the folder were calibrated otherwise, as a file beside them says.
     """
-    if run.moments:
-        report(f"statistics read from {run.moments}")
-        return Moments.load(run.moments)
-
-    def collect(batches) -> Moments:
-        shape = model_shape(model)
-        groups = {BOTH: layer_groups(shape, BOTH, auto_group_size(shape, BOTH))}
-        with tqdm(desc="calibrating", total=run.tokens, unit=" tokens") as bar:
-            return collect_moments(model, batches, groups, sensitivity=run.sensitivity, progress=bar.update)
-
-    return _statistics(run, run.out / MOMENTS_FILE, model, tokenizer, report, {}, collect)
-
-
-def _statistics(
-    run: Run, path: Path, model, tokenizer, report: Report, facts: dict[str, Any], make: Callable[[Any], Moments]
-) -> Moments:
-    """Statistics in ``path``, or made now and kept there; a file beside it says of what they are."""
-    text, source = load_text(run.calibrate_on, split="validation")
-    facts = {"model": run.model, "text_sha256": _sha256(text), **run.calibration(), **facts}
-    facts["model_fingerprint"] = model_shape(model).fingerprint
-    note = path.with_suffix(".json")
-    if path.exists():
+    path = run.moments or run.out / MOMENTS_FILE
+    if run.moments is None:
+        text, source = run.calibration_text()
+        note, shape = path.with_suffix(".json"), model_shape(model)
+        facts = {"model": run.model, "text_sha256": _sha256(text), **run.calibration()}
+        facts["model_fingerprint"] = shape.fingerprint
+        if not path.exists():
+            share = f"{run.recall_share:.0%} look-ups, the rest from {source}"
+            report(f"calibrating moments on {run.tokens} tokens, {share}")
+            groups = {BOTH: layer_groups(shape, BOTH, auto_group_size(shape, BOTH))}
+            with tqdm(desc="calibrating", total=run.tokens, unit=" tokens") as bar:
+                options = {"sensitivity": run.sensitivity, "progress": bar.update}
+                moments = collect_moments(model, run.batches(tokenizer), groups, **options)
+            write_files({note: json.dumps(facts, indent=1).encode()})
+            moments.save(path)
+            return moments
         found = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
         other = [f"{name} {found.get(name, 'unknown')!r} instead of {facts[name]!r}"
                  for name in facts if found.get(name, "unknown") != facts[name]]  # fmt: skip
@@ -346,18 +301,13 @@ def _statistics(
                 f"{path} was calibrated with other settings: {', '.join(other)}; name it with --moments to use it, "
                 "remove it or name another folder"
             )
-        report(f"statistics read from {path}")
-        return Moments.load(path)
-    report(f"calibrating {path.stem} on {run.tokens} tokens, {run.recall_share:.0%} look-ups, the rest from {source}")
-    moments = make(mixed_batches(tokenizer, text, tokens=run.tokens, recall_share=run.recall_share))
-    write_files({note: json.dumps(facts, indent=1).encode()})
-    moments.save(path)
-    return moments
+    report(f"statistics read from {path}")
+    return Moments.load(path)
 
 
 def _identity(run: Run, name: str, model, text: str) -> dict[str, Any]:
     """What measurements of one folder have in common beside the settings; ``model`` as it is measured."""
-    calibrated_on = run.calibrate_on and _sha256(load_text(run.calibrate_on, split="validation")[0])
+    calibrated_on = run.calibrate_on and _sha256(run.calibration_text()[0])
     # Of projections the file that names all tensors by digest; their name on the hub.
     files = {given: Path(given) / ARTEFACT.config_file for given in run.projections}
     return {
@@ -366,14 +316,12 @@ def _identity(run: Run, name: str, model, text: str) -> dict[str, Any]:
         "device": model.device.type,
         "text_sha256": _sha256(text),
         "projections": sorted(_digest_of(path) if path.is_file() else given for given, path in files.items()),
-        "moments": _digest_of(run.moments),
+        "moments": run.moments and _digest_of(run.moments),
         "calibration": {"text_sha256": calibrated_on, **run.calibration()},
     }
 
 
-def _digest_of(path: Path | None) -> str | None:
-    if path is None:
-        return None
+def _digest_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

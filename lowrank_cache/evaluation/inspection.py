@@ -96,11 +96,7 @@ def _layers(plan: GroupPlan) -> str:
 
 
 def plot_projections(projections: Projections, ratio: float, path: Path) -> None:
-    """Write a PNG: the bits of every channel at ``ratio``, and the predicted loss against the ratio.
-
-    Raises:
-        ImportError: If matplotlib is not installed.
-    """
+    """Write a PNG: the bits of every channel at ``ratio``, and the predicted loss against the ratio."""
     check_installed()
     from matplotlib.figure import Figure
 

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from lowrank_cache import Projections
 from lowrank_cache.evaluation.caches import BASELINES, cache_entry
-from lowrank_cache.evaluation.streaming import branch, feed, fill, padded
+from lowrank_cache.evaluation.streaming import fill, force_answers
 from lowrank_cache.probe import cache_argument
 
 try:
@@ -31,9 +31,9 @@ try:
 except ImportError as error:
     raise ImportError('hf-lowrank needs lm-eval: pip install "lowrank-cache[lm-eval]"') from error
 
-__all__ = ["TASKS", "LowRankLM", "main", "register"]
-
 TASKS = Path(__file__).parent / "lm_eval_tasks"  # look-ups, which need no network
+OPTIONS = ("method", "compression_ratio", "ranks", "bits", "layer_group_size", "new_tokens", "latent_dtype")
+SIZES = {"residual_length": 32, "num_sink_tokens": 4, "block_size": 32}  # and their defaults here
 _log = logging.getLogger(__name__)
 Request = tuple[Any, list[int], list[int]]  # a key for lm-eval's own cache, context and continuation
 
@@ -47,14 +47,12 @@ class LowRankLM(HFLM):
     """A causal language model of transformers with a lossy prefill.
 
     Args:
-        pretrained: As for lm-eval's ``hf``, whose other arguments are taken too.
+        pretrained: As for lm-eval's ``hf``, whose other arguments are taken too; scores are always float32's.
         cache: ``"lowrank"``, or a baseline by name, e.g. ``"full"``.
         projections: Folder, hub repository or ``Projections`` for ``"lowrank"``.
-        method: ``"xkv"`` instead of projections.
-        compression_ratio, ranks, bits, layer_group_size, new_tokens, latent_dtype: Of ``LowRankCache``.
+        compression_ratio, residual_length and the other ``OPTIONS`` and ``SIZES``: Of ``LowRankCache``. A context no
+            longer than the sizes keep exactly measures nothing, so they are smaller than the library's defaults.
         chunk: Tokens per forward; each sees its own tokens exactly and all others as cached.
-        residual_length, num_sink_tokens, block_size: Of ``LowRankCache``. A context no longer than these keep exactly
-            measures nothing, so the window is shorter than the library's default.
         attend: Attend to latents; False reconstructs keys and values.
 
     Raises:
@@ -62,61 +60,60 @@ class LowRankLM(HFLM):
     """
 
     def __init__(
-        self, pretrained, cache: str = "lowrank", projections: str | Projections | None = None,
-        method: str | None = None, compression_ratio: float = 8.0, ranks: int | None = None, bits: int | None = None,
-        layer_group_size: int | None = None, new_tokens: str | None = None,
-        latent_dtype: str | torch.dtype | None = "float16", chunk: int = 32, residual_length: int = 32,
-        num_sink_tokens: int = 4, block_size: int = 32, attend: bool = True, **arguments,
+        self, pretrained, cache: str = "lowrank", projections: str | Projections | None = None, chunk: int = 32,
+        attend: bool = True, **arguments,
     ):  # fmt: skip
         if cache != "lowrank" and cache not in BASELINES:
-            raise ValueError(f"cache must be 'lowrank' or one of {BASELINES}, got {cache!r}")
+            raise ValueError(f"cache must be 'lowrank' or one of {list(BASELINES)}, got {cache!r}")
         if chunk < 1:
             raise ValueError(f"chunk must be at least 1, got {chunk}")
         if not str(arguments.get("batch_size", 1)).isdigit():
             raise ValueError(f"batch_size must be a number for hf-lowrank, got {arguments['batch_size']!r}")
+        sizes = {name: arguments.pop(name, default) for name, default in SIZES.items()}
+        options = {"method": None} | {name: arguments.pop(name) for name in OPTIONS if name in arguments}
+        if isinstance(dtype := options.get("latent_dtype"), str):
+            options["latent_dtype"] = getattr(torch, dtype, None)
+            if not isinstance(options["latent_dtype"], torch.dtype):
+                raise ValueError(f"latent_dtype must be None or the name of a torch dtype, got {dtype!r}")
         super().__init__(pretrained, **arguments)
-        bases, options = None, dict[str, Any]()
-        if cache == "lowrank":
-            bases = Projections.from_pretrained(projections) if isinstance(projections, str) else projections
-            if isinstance(latent_dtype, str):
-                if not isinstance(getattr(torch, latent_dtype, None), torch.dtype):
-                    raise ValueError(f"latent_dtype must be None or the name of a torch dtype, got {latent_dtype!r}")
-                latent_dtype = getattr(torch, latent_dtype)
-            options = {
-                "method": method, "compression_ratio": compression_ratio, "ranks": ranks, "bits": bits,
-                "layer_group_size": layer_group_size, "new_tokens": new_tokens, "latent_dtype": latent_dtype,
-            }  # fmt: skip
-        sizes = {"residual_length": residual_length, "num_sink_tokens": num_sink_tokens, "block_size": block_size}
+        bases = Projections.from_pretrained(projections) if isinstance(projections, str) else projections
+        given = (bases, options) if cache == "lowrank" else (None, {})
         self.chunk, self.attend, self._exactly = chunk, attend, sum(sizes.values())
-        self.entry = cache_entry(cache, bases, options, self.model, sizes)
+        self.entry = cache_entry(cache, *given, self.model, sizes)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation, and whether it is what greedy decoding gives.
 
-        A context is streamed once for all continuations that are asked of it.
+        A context, its last token apart, is streamed once for all continuations that are asked of it.
         """
-        cut: list[tuple[list[int], list[int]]] = []
-        groups: dict[tuple, list[int]] = {}
-        for index, (_, context, continuation) in enumerate(requests):
+        groups: dict[tuple, dict[int, tuple[Tensor, Tensor]]] = {}
+        for index, (_, context, wanted) in enumerate(requests):
             # What is too long for the model is cut on the left, as lm-eval cuts.
-            kept = (context + continuation)[-(self.max_length + 1) :]
-            kept = kept[: len(kept) - len(continuation)]
-            cut.append((kept, continuation))
+            kept = (context + wanted)[-(self.max_length + 1) :]
+            *read, last = kept[: len(kept) - len(wanted)]
             # Of a context of one token, as rolling windows have it, there is nothing to share.
-            groups.setdefault((tuple(kept), index if len(kept) == 1 else None), []).append(index)
-        self._warn_if_exact([len(context) + len(continuation) for context, continuation in cut])
-        ordered = sorted(groups.values(), key=lambda indices: -len(cut[indices[0]][0]))
+            pairs = groups.setdefault((tuple(read), None if read else index), {})
+            pairs[index] = torch.tensor([last]), torch.tensor(wanted)
+        self._warn_if_exact([len(ids) + 1 + len(pair[1]) for (ids, _), of in groups.items() for pair in of.values()])
+        ordered = sorted(groups.items(), key=lambda group: -len(group[0][0]))
         found: dict[int, tuple[float, bool]] = {}
         batch = override_bs or int(self.batch_size)
         with tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="lossy loglikelihoods") as bar:
             for start in range(0, len(ordered), batch):
-                for index, answer in self._score(ordered[start : start + batch], cut):
-                    found[index] = answer
-                    if requests[index][0] is not None:  # windows of a rolling likelihood have no key of their own
-                        self.cache_hook.add_partial("loglikelihood", requests[index][0], answer)
-                    bar.update()
+                part = ordered[start : start + batch]
+                contexts = [torch.tensor(ids).long() for (ids, _), _ in part]
+                asked = [tuple(pairs.values()) for _, pairs in part]
+                with self._reading():
+                    chunks = {"chunk": self.chunk, "question_chunk": self.chunk}
+                    scores = force_answers(self.model, contexts, asked, self.entry.make, **chunks)
+                for (_, pairs), answers in zip(part, scores, strict=True):
+                    for (index, (_, continuation)), (loss, greedy) in zip(pairs.items(), answers, strict=True):
+                        found[index] = -loss * len(continuation), greedy
+                        if requests[index][0] is not None:  # windows of a rolling likelihood have no key of their own
+                            self.cache_hook.add_partial("loglikelihood", requests[index][0], found[index])
+                        bar.update()
         return [found[index] for index in range(len(requests))]
 
     def _warn_if_exact(self, lengths: list[int]) -> None:
@@ -132,39 +129,6 @@ class LowRankLM(HFLM):
         precision = torch.autocast(device_type=self.device.type, dtype=dtype, enabled=dtype is not None)
         with precision:
             yield
-
-    @torch.no_grad()
-    def _score(
-        self, asked: list[list[int]], cut: list[tuple[list[int], list[int]]]
-    ) -> list[tuple[int, tuple[float, bool]]]:
-        """Of the requests that are ``asked`` about each context, all contexts as one batch: index and answer.
-
-        ``cut`` has all requests' contexts and continuations; the n-th continuations of all contexts go together.
-        """
-        answers = []
-        with self._reading():
-            contexts = [torch.tensor(cut[indices[0]][0][:-1]).long() for indices in asked]
-            ids, mask = padded(contexts, "left", self.device)
-            read = self.entry.make(self.attend)
-            fill(self.model, read, ids, mask, chunk=self.chunk)
-            for turn in range(max(map(len, asked))):
-                # A context without a continuation left repeats its last one, so that the batch stays as it is.
-                chosen = [cut[indices[min(turn, len(indices) - 1)]] for indices in asked]
-                inputs = [torch.tensor([context[-1], *continuation[:-1]]) for context, continuation in chosen]
-                ids, real = padded(inputs, "right", self.device)
-                wanted, _ = padded([torch.tensor(continuation) for _, continuation in chosen], "right", self.device)
-                values, likeliest = [], []
-                for start, logits in feed(self.model, ids, torch.cat([mask, real], 1), branch(read), chunk=self.chunk):
-                    part = wanted[:, start : start + logits.shape[1], None]
-                    values.append(logits.log_softmax(-1, dtype=self.softmax_dtype).gather(2, part)[..., 0])
-                    likeliest.append(logits.argmax(-1) == part[..., 0])
-                value, greedy = torch.cat(values, 1), torch.cat(likeliest, 1)
-                for row, indices in enumerate(asked):
-                    if turn < len(indices):
-                        size = len(inputs[row])
-                        answer = float(value[row, :size].sum()), bool(greedy[row, :size].all())
-                        answers.append((indices[turn], answer))
-        return answers
 
     @torch.no_grad()
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs) -> Tensor:

@@ -3,7 +3,6 @@
 Tables are written here, for every command; intervals are one method: a percentile bootstrap of paired differences.
 """
 
-import html
 import importlib.util
 import io
 import math
@@ -16,25 +15,12 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
+from jinja2 import Environment, FileSystemLoader
 
 from lowrank_cache.evaluation.caches import CacheEntry
 
-__all__ = [
-    "Interval", "Table", "check_installed", "metrics_of", "paired_interval", "report_html", "report_markdown",
-    "write_report",
-]  # fmt: skip
-
 Records = dict[tuple, dict[str, Any]]
 Metrics = dict[str, dict[str, Any]]
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c2430; max-width: 68rem; margin: 2rem auto; padding: 0 1.5rem }
-p, figcaption { max-width: 46rem } footer, figcaption { color: #5b6675; font-size: .86rem }
-svg { max-width: 100%; height: auto } figure { margin: 1rem 0 } .table { overflow-x: auto }
-table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: right; vertical-align: top; max-width: 8rem }
-td:first-child, td span { white-space: nowrap }
-th:first-child, td:first-child { text-align: left; max-width: none; position: sticky; left: 0; background: #fff }
-"""
 # How a cell is written: in the last of the forms whose fields have all been measured.
 _PERPLEXITY = "{value:.3f}", "x{ratio:.4f} [{low:.4f}, {high:.4f}]"
 _SCORE = "{score:.2f}", "{score:.2f}, {difference:+.2f} [{low:+.2f}, {high:+.2f}]"
@@ -53,21 +39,13 @@ def check_installed() -> None:
         raise ImportError(f'this needs {" and ".join(missing)}: pip install "lowrank-cache[eval]"')
 
 
-class Interval(NamedTuple):
-    """A mean and the ends of its interval; all three are equal where nothing differs."""
-
-    mean: float
-    low: float
-    high: float
-
-
-def paired_interval(differences: Sequence[Sequence[float]], *, draws: int = 10_000, seed: int = 0) -> Interval:
-    """The percentile interval (95 %) of a mean over samples, of which ``differences`` to the baseline are given.
+def paired_interval(differences: Sequence[Sequence[float]], *, draws: int = 10_000, seed: int = 0) -> tuple[float, ...]:
+    """A mean over samples, of which ``differences`` to the baseline are given, and the ends of its interval (95 %).
 
     Args:
         differences: One list for each stratum (task, length, ...), one number a sample. Samples are drawn again within
             their stratum, and the means of the strata are averaged.
-        draws: Of the bootstrap.
+        draws: Of the percentile bootstrap.
 
     Raises:
         ValueError: If there are no samples in a stratum, or no strata.
@@ -86,7 +64,7 @@ def paired_interval(differences: Sequence[Sequence[float]], *, draws: int = 10_0
         method="percentile",
         rng=np.random.default_rng(seed),
     ).confidence_interval
-    return Interval(float(sum(part.mean() for part in strata) / len(strata)), float(found.low), float(found.high))
+    return float(sum(part.mean() for part in strata) / len(strata)), float(found.low), float(found.high)
 
 
 def metrics_of(entries: list[CacheEntry], records: dict[str, Records]) -> Metrics:
@@ -103,7 +81,7 @@ def metrics_of(entries: list[CacheEntry], records: dict[str, Records]) -> Metric
             "projection_bytes": entry.projection_bytes,
             "perplexity": _perplexity(records[entry.name], full),
             "codes": _codes(records[entry.name], full),
-            "lengths": _lengths(records[entry.name], full, simulated=entry.name.startswith("kivi")),
+            "lengths": _lengths(records[entry.name], full),
         }
         for entry in entries
     }
@@ -118,17 +96,22 @@ def _grouped(records: Records, kind: str) -> dict[tuple, Records]:
     return found
 
 
-def _compared(
+def _summary(
     strata: Sequence[Records], full: Records, value: Callable[[dict[str, Any]], float],
-    name: str = "difference", unit: Callable[[float], float] = float,
+    mean: str, difference: str = "difference", unit: Callable[[float], float] = float,
 ) -> dict[str, float]:  # fmt: skip
-    """The difference to the full cache; nothing for that cache itself, or if a stratum shares no key with it."""
+    """The mean over strata of their means, and the difference to the full cache with its interval.
+
+    There is no difference for that cache itself, or if a stratum shares no key with it.
+    """
+    found = {mean: unit(fmean(fmean(map(value, part.values())) for part in strata))}
     paired = [
         [value(record) - value(full[key]) for key, record in part.items() if full.get(key, record) is not record]
         for part in strata
     ]
-    found = paired_interval(paired) if all(paired) else ()
-    return dict(zip((name, "low", "high"), map(unit, found), strict=False))
+    if all(paired):
+        found |= zip((difference, "low", "high"), map(unit, paired_interval(paired)), strict=True)
+    return found
 
 
 def _perplexity(records: Records, full: Records) -> dict[str, Any] | None:
@@ -136,43 +119,35 @@ def _perplexity(records: Records, full: Records) -> dict[str, Any] | None:
     if not windows:
         return None
 
-    def summary(loss_of: Callable[[dict[str, Any]], float]) -> dict[str, float]:
-        value = math.exp(fmean(map(loss_of, windows.values())))
-        return {"value": value, **_compared([windows], full, loss_of, "ratio", math.exp)}
+    def summary(*path: Any) -> dict[str, float]:
+        return _summary([windows], full, lambda record: _at(record, *path), "value", "ratio", math.exp)
 
-    quarters = [summary(lambda record, at=at: record["quarters"][at]) for at in range(4)]  # type: ignore[misc]
-    return {**summary(itemgetter("loss")), "windows": len(windows), "quarters": quarters}
-
-
-def _mean(strata: Sequence[Records], field: str) -> float:
-    return fmean(float(np.mean([record[field] for record in part.values()])) for part in strata)
+    return {**summary("loss"), "windows": len(windows), "quarters": [summary("quarters", at) for at in range(4)]}
 
 
 def _codes(records: Records, full: Records) -> dict[str, dict[str, dict[str, Any]]]:
     """By task and length: loss of forced answers and share of exact ones, also where the full cache has them exact."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for (task, length), part in _grouped(records, "codes").items():
-        at: dict[str, Any] = {"loss": _mean([part], "losses"), "exact": _mean([part], "exact")}
-        at["questions"] = sum(len(record["exact"]) for record in part.values())
-        if compared := _compared([part], full, lambda record: fmean(record["losses"])):
+        at: dict[str, Any] = _summary([part], full, lambda record: fmean(record["losses"]), "loss")
+        exact = [answer for record in part.values() for answer in record["exact"]]
+        at |= {"exact": fmean(exact), "questions": len(exact)}
+        if "difference" in at:
             both = [(record["exact"], full[key]["exact"]) for key, record in part.items() if key in full]
             kept = [ours for pair in both for ours, theirs in zip(*pair, strict=True) if theirs]
-            at |= compared | {"kept": fmean(kept) if kept else None}
+            at["kept"] = fmean(kept) if kept else None
         found.setdefault(task, {})[str(length)] = at
     return found
 
 
-def _lengths(records: Records, full: Records, simulated: bool) -> dict[str, dict[str, Any]]:
+def _lengths(records: Records, full: Records) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for (_, length), part in _grouped(records, "cost").items():
         ((key, cost),) = part.items()
-        entry = found[str(length)] = {"stored_bytes": cost["stored_bytes"]}
+        entry = found[str(length)] = {name: cost[name] for name in ("stored_bytes", "fill_seconds", "step_seconds")}
         if key in full:
             entry["smaller"] = full[key]["stored_bytes"] / cost["stored_bytes"]
             entry["real_ratio"] = full[key]["bytes_at_16_bits"] / cost["stored_bytes"]
-        for field in ("fill_seconds", "step_seconds"):
-            # A simulated cache's times are not those of the cache that it stands for.
-            entry[field] = None if simulated else cost[field]
     answers = _grouped(records, "answers")
     for length in sorted({length for _, length in answers}):
         tasks = {task: part for (task, at), part in answers.items() if at == length}
@@ -184,8 +159,8 @@ def _lengths(records: Records, full: Records, simulated: bool) -> dict[str, dict
 
 def _score(strata: Sequence[Records], full: Records) -> dict[str, Any]:
     """Mean over the strata of their mean score, and its difference to the full cache."""
-    found = {"score": _mean(strata, "score"), "exact": _mean(strata, "exact")}
-    return {"samples": sum(map(len, strata)), **found, **_compared(strata, full, itemgetter("score"))}
+    exact = fmean(fmean(record["exact"] for record in part.values()) for part in strata)
+    return {"samples": sum(map(len, strata)), "exact": exact, **_summary(strata, full, itemgetter("score"), "score")}
 
 
 class Table(NamedTuple):
@@ -197,60 +172,25 @@ class Table(NamedTuple):
     def markdown(self) -> str:
         return "\n".join(f"| {' | '.join(cells)} |" for cells in (self.head, ["---"] * len(self.head), *self.lines))
 
-    def html(self) -> str:
-        def row(tag: str, cells: list[str]) -> str:
-            kept = (re.sub(r"\[.*?]", r"<span>\g<0></span>", html.escape(cell)) for cell in cells)
-            return f"<tr>{''.join(f'<{tag}>{cell}</{tag}>' for cell in kept)}</tr>"
 
-        rows = "\n".join([row("th", self.head), *(row("td", cells) for cells in self.lines)])
-        return f'<div class="table"><table>\n{rows}\n</table></div>'
-
-
-def report_markdown(metrics: Metrics, config: dict[str, Any]) -> str:
-    """The report without its pictures, but for the one beside it."""
-    parts = ["# Evaluation", _conditions(config)]
-    parts += [f"## {title}\n\n{table.markdown()}" for title, table in _tables(metrics)]
-    if _lengths_of(metrics):
-        parts.append("![Quality against stored bytes](pareto.png)")
-    return "\n\n".join(parts) + "\n"
-
-
-def report_html(metrics: Metrics, config: dict[str, Any]) -> str:
-    """The report as one page that needs no other file: tables, and plots as inline SVG."""
-    parts = []
-    for title, table in _tables(metrics):
-        parts.append(f"<h2>{html.escape(title)}</h2>\n{table.html()}")
-        draw, caption = _FIGURES.get(title, (None, ""))
-        if draw and (figure := draw(metrics)):
-            parts.append(_svg(figure, title, caption))
-    name, conditions = html.escape(config["model"].partition(",")[0]), html.escape(_conditions(config))
-    facts = [f"{one} {fact}" for part in ("versions", "machine") for one, fact in config.get(part, {}).items()]
-    return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<meta charset="utf-8">\n<title>Caches on {name}</title>\n'
-        f"<style>{_STYLE}</style>\n<h1>Caches on {name}</h1>\n<p>{conditions}</p>\n"
-        + "\n".join(parts)
-        + f"\n<footer>{html.escape(', '.join(facts))}</footer>\n</html>\n"
-    )
+def report_text(kind: str, metrics: Metrics, config: dict[str, Any]) -> str:
+    """The report as ``"md"``, with one picture beside it, or as ``"html"``, one page that needs no other file."""
+    found = {"config": config, "tables": _tables(metrics), "pareto": bool(_lengths_of(metrics))}
+    if kind == "html":
+        found["figures"] = {title: _svg(figure, title) for title, draw in _FIGURES.items() if (figure := draw(metrics))}
+    files = FileSystemLoader(Path(__file__).parent / "templates")
+    template = Environment(autoescape=kind == "html", loader=files).get_template(f"report.{kind}")
+    return template.render(found).strip() + "\n"
 
 
 def write_report(out: Path, metrics: Metrics, config: dict[str, Any]) -> str:
     """Write ``report.html``, ``report.md`` and its picture into ``out``; returns the Markdown."""
-    text = report_markdown(metrics, config)
-    (out / "report.md").write_text(text, encoding="utf-8")
-    (out / "report.html").write_text(report_html(metrics, config), encoding="utf-8")
+    texts = {kind: report_text(kind, metrics, config) for kind in ("html", "md")}
+    for kind, text in texts.items():
+        (out / f"report.{kind}").write_text(text, encoding="utf-8")
     if figure := _pareto(metrics):
         figure.savefig(out / "pareto.png", dpi=120)
-    return text
-
-
-def _conditions(config: dict[str, Any]) -> str:
-    return (
-        "{model} in {dtype} on {device}. Text: {text}. Perplexity of {windows} windows of {window} tokens; {samples} "
-        "contexts of each task and length. All of it is streamed {chunk} tokens a forward through caches with a window "
-        "of {residual_length} tokens and {num_sink_tokens} sinks. Answers to tasks are generated, codes of look-ups "
-        "and needles are forced. Differences to the full cache are paired; brackets hold 95 % of a bootstrap over "
-        "windows, texts or contexts."
-    ).format(**(config["settings"] | config))
+    return texts["md"]
 
 
 def _lengths_of(metrics: Metrics) -> list[str]:
@@ -317,18 +257,15 @@ def _cell(found: dict[str, Any] | None, forms: Sequence[str]) -> str:
     return "–"
 
 
-def _svg(figure, title: str, caption: str) -> str:
+def _svg(figure, title: str) -> str:
     """A figure as inline SVG: text stays text, and nothing points out of the page."""
     import matplotlib
 
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
-    drawn = buffer.getvalue()
-    drawn = re.sub(r"<metadata>.*?</metadata>", "", drawn[drawn.index("<svg") :], flags=re.DOTALL)
-    drawn = re.sub(r' (?:xmlns(?::\w+)?="[^"]*"|id="[\w.]+_\d+")', "", drawn).replace("xlink:href", "href")
-    drawn = drawn.replace("<svg", f'<svg role="img" aria-label="{html.escape(title)}"', 1)
-    return f"<figure>\n{drawn}<figcaption>{html.escape(caption)}</figcaption>\n</figure>"
+    left_out = r'^.*?(?=<svg)|<metadata>.*?</metadata>| xmlns(?::\w+)?="[^"]*"| id="[\w.]+_\d+"'
+    return re.sub(left_out, "", buffer.getvalue(), flags=re.DOTALL).replace("xlink:href", "href")
 
 
 def _figure(height: float, rows: int = 1):
@@ -348,6 +285,8 @@ def _style(index: int) -> dict[str, Any]:
 
 def _pareto(metrics: Metrics):
     """Perplexity ratio at the longest length and task scores at each, against stored bytes; None without any."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
     lengths = _lengths_of(metrics)
     if not lengths:
         return None
@@ -357,24 +296,21 @@ def _pareto(metrics: Metrics):
     rows = -(-len(panels) // 2)
     figure, axes = _figure(3.6 * rows + 0.25 * (len(metrics) / 3 + 1), rows)
     for axis, (length, label, sign) in zip(axes, panels, strict=False):
-        points: list[tuple[float, float]] = []
-        front: list[tuple[float, float]] = []
+        points = []
         for index, (name, entry) in enumerate(metrics.items()):
             at, perplexity = _at(entry, "lengths", length) or {}, entry["perplexity"]
             value = at.get("score") if sign > 0 else perplexity and perplexity.get("ratio", 1.0)
             if "smaller" in at and value is not None:
-                points.append((100 / at["smaller"], value))
-                axis.plot(*points[-1], linestyle="", label=name, **_style(index))
-        for size, value in sorted(points, key=lambda point: (point[0], -sign * point[1])):
-            if not front or sign * value > sign * front[-1][1]:
-                front.append((size, value))
-        axis.plot(*zip(*front, strict=True), color="#b9c2cd", zorder=1)
+                points.append((100 / at["smaller"], sign * value))
+                axis.plot(100 / at["smaller"], value, linestyle="", label=name, **_style(index))
+        points.sort(key=lambda point: (point[0], -point[1]))
+        front = [one for at, one in enumerate(points) if all(one[1] > other for _, other in points[:at])]
+        axis.plot([size for size, _ in front], [sign * value for _, value in front], color="#b9c2cd", zorder=1)
         axis.set(xscale="log", ylabel=label, xlabel=f"bytes stored at {int(length):,} tokens, % of the full cache")
         axis.margins(0.08)
-        low, high = axis.get_xlim()
-        ticks = [tick for tick in (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150) if low <= tick <= high]
-        axis.set_xticks(ticks, [f"{tick} %" for tick in ticks])
-        axis.set_xticks([], minor=True)
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axis.xaxis.set_major_formatter("{x:g} %")
+        axis.xaxis.set_minor_locator(NullLocator())
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
@@ -390,23 +326,14 @@ def _ratios(metrics: Metrics):
     for place, (name, one) in enumerate(found.items()):
         style, bars = _style(list(metrics).index(name)), [[one["ratio"] - one["low"]], [one["high"] - one["ratio"]]]
         whole.errorbar(one["ratio"], place, xerr=bars, capsize=3, **style)
-        quarters.plot([quarter["ratio"] for quarter in one["quarters"]], **style)
+        quarters.plot(("first", "second", "third", "last"), [part["ratio"] for part in one["quarters"]], **style)
     whole.axvline(1, color="grey", linestyle=":")
     quarters.axhline(1, color="grey", linestyle=":")
     whole.set(xlabel="perplexity to the full cache", yticks=range(len(found)), yticklabels=found)
     whole.invert_yaxis()
-    quarters.set(xlabel="quarter of the windows", ylabel="perplexity to the full cache", xticks=range(4))
-    quarters.set_xticklabels(["first", "second", "third", "last"])
+    quarters.set(xlabel="quarter of the windows", ylabel="perplexity to the full cache")
     return figure
 
 
-_FIGURES: dict[str, tuple[Callable[[Metrics], Any], str]] = {
-    "Size and quality": (_pareto, (
-        "Better is to the left, and low for the perplexity, high for scores. A line joins the caches that no other one "
-        "beats in size and quality at once."
-    )),
-    "Perplexity by quarter of the windows": (_ratios, (
-        "Left: the ratio over whole windows with its interval. Right: by quarter of the windows, in the same colours; "
-        "a line that rises shows errors that build up."
-    )),
-}  # fmt: skip
+# Titles of the tables that have one below; the page holds their captions.
+_FIGURES = {"Size and quality": _pareto, "Perplexity by quarter of the windows": _ratios}

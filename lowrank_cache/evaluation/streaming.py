@@ -18,7 +18,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from lowrank_cache import LowRankCache
 from lowrank_cache.probe import cache_argument
 
-__all__ = ["branch", "feed", "fill", "force_answers", "greedy_answer", "now", "padded", "stream", "windows_of"]
+__all__ = ["feed", "fill", "force_answers", "greedy_answer", "now", "stream", "windows_of"]
 
 
 def windows_of(token_ids: Tensor, tokens: int, count: int | None = None) -> Tensor:
@@ -32,12 +32,8 @@ def windows_of(token_ids: Tensor, tokens: int, count: int | None = None) -> Tens
     return windows[torch.linspace(0, available - 1, count).round().long()]
 
 
-def padded(sequences: list[Tensor], side: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids ``[tokens]`` of several sequences as one batch, padded on the left or the right.
-
-    Returns:
-        ids and mask, int64 ``[batch, tokens]`` on ``device``; the mask is 0 for padding.
-    """
+def _padded(sequences: list[Tensor], side: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids ``[tokens]`` of sequences, padded on one side, and a mask, 0 for padding: int64 ``[batch, tokens]``."""
     masks = [torch.ones_like(sequence) for sequence in sequences]
     ids, mask = (pad_sequence(part, True, padding_side=side).to(device) for part in (sequences, masks))
     return ids, mask
@@ -65,7 +61,7 @@ def feed(
         yield start, model(**given, attention_mask=mask[:, : cached + stop], **arguments).logits
 
 
-def branch(cache: Cache) -> Cache:
+def _branch(cache: Cache) -> Cache:
     """A cache that goes on from the same tokens and leaves ``cache`` as it is."""
     if isinstance(cache, LowRankCache):
         return copy.deepcopy(cache)
@@ -76,6 +72,23 @@ def branch(cache: Cache) -> Cache:
         for layer in cache.layers
     ]
     return copied
+
+
+def _losses(
+    model: PreTrainedModel, ids: Tensor, targets: Tensor, mask: Tensor, cache: Cache, *, chunk: int, first: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Losses of ``targets`` ``[batch, n]``, which follow the first n of ``ids``, that are fed as in ``feed``.
+
+    Float64 in nats, and whether each target is the model's first choice; both ``[batch, n]`` on CPU.
+    """
+    losses, chosen = [], []
+    for start, logits in feed(model, ids, mask, cache, chunk=chunk, first=first):
+        wanted = targets[:, start : start + logits.shape[1]]
+        logits = logits[:, : wanted.shape[1]]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), wanted.flatten(), reduction="none")
+        losses.append(loss.view(wanted.shape).double().cpu())
+        chosen.append((logits.argmax(-1) == wanted).cpu())
+    return torch.cat(losses, 1), torch.cat(chosen, 1)
 
 
 @torch.no_grad()
@@ -92,15 +105,9 @@ def stream(
     Returns:
         ``[windows, tokens - 1]`` float64 on CPU, in nats.
     """
-    losses = []
-    for ids in windows.to(model.device).split(batch):
-        parts = []
-        for start, logits in feed(model, ids, torch.ones_like(ids), make_cache(), chunk=chunk, first=prompt):
-            targets = ids[:, start + 1 : start + 1 + logits.shape[1]]  # the last token of a window has none
-            predictions = logits[:, : targets.shape[1]].flatten(0, 1).float()
-            loss = torch.nn.functional.cross_entropy(predictions, targets.flatten(), reduction="none")
-            parts.append(loss.view(targets.shape).double().cpu())
-        losses.append(torch.cat(parts, 1))
+    parts = windows.to(model.device).split(batch)
+    options = {"chunk": chunk, "first": prompt}
+    losses = [_losses(model, ids, ids[:, 1:], torch.ones_like(ids), make_cache(), **options)[0] for ids in parts]
     return torch.cat(losses)
 
 
@@ -121,7 +128,7 @@ def greedy_answer(model: PreTrainedModel, cache: Cache, question: Tensor, limit:
 
     The question is one forward; from then on every token is read from what a copy of the cache stores.
     """
-    cache = branch(cache)
+    cache = _branch(cache)
     ids, answer, argument = question.to(model.device)[None], [], cache_argument(model, cache)
     for _ in range(limit):
         logits = model(input_ids=ids, **argument, use_cache=True, logits_to_keep=1).logits
@@ -136,33 +143,37 @@ def greedy_answer(model: PreTrainedModel, cache: Cache, question: Tensor, limit:
 @torch.no_grad()
 def force_answers(
     model: PreTrainedModel, contexts: list[Tensor], questions: list[tuple[tuple[Tensor, Tensor], ...]],
-    make_cache: Callable[[], Cache], *, chunk: int = 128, prompt: int = 0,
+    make_cache: Callable[[], Cache], *, chunk: int = 128, prompt: int = 0, question_chunk: int | None = None,
 ) -> list[list[tuple[float, bool]]]:  # fmt: skip
     """Stream contexts as one batch, padded on the left, through a fresh cache, ask, and force each answer.
 
-    Every question is put to a copy of the cache; its own and its answer's tokens are seen exactly.
-
     Args:
         contexts: ``[tokens]`` ids each.
-        questions: Of each context as many pairs of a question's and its answer's ``[tokens]`` ids.
+        questions: Of each context, pairs of a question's and its answer's ``[tokens]`` ids. Each is put to a copy of
+            the cache.
         chunk, prompt: As ``chunk`` and ``first`` in ``feed``.
+        question_chunk: As ``chunk``, of a question with its answer; None for one forward, which sees them exactly.
 
     Returns:
         By context and question: mean loss of the answer's tokens in nats, and whether each of them is the model's
         first choice.
     """
     cache = make_cache()
-    ids, mask = padded(contexts, "left", model.device)
+    ids, mask = _padded(contexts, "left", model.device)
     fill(model, cache, ids, mask, chunk=chunk, first=prompt)
     scores: list[list[tuple[float, bool]]] = [[] for _ in contexts]
-    for pairs in zip(*questions, strict=True):  # the first question of every context, then the second, and so on
-        # Shorter questions are padded on the right, where no earlier token sees it.
-        ids, real = padded([torch.cat(pair) for pair in pairs], "right", model.device)
-        ((_, logits),) = feed(model, ids, torch.cat([mask, real], dim=1), branch(cache), chunk=ids.shape[1])
-        for found, row, (question, answer) in zip(scores, logits, pairs, strict=True):
-            steps = row[len(question) - 1 : len(question) + len(answer) - 1].double().cpu()
-            loss = torch.nn.functional.cross_entropy(steps, answer)
-            found.append((loss.item(), bool((steps.argmax(-1) == answer).all())))
+    for turn in range(max(map(len, questions))):  # the first question of every context, then the second, and so on
+        # A context without one left repeats its last, so that the batch stays as it is. Shorter ones are padded on the
+        # right, where no earlier token sees it.
+        pairs = [asked[min(turn, len(asked) - 1)] for asked in questions]
+        ids, real = _padded([torch.cat(pair) for pair in pairs], "right", model.device)
+        seen = torch.cat([mask, real[:, :-1]], dim=1)
+        step = question_chunk or ids.shape[1]
+        losses, chosen = _losses(model, ids[:, :-1], ids[:, 1:], seen, _branch(cache), chunk=step)
+        for row, (question, answer) in enumerate(pairs):
+            if turn < len(questions[row]):
+                part = slice(len(question) - 1, len(question) + len(answer) - 1)
+                scores[row].append((losses[row, part].mean().item(), bool(chosen[row, part].all())))
     return scores
 
 

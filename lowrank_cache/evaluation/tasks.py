@@ -11,81 +11,66 @@ context are asked for.
 import random
 import re
 import string
+import tomllib
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from operator import itemgetter
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = [
-    "QUESTIONS", "TASKS", "CodeText", "Haystack", "Prompter", "Question", "Sample", "answer_tokens", "lookup_dataset",
-    "lookup_documents", "lookup_texts", "needle_texts", "sample_of", "score",
-]  # fmt: skip
-
 QUESTIONS = 4  # of a look-up list or a text with needles; choices of an lm-eval document
-_COLOURS = "red blue green black white yellow orange purple brown grey pink crimson".split()
-_ANIMALS = "tiger eagle shark wolf bear fox owl whale horse moose lynx crane cobra bison".split()
-_NAMES = [f"{colour} {animal}" for colour in _COLOURS for animal in _ANIMALS]
-_ASKED = "\nThe secret code that was given to agent {} is"
-_VAULT = "The vault of the {0} opens with the number"
-_NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+_WORDING = tomllib.loads(Path(__file__).with_name("templates").joinpath("tasks.toml").read_text(encoding="utf-8"))
+_NAMES = [f"{colour} {animal}" for colour in _WORDING["colours"].split() for animal in _WORDING["animals"].split()]
 _HOPS = 4  # assignments after the first in a chain of variables
 _COMMON = 10  # words to be found in a list
 _LONG = 4096  # tokens from which on lists repeat their words more often
 
 
-class CodeText(NamedTuple):
-    """What is read, ``[tokens]`` ids, and questions about it with their answers, ``[tokens]`` ids each."""
-
-    context: Tensor
-    questions: tuple[tuple[Tensor, Tensor], ...]
+# What is read, ``[tokens]`` ids, and questions about it with their answers, ``[tokens]`` ids each.
+CodeText = tuple[Tensor, tuple[tuple[Tensor, Tensor], ...]]
 
 
 def lookup_texts(tokenizer, count: int, entries: int = 22, seed: int = 0) -> list[CodeText]:
     """Each text lists ``entries`` similar facts; some of them are asked for."""
     lookups = _lookups(count, entries, seed)
-    return [CodeText(_ids(tokenizer, text), _questions(tokenizer, _ASKED, codes)) for _, text, codes in lookups]
+    return [(_ids(tokenizer, text), _questions(tokenizer, "lookup", codes)) for _, text, codes in lookups]
 
 
 def needle_texts(tokenizer, haystack: Tensor, count: int, tokens: int, seed: int = 0) -> list[CodeText]:
     """Each text hides facts in ``tokens`` tokens of prose in all (``haystack`` ids), and all are asked for."""
     texts = []
     for draw in _draws(count, seed):
-        codes = {name: _code(draw) for name in draw.sample(_NAMES, QUESTIONS)}
-        facts = [_ids(tokenizer, f"\n{_VAULT.format(name)} {code}.\n") for name, code in codes.items()]
-        room = tokens - sum(map(len, facts))
+        codes, facts = _facts(draw, "vault", QUESTIONS)
+        needles = [_ids(tokenizer, fact) for fact in facts]
+        room = tokens - sum(map(len, needles))
         start = draw.randrange(0, max(1, len(haystack) - room))
         prose = haystack[start : start + room]
         places = sorted(draw.sample(range(len(prose) // 20, len(prose) * 19 // 20), QUESTIONS))
         first, *parts = prose.tensor_split(places)
-        context = torch.cat([first, *chain.from_iterable(zip(facts, parts, strict=True))])
-        asked = "\nWhich number opens the vault of the {0}? " + _VAULT
-        texts.append(CodeText(context, _questions(tokenizer, asked, codes)))
+        context = torch.cat([first, *chain.from_iterable(zip(needles, parts, strict=True))])
+        texts.append((context, _questions(tokenizer, "vault", codes)))
     return texts
 
 
-def lookup_documents(count: int = 64, entries: int = 22, seed: int = 0) -> list[dict]:
-    """``count`` documents of an lm-eval task, each with ``entries`` codes in its list, at least 4.
+def lookup_dataset(count: int = 64, entries: int = 22, seed: int = 0, **_) -> dict:
+    """``count`` documents as lm-eval takes them, each with ``entries`` codes in its list, at least 4.
 
-    Their ``text`` is a list and a question; ``choices`` are codes, ``answer`` is the right one's index.
+    Their ``text`` is a list and a question; ``choices`` are codes, ``answer`` is the right one's index. lm-eval passes
+    all arguments of the model and of ``--metadata``.
     """
+    from datasets import Dataset
+
     documents = []
     for draw, context, codes in _lookups(count, entries, seed):
         answer = draw.randrange(QUESTIONS)
-        text = context + _ASKED.format(list(codes)[answer])
+        text = context + _WORDING["lookup"]["question"].format(name=list(codes)[answer])
         documents.append({"text": text, "choices": list(codes.values()), "answer": answer})
-    return documents
-
-
-def lookup_dataset(count: int = 64, entries: int = 22, seed: int = 0, **_) -> dict:
-    """The documents as lm-eval takes them; it passes all arguments of the model and of ``--metadata``."""
-    from datasets import Dataset
-
-    return {"test": Dataset.from_list(lookup_documents(count, entries, seed))}
+    return {"test": Dataset.from_list(documents)}
 
 
 def _draws(count: int, seed: int) -> list[random.Random]:
@@ -95,22 +80,24 @@ def _draws(count: int, seed: int) -> list[random.Random]:
 def _lookups(count: int, entries: int, seed: int) -> Iterator[tuple[random.Random, str, dict[str, str]]]:
     """Texts that list ``entries`` similar facts, and the codes of the names that are asked for."""
     for draw in _draws(count, seed):
-        codes = {name: _code(draw) for name in draw.sample(_NAMES, entries)}
-        facts = [f"Agent {name} was given the secret code {code} this morning.\n" for name, code in codes.items()]
+        codes, facts = _facts(draw, "lookup", entries)
         asked = draw.sample(list(codes), QUESTIONS)
-        yield draw, f"Read the list of agents and codes.\n\n{''.join(facts)}", {name: codes[name] for name in asked}
+        yield draw, _WORDING["lookup"]["context"].format(facts="".join(facts)), {name: codes[name] for name in asked}
 
 
-def _code(draw: random.Random) -> str:
-    return str(draw.randrange(10000, 100000))
+def _facts(draw: random.Random, kind: str, count: int) -> tuple[dict[str, str], list[str]]:
+    """Codes of ``count`` names, and a sentence about each."""
+    codes = {name: str(draw.randrange(10000, 100000)) for name in draw.sample(_NAMES, count)}
+    return codes, [_WORDING[kind]["fact"].format(name=name, code=code) for name, code in codes.items()]
 
 
 def _ids(tokenizer, text: str) -> Tensor:
     return torch.tensor(tokenizer(text)["input_ids"])
 
 
-def _questions(tokenizer, asked: str, codes: dict[str, str]) -> tuple[tuple[Tensor, Tensor], ...]:
-    return tuple((_ids(tokenizer, asked.format(name)), _ids(tokenizer, f" {code}")) for name, code in codes.items())
+def _questions(tokenizer, kind: str, codes: dict[str, str]) -> tuple[tuple[Tensor, Tensor], ...]:
+    asked = {name: _WORDING[kind]["question"].format(name=name) for name in codes}
+    return tuple((_ids(tokenizer, asked[name]), _ids(tokenizer, f" {code}")) for name, code in codes.items())
 
 
 class Question(NamedTuple):
@@ -121,21 +108,13 @@ class Question(NamedTuple):
     expected: tuple[str, ...]
 
 
-class Sample(NamedTuple):
-    """A context and questions that are asked about it independently of each other."""
-
-    context: str
-    questions: list[Question]
+Sample = tuple[str, list[Question]]  # a context, and questions that are asked about it independently of each other
 
 
 class Haystack:
-    """A text as prose to hide needles in and as words for lists.
+    """A text as prose to hide needles in and as words for lists: ValueError below 20 sentences or 100 words.
 
-    Args:
-        text: In a language that separates words and ends sentences in a full stop, or lines.
-
-    Raises:
-        ValueError: If it has fewer than 20 sentences or 100 words.
+    Its language separates words, and ends sentences in a full stop, or lines.
     """
 
     def __init__(self, text: str):
@@ -154,24 +133,24 @@ def _needles(
     """``keys`` keys with ``values`` numbers each in ``size`` sentences, and questions for ``asked`` keys at a time."""
     names = [name.replace(" ", "-") for name in draw.sample(_NAMES, keys)]
     numbers = {name: [str(draw.randrange(10**6, 10**7)) for _ in range(values)] for name in names}
-    needles = [f"One of the special magic numbers for {name} is: {one}." for name in names for one in numbers[name]]
+    fact = _WORDING["needle"]["fact"]
+    needles = [fact.format(name=name, number=number) for name in names for number in numbers[name]]
     places = [draw.random() for _ in needles]
     count = len(haystack.sentences)
     first = draw.randrange(count)
     prose = [haystack.sentences[index % count] for index in range(first, first + size)]
-    context = (
-        "Some special magic numbers are hidden within the following text. Make sure to memorize it. I will quiz you "
-        f"about the numbers afterwards.\n{' '.join(_inserted(prose, needles, places))}"
-    )
+    context = _WORDING["needle"]["context"].format(text=" ".join(_inserted(prose, needles, places)))
     draw.shuffle(names)
     questions = []
     for group in [names[:asked]] if asked == keys else [[name] for name in names[:2]]:
         expected = tuple(number for name in group for number in numbers[name])
-        query = group[0] if len(group) == 1 else f"{', '.join(group[:-1])}, and {group[-1]}"
-        start, noun = ("is the", "number") if len(expected) == 1 else ("are all the", "numbers")
-        what = f"special magic {noun} for {query} mentioned in the provided text"
-        questions.append(Question(f"\nWhat {start} {what}?", f" The {what} {start.split()[0]}", expected))
-    return Sample(context, questions)
+        shown = group[0] if len(group) == 1 else f"{', '.join(group[:-1])}, and {group[-1]}"
+        questions.append(_question("one" if len(expected) == 1 else "many", expected, names=shown))
+    return context, questions
+
+
+def _question(kind: str, expected: tuple[str, ...], **filled: Any) -> Question:
+    return Question(_WORDING[kind]["question"].format(**filled), _WORDING[kind]["prefix"].format(**filled), expected)
 
 
 def _inserted(sentences: list[str], needles: list[str], places: list[float]) -> list[str]:
@@ -189,18 +168,13 @@ def _tracking(draw: random.Random, haystack: Haystack, size: int, length: int) -
         names: dict[str, None] = {}
         while len(names) <= _HOPS:
             names["".join(draw.choices(string.ascii_uppercase, k=5))] = None
-        value = _code(draw)
+        value = str(draw.randrange(10000, 100000))
         sources = [value, *(f"VAR {name}" for name in names)]
         chained = [f"VAR {name} = {source}" for name, source in zip(names, sources, strict=False)]
-        text = "\n".join(_inserted([_NOISE] * lines, chained, sorted(draw.random() for _ in chained)))
-        context = f"Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{text}"
-        question = f"\nQuestion: Find all variables that are assigned the value {value} in the text above."
-        prefix = (
-            " Answer: According to the chain(s) of variable assignment in the text above, "
-            f"{len(names)} variables are assigned the value {value}, they are:"
-        )
-        parts.append(Sample(context, [Question(question, prefix, tuple(names))]))
-    return _after_example(parts, " ".join)
+        noise = [_WORDING["noise"]] * lines
+        text = "\n".join(_inserted(noise, chained, sorted(draw.random() for _ in chained)))
+        parts.append((text, _question("tracking", tuple(names), value=value, count=len(names))))
+    return _after_example("tracking", parts, " ".join)
 
 
 def _common(draw: random.Random, haystack: Haystack, size: int, length: int) -> Sample:
@@ -214,21 +188,16 @@ def _common(draw: random.Random, haystack: Haystack, size: int, length: int) -> 
     for words, many, few in ((shown, 3, 1), (order[: _COMMON + size], often, seldom)):
         listed = words[:_COMMON] * many + words[_COMMON:] * few
         draw.shuffle(listed)
-        context = (
-            "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones "
-            f"that appear most often.\n{_numbered(listed)}"
-        )
-        question = f"\nQuestion: What are the {_COMMON} most common words in the above list?"
-        prefix = f" Answer: The top {_COMMON} words that appear most often in the list are:"
-        parts.append(Sample(context, [Question(question, prefix, tuple(words[:_COMMON]))]))
-    return _after_example(parts, _numbered)
+        parts.append((_numbered(listed), _question("common", tuple(words[:_COMMON]), count=_COMMON)))
+    return _after_example("common", parts, _numbered)
 
 
-def _after_example(parts: list[Sample], write: Callable[[Sequence[str]], str]) -> Sample:
-    example, asked = parts
-    (shown,) = example.questions
-    solved = f"{example.context}{shown.text}{shown.prefix} {write(shown.expected)}"
-    return Sample(f"{solved}\n\n{asked.context}", asked.questions)
+def _after_example(kind: str, parts: list[tuple[str, Question]], write: Callable[[Sequence[str]], str]) -> Sample:
+    """The second text with its question, after the first one with its question and answer."""
+    (solved, example), (text, question) = parts
+    context = _WORDING[kind]["context"]
+    answered = f"{context.format(text=solved)}{example.text}{example.prefix} {write(example.expected)}"
+    return f"{answered}\n\n{context.format(text=text)}", [question]
 
 
 def _numbered(words: Sequence[str]) -> str:
@@ -251,23 +220,17 @@ def sample_of(
 ) -> Sample:
     """The longest sample whose context, one question and answer take at most ``length`` tokens.
 
-    Args:
-        count: Gives the tokens of a text.
-        index, seed: Equal ones give equal samples.
-        reserved: Of the tokens, those to leave for what a chat template or the tokenizer adds.
-
-    Raises:
-        ValueError: If not even the shortest context fits.
+    Equal ``index`` and ``seed`` give equal samples. ``reserved`` of the tokens are left for what a chat template or the
+    tokenizer adds. A ValueError says that not even the shortest context fits.
     """
 
     def build(size: int) -> Sample:
-        draw = random.Random(f"{seed} {task} {length} {index}")
-        return TASKS[task](draw, haystack, size, length)
+        return TASKS[task](random.Random(f"{seed} {task} {length} {index}"), haystack, size, length)
 
     def too_long(size: int) -> bool:
-        sample = build(size)
-        asked = max(count(part.text + part.prefix) + answer_tokens(count, part) for part in sample.questions)
-        return count(sample.context) + asked > length - reserved
+        context, questions = build(size)
+        asked = max(count(part.text + part.prefix) + answer_tokens(count, part) for part in questions)
+        return count(context) + asked > length - reserved
 
     low = _HOPS + 1
     if too_long(low):
@@ -288,14 +251,9 @@ def score(expected: tuple[str, ...], answer: str) -> float:
 
 
 class Prompter:
-    """Token ids of contexts and of questions about them, as plain text or as one message of a chat.
+    """Token ids of contexts and of questions about them, as plain text or as one user message of a chat.
 
-    Args:
-        tokenizer: Of transformers.
-        chat: Put context and question into one user message by the tokenizer's chat template.
-
-    Raises:
-        ValueError: If ``chat`` is asked of a tokenizer without a template, or one that alters messages.
+    A ValueError says that a chat is asked of a tokenizer without a template, or with one that alters messages.
     """
 
     def __init__(self, tokenizer, chat: bool = False):
@@ -312,10 +270,6 @@ class Prompter:
     def count(self, text: str) -> int:
         """Tokens of a text, special ones apart."""
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def overhead(self) -> int:
-        """Tokens that a context and a question take beside their texts."""
-        return len(self.context("")) + len(self.question("", ""))
 
     def context(self, text: str) -> Tensor:
         """``[tokens]`` ids of what is read first; a chat template has written the special ones itself."""

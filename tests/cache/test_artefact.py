@@ -364,7 +364,7 @@ def test_moments_are_replaced_whole_or_not_at_all(tmp_path, monkeypatch, moments
         Path(part).write_bytes(b"half")
         raise FULL
 
-    monkeypatch.setattr("lowrank_cache.artefact.save_file", fill_up)
+    monkeypatch.setattr("lowrank_cache.calibration.moments.save_file", fill_up)
     with pytest.raises(OSError, match="No space left"):
         moments.save(tmp_path / "m.safetensors")
     assert contents(tmp_path) == before

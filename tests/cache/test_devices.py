@@ -219,9 +219,9 @@ def test_kernels_are_launched_under_their_tensors_device(monkeypatch, operation)
 
 
 def _kernel_modules():
-    from lowrank_cache.kernels import triton_scores, triton_tiers, triton_values
+    from lowrank_cache.kernels import triton_attend, triton_tiers
 
-    return triton_scores, triton_tiers, triton_values
+    return triton_attend, triton_tiers
 
 
 class _NotedKernel:

@@ -419,14 +419,14 @@ def test_a_config_that_is_none(copied, text):
 
 @pytest.mark.parametrize("edit, message", [
     (lambda facts: facts.update(tokens=facts["tokens"] + 1), "positions must be"),
-    (lambda facts: facts.update(batch=0), "batch must be an integer, at least 1, got 0"),
-    (lambda facts: facts["stores"][0].update(encoded=10_000), "store.0.encoded must be an integer, 0 to"),
+    (lambda facts: facts.update(batch=0), "batch must be an integer of at least 1, got 0"),
+    (lambda facts: facts["stores"][0].update(encoded=10_000), "store.0.encoded must be an integer from 0 to"),
     (lambda facts: facts["stores"][0].update(encoded=facts["stores"][0]["encoded"] - 3), "must be torch"),
     (lambda facts: facts["stores"].pop(), "stores and other_layers must be those"),
     (lambda facts: facts["settings"].update(residual_length=-1), "residual_length must be"),
     (lambda facts: facts["settings"].update(num_sink_tokens=3), "must be"),
     (lambda facts: facts["settings"].update(compression_ratio=5), "projections must be those that made the cache"),
-    (lambda facts: facts["settings"].update(latent_dtype="float8"), "damaged cache: KeyError"),
+    (lambda facts: facts["settings"].update(latent_dtype="float8"), "damaged cache: AttributeError"),
     (lambda facts: facts["frequencies"].clear(), "frequencies must be of"),
     (lambda facts: next(iter(facts["frequencies"].values())).append(5), "frequencies.* is missing"),
     (lambda facts: facts["other_layers"].update({"1": {"kind": "DummyLayer"}}), "stores and other_layers"),

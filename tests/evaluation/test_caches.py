@@ -2,16 +2,14 @@
 
 import pytest
 import torch
-from transformers import DynamicCache
 
 from lowrank_cache.calibration.collect import collect_moments
 from lowrank_cache.evaluation.caches import (
+    BASELINES,
     XKV,
     CacheSizes,
     Configuration,
-    SimulatedKiviCache,
     cache_entry,
-    make_baseline,
     make_bases,
     parse,
     tensor_bytes,
@@ -88,35 +86,12 @@ def test_the_ratio_in_latents_counts_what_is_kept_exactly():
     assert entries[2].latent_ratio == pytest.approx(2, rel=0.1) and entries[2].projection_bytes == 0
 
 
-def test_simulated_kivi_quantizes_what_left_its_window_and_counts_three_bits():
-    model = wide_llama()
-    cache = SimulatedKiviCache(model, bits=2, residual_length=32)
-    exact = DynamicCache(config=model.config)
-    tokens = random_tokens(1, 200)
-    with torch.no_grad():
-        for start in range(0, 200, 40):
-            for each in (cache, exact):
-                model(tokens[:, start : start + 40], past_key_values=each)
-    layer, truth = cache.layers[0], exact.layers[0]
-    assert layer.quantized == 160
-    assert not torch.equal(layer.keys[:, :, :160], truth.keys[:, :, :160])
-    assert torch.equal(layer.keys[:, :, 160:], truth.keys[:, :, 160:])
-    # Four levels over each range: no error above half a step, which is a third of the range.
-    values = truth.values[:, :, :160].unflatten(3, (-1, 32))
-    bound = (values.amax(4) - values.amin(4)) / 6 * 1.01 + 1e-3  # float16 steps and offsets
-    assert ((layer.values[:, :, :160].unflatten(3, (-1, 32)) - values).abs().amax(4) <= bound).all()
-    numbers = 2 * sum(layer.keys[:, :, 0].numel() for layer in cache.layers)
-    assert cache.stored_bytes() == numbers * 160 * 3 / 8 + numbers * 40 * 4
-
-
 def test_bytes_of_baselines_are_those_of_their_tensors():
     model = tiny_model("llama")
-    full, fp8 = make_baseline("full", model, 8), make_baseline("quantized-fp8", model, 8)
+    full, fp8 = BASELINES["full"](model, 8), BASELINES["quantized-fp8"](model, 8)
     with torch.no_grad():
         for cache in (full, fp8):
             model(random_tokens(2, 50), past_key_values=cache)
     numbers = 3 * 2 * 2 * 50 * 2 * 16
     assert tensor_bytes(full) == 4 * numbers
     assert numbers <= tensor_bytes(fp8) <= numbers + 200  # one scale a layer and side
-    with pytest.raises(ValueError, match="cache must be one of"):
-        make_baseline("kivi-3", model, 8)

@@ -1,7 +1,6 @@
 """Where texts, statistics and bases come from, without a network, and that equal ones give equal caches."""
 
 import json
-import struct
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -50,12 +49,18 @@ def test_missing_file_is_an_error_not_another_source(tmp_path, unreachable):
         load_text(tmp_path / "absent.txt")
 
 
+class Columns(dict):
+    """What a data set is here."""
+
+    column_names = ("text",)
+
+
 def test_wikitext_when_the_hub_answers(monkeypatch, reachable):
     asked = []
 
     def load_dataset(*args, **kwargs):
         asked.append((args, kwargs))
-        return {"text": ["", " = Title = \n", "A sentence.\n"]}
+        return Columns({"text": ["", " = Title = \n", "A sentence.\n"]})
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     text, name = load_text(split="test")
@@ -88,41 +93,6 @@ def test_without_datasets_it_says_so(monkeypatch, reachable):
     monkeypatch.setattr(inputs.importlib.util, "find_spec", lambda name: None)
     text, name = load_text(split="test")
     assert inputs.bundled_text().endswith(text) and "the package datasets is not installed" in name
-
-
-def catalogue(messages: dict[str, str], order: str = "<") -> bytes:
-    """A gettext ``.mo`` file, as ``msgfmt`` lays it out."""
-    strings = [text.encode() for text in sorted(messages)] + [messages[text].encode() for text in sorted(messages)]
-    count, table, place = len(messages), b"", 28 + 16 * len(messages)
-    for text in strings:
-        table += struct.pack(f"{order}II", len(text), place)
-        place += len(text) + 1
-    header = struct.pack(f"{order}IIIIIII", 0x950412DE, 0, count, 28, 28 + 8 * count, 0, 0)
-    return header + table + b"".join(text + b"\0" for text in strings)
-
-
-@pytest.mark.parametrize("order", ["<", ">"])
-def test_translations_are_read_once_each_and_labels_left_out(monkeypatch, tmp_path, order):
-    monkeypatch.setattr(inputs, "LOCALES", tmp_path)
-    long, other = "ein langer Satz über eine Datei, die es so nicht gibt, und mehr", "noch ein Satz, " * 8
-    folder = tmp_path / "de" / "LC_MESSAGES"
-    folder.mkdir(parents=True)
-    header = {"": "Content-Type: text/plain; charset=UTF-8\nX-More: of a header than sixty characters"}
-    (folder / "a.mo").write_bytes(catalogue({**header, "label": "Datei", "one\0many": f"{long}\0{other}"}, order))
-    (folder / "b.mo").write_bytes(catalogue({**header, "again": long}, order))
-    (folder / "damaged.mo").write_bytes(catalogue({**header, "third": other * 2}, order)[:60])
-    assert load_text("messages:de")[0] == f"{long}\n\n{other.strip()}"
-
-
-def test_a_language_without_catalogues_is_refused_by_name(monkeypatch, tmp_path):
-    monkeypatch.setattr(inputs, "LOCALES", tmp_path)
-    with pytest.raises(ValueError, match="language must be one with message catalogues under .*, got 'xx'"):
-        load_text("messages:xx")
-
-
-def test_sources_of_the_standard_library():
-    text, source = load_text("python-sources")
-    assert "sources of Python 3." in source and "def dataclass(" in text and len(text) > 1_000_000
 
 
 def test_texts_of_a_data_set(tmp_path):

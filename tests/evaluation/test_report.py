@@ -13,9 +13,9 @@ from transformers import DynamicCache
 from lowrank_cache.evaluation import report
 from lowrank_cache.evaluation.caches import CacheEntry
 from lowrank_cache.evaluation.evaluate import EvaluationSettings, record_key
-from lowrank_cache.evaluation.report import metrics_of, paired_interval, report_html, report_markdown, write_report
+from lowrank_cache.evaluation.report import metrics_of, paired_interval, report_text, write_report
 
-NAMES = ["full", "kivi-2", "fisher:4", "xkv:2,groups=2"]
+NAMES = ["full", "quantized-fp8", "fisher:4", "xkv:2,groups=2"]
 CONFIG = {
     "model": "wide",
     "dtype": "float32",
@@ -29,7 +29,7 @@ CONFIG = {
 def found():
     """Entries, made-up records and metrics of an evaluation."""
     draw = random.Random(0)
-    ratios = {"full": None, "kivi-2": None, "fisher:4": 4.03, "xkv:2,groups=2": 2.1}
+    ratios = {"full": None, "quantized-fp8": None, "fisher:4": 4.03, "xkv:2,groups=2": 2.1}
     entries = [CacheEntry(name, DynamicCache, ratios[name], 1000 * index) for index, name in enumerate(NAMES)]
     records = {}
     for place, name in enumerate(NAMES):
@@ -62,27 +62,27 @@ def test_the_metrics_say_what_the_records_say(found):
     losses = {
         name: [found["window", None, None, index]["loss"] for index in range(3)] for name, found in records.items()
     }
-    kivi = metrics["kivi-2"]
+    fp8 = metrics["quantized-fp8"]
     full = metrics["full"]["perplexity"]
     assert (full["value"], full["windows"]) == (pytest.approx(math.exp(sum(losses["full"]) / 3)), 3)
     assert "ratio" not in full
-    ratio = math.exp(sum(losses["kivi-2"]) / 3 - sum(losses["full"]) / 3)
-    assert kivi["perplexity"]["ratio"] == pytest.approx(ratio)
-    assert kivi["perplexity"]["low"] <= ratio <= kivi["perplexity"]["high"]
-    at = kivi["lengths"]["2000"]
-    assert at["fill_seconds"] is None and metrics["fisher:4"]["lengths"]["2000"]["fill_seconds"] > 0
-    scores = [record["score"] for key, record in records["kivi-2"].items() if key[0] == "answers"]
+    ratio = math.exp(sum(losses["quantized-fp8"]) / 3 - sum(losses["full"]) / 3)
+    assert fp8["perplexity"]["ratio"] == pytest.approx(ratio)
+    assert fp8["perplexity"]["low"] <= ratio <= fp8["perplexity"]["high"]
+    at = fp8["lengths"]["2000"]
+    assert at["fill_seconds"] > 0
+    scores = [record["score"] for key, record in records["quantized-fp8"].items() if key[0] == "answers"]
     assert at["score"] == pytest.approx(sum(scores) / 4) and at["samples"] == 4
     assert at["smaller"] == 2 and metrics["full"]["lengths"]["2000"]["smaller"] == 1
     windows = [("window", None, None, index) for index in range(3)]
-    last = {name: sum(records[name][key]["quarters"][3] for key in windows) / 3 for name in ("kivi-2", "full")}
-    assert kivi["perplexity"]["quarters"][3]["ratio"] == pytest.approx(math.exp(last["kivi-2"] - last["full"]))
+    last = {name: sum(records[name][key]["quarters"][3] for key in windows) / 3 for name in ("quantized-fp8", "full")}
+    assert fp8["perplexity"]["quarters"][3]["ratio"] == pytest.approx(math.exp(last["quantized-fp8"] - last["full"]))
     assert at["real_ratio"] == pytest.approx(at["smaller"] / 2)  # a float32 model's full cache is twice that at 16 bits
-    needles = [record for key, record in records["kivi-2"].items() if key[:3] == ("codes", "needle", 500)]
-    code = kivi["codes"]["needle"]["500"]
+    needles = [record for key, record in records["quantized-fp8"].items() if key[:3] == ("codes", "needle", 500)]
+    code = fp8["codes"]["needle"]["500"]
     assert code["loss"] == pytest.approx(sum(sum(record["losses"]) for record in needles) / 8)
     assert code["questions"] == 8 and code["low"] <= code["difference"] <= code["high"]
-    assert list(kivi["codes"]["lookup"]) == ["6"] and list(kivi["codes"]["needle"]) == ["400", "500"]
+    assert list(fp8["codes"]["lookup"]) == ["6"] and list(fp8["codes"]["needle"]) == ["400", "500"]
 
 
 def test_exact_answers_are_counted_in_all_and_where_the_full_cache_is_right():
@@ -95,13 +95,13 @@ def test_exact_answers_are_counted_in_all_and_where_the_full_cache_is_right():
     metrics = metrics_of(entries, records)
     code = metrics["a"]["codes"]["lookup"]["22"]
     assert (code["exact"], code["kept"], code["difference"]) == (0.75, 0.5, 0.0)
-    table = report_markdown(metrics, CONFIG).splitlines()
+    table = report_text("md", metrics, CONFIG).splitlines()
     assert "| full | 1.000 | 0.50 |" in table and "| a | +0.000 [+0.000, +0.000] | 0.75 (0.50) |" in table
 
 
 def test_the_markdown_has_a_line_for_each_cache_in_each_table(found):
     _, _, metrics = found
-    table = report_markdown(metrics, CONFIG)
+    table = report_text("md", metrics, CONFIG)
     assert all(table.count(f"| {name} |") == 5 for name in NAMES) and "## Tasks at 2,000 tokens" in table
     widths = [line.count("|") for line in table.splitlines() if line.startswith("|")]
     assert widths == [7] * 6 + [6] * 6 + [8] * 6 + [5] * 6 + [6] * 6  # five tables of four caches
@@ -160,7 +160,7 @@ def test_the_page_needs_nothing_else_and_holds_the_numbers(found, tmp_path):
 
 def test_names_are_escaped(found):
     _, _, metrics = found
-    html = report_html(metrics, {**CONFIG, "model": "<b>&model", "versions": {"torch": "<2>"}})
+    html = report_text("html", metrics, {**CONFIG, "model": "<b>&model", "versions": {"torch": "<2>"}})
     assert "<b>" not in html and "&lt;b&gt;&amp;model" in html and "torch &lt;2&gt;" in html
 
 
@@ -187,14 +187,15 @@ def test_an_interval_holds_the_truth_about_as_often_as_it_says():
     held = 0
     for index in range(300):
         part = paired_interval([generator.exponential(size=40), generator.normal(1, 2, size=60)], draws=500, seed=index)
-        assert part.low <= part.mean <= part.high
-        held += part.low <= 1 <= part.high
+        mean, low, high = part
+        assert low <= mean <= high
+        held += low <= 1 <= high
     assert 0.9 < held / 300 < 0.985
 
 
 def test_strata_count_alike_and_equal_differences_have_no_spread():
     part = paired_interval([[1.0], [0.0, 0.0, 0.0]])
-    assert (part.mean, part.low, part.high) == (0.5, 0.5, 0.5)
+    assert part == (0.5, 0.5, 0.5)
     assert paired_interval([[0.0, 1.0]], seed=3) == paired_interval([[0.0, 1.0]], seed=3)
     for empty in ([], [[1.0], []]):
         with pytest.raises(ValueError, match="must have samples in each stratum"):

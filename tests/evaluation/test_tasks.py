@@ -12,7 +12,7 @@ from lowrank_cache.evaluation.tasks import (
     Haystack,
     Prompter,
     answer_tokens,
-    lookup_documents,
+    lookup_dataset,
     lookup_texts,
     needle_texts,
     sample_of,
@@ -39,40 +39,39 @@ def sample(task: str, length: int = 2000, index: int = 0, seed: int = 0):
 @pytest.mark.parametrize("task", TASKS)
 def test_a_seed_decides_a_sample(task):
     assert sample(task) == sample(task)
-    assert len({sample(task).context, sample(task, index=1).context, sample(task, seed=1).context}) == 3
+    assert len({sample(task)[0], sample(task, index=1)[0], sample(task, seed=1)[0]}) == 3
 
 
 @pytest.mark.parametrize("length", [2100, 5000])
 @pytest.mark.parametrize("task", TASKS)
 def test_a_sample_fills_its_length_with_room_for_question_and_answer(task, length):
-    made = sample(task, length)
-    asked = max(len(part.text + part.prefix) + answer_tokens(len, part) for part in made.questions)
-    assert length - 250 < len(made.context) + asked <= length
-    shorter = sample_of(task, len, HAYSTACK, length, 0, reserved=150)
-    assert len(shorter.context) + asked <= length - 150
+    context, questions = sample(task, length)
+    asked = max(len(part.text + part.prefix) + answer_tokens(len, part) for part in questions)
+    assert length - 250 < len(context) + asked <= length
+    shorter, _ = sample_of(task, len, HAYSTACK, length, 0, reserved=150)
+    assert len(shorter) + asked <= length - 150
 
 
 @pytest.mark.parametrize(("task", "keys", "values", "asked"), [
     ("single", 1, 1, [1]), ("multi-key", 4, 1, [1, 1]), ("multi-value", 1, 4, [4]), ("multi-query", 4, 1, [4]),
 ])  # fmt: skip
 def test_needles_are_hidden_and_asked_for(task, keys, values, asked):
-    made = sample(task)
-    found = re.findall(r"One of the special magic numbers for (\S+) is: (\d{7})\.", made.context)
+    context, questions = sample(task)
+    found = re.findall(r"One of the special magic numbers for (\S+) is: (\d{7})\.", context)
     assert len({key for key, _ in found}) == keys and len(found) == len(set(found)) == keys * values
-    assert [len(question.expected) for question in made.questions] == asked
-    for question in made.questions:
+    assert [len(question.expected) for question in questions] == asked
+    for question in questions:
         meant = {number for key, number in found if key in question.text}
         assert set(question.expected) == meant and all(
             key in question.prefix for key, _ in found if key in question.text
         )
-    assert len({question.text for question in made.questions}) == len(asked)
+    assert len({question.text for question in questions}) == len(asked)
 
 
 def test_a_chain_is_in_order_and_leads_to_its_value():
     for index in range(20):
-        made = sample("tracking", index=index)
-        context = made.context.split("\n\n", 2)[2]  # after the example
-        (question,) = made.questions
+        context, (question,) = sample("tracking", index=index)
+        context = context.split("\n\n", 2)[2]  # after the example
         value = re.search(r"assigned the value (\d+)", question.text)[1]
         known = []
         for name, source in re.findall(r"VAR (\w+) = (?:VAR )?(\w+)", context):
@@ -83,18 +82,17 @@ def test_a_chain_is_in_order_and_leads_to_its_value():
 
 @pytest.mark.parametrize(("length", "often", "seldom"), [(2000, 6, 1), (5000, 30, 3)])
 def test_common_words_are_the_most_common(length, often, seldom):
-    made = sample("common", length)
-    counts = Counter(re.findall(r"\d+\. (\S+)", made.context.rpartition("\n")[2]))
-    (question,) = made.questions
+    context, (question,) = sample("common", length)
+    counts = Counter(re.findall(r"\d+\. (\S+)", context.rpartition("\n")[2]))
     assert set(question.expected) == {word for word, count in counts.items() if count == often}
     assert set(counts.values()) == {often, seldom}
 
 
 def test_lists_longer_than_the_texts_words_go_on_with_pairs():
-    made = sample("common", 12_000)
-    counts = Counter(re.findall(r"\d+\. (\S+)", made.context.rpartition("\n")[2]))
+    context, (question,) = sample("common", 12_000)
+    counts = Counter(re.findall(r"\d+\. (\S+)", context.rpartition("\n")[2]))
     assert len(counts) > len(HAYSTACK.words)
-    assert {word for word, _ in counts.most_common(10)} == set(made.questions[0].expected)
+    assert {word for word, _ in counts.most_common(10)} == set(question.expected)
 
 
 def test_the_score_is_the_share_of_expected_strings():
@@ -118,7 +116,8 @@ def test_context_and_question_are_one_prompt(chat):
     ids = prompter.context("Some text.").tolist() + prompter.question(" What?", "It is").tolist()
     expected = "<user>Some text. What?\n<assistant>It is" if chat else "Some text. What?It is"
     assert tokenizer.decode(ids) == expected
-    assert prompter.overhead() == len(expected) - len("Some text. What?It is")
+    overhead = len(prompter.context("")) + len(prompter.question("", ""))
+    assert overhead == len(expected) - len("Some text. What?It is")
 
 
 def test_chat_needs_a_template():
@@ -132,14 +131,14 @@ def byte_tokenizer(text: str) -> dict:
 
 
 def test_texts_hold_each_answer_once_and_questions_do_not():
-    for tokens, text in [
+    for tokens, (context_ids, questions) in [
         *((None, text) for text in lookup_texts(byte_tokenizer, 5, entries=8)),
         *((900, text) for text in needle_texts(byte_tokenizer, torch.zeros(3000), 5, 900)),
     ]:
-        context = _string(text.context)
+        context = _string(context_ids)
         assert tokens is None or len(context) == tokens
-        assert len(text.questions) == 4
-        for question, answer in text.questions:
+        assert len(questions) == 4
+        for question, answer in questions:
             (line,) = [line for line in context.splitlines() if _string(answer) in line]
             name = re.search(r"(\w+ \w+)( opens with the number| is)$", _string(question))[1]
             assert name in line and _string(answer) not in _string(question)
@@ -150,8 +149,8 @@ def _string(ids: torch.Tensor) -> str:
 
 
 def test_documents_hold_their_answers_and_depend_on_the_seed():
-    documents = lookup_documents(6, entries=9, seed=3)
-    assert documents == lookup_documents(6, entries=9, seed=3) != lookup_documents(6, entries=9, seed=4)
+    documents, again, other = (lookup_dataset(6, entries=9, seed=seed)["test"].to_list() for seed in (3, 3, 4))
+    assert documents == again != other
     for document in documents:
         facts, _, question = document["text"].partition("\n\n")[2].rpartition("\n")
         name = question.removeprefix("The secret code that was given to agent ").removesuffix(" is")

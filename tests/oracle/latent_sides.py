@@ -19,6 +19,7 @@ from lowrank_cache.kernels.reference import latent_attention
 from lowrank_cache.kernels.rope import angle_tables
 
 __all__ = [
+    "BAND_FACTOR",
     "assert_decodes_like_the_reference",
     "attention_band",
     "make_rope",

@@ -72,7 +72,7 @@ def test_the_map_in_the_docs_is_that_of_the_rules():
 
 def test_the_house_stays_small():
     lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in sources())
-    assert len(sources()) <= 52 and lines <= 11_150, f"{len(sources())} files of {lines} lines in all"
+    assert len(sources()) <= 52 and lines <= 11_000, f"{len(sources())} files of {lines} lines in all"
 
 
 def test_no_circles():
@@ -266,6 +266,9 @@ def test_the_wheel_holds_every_module_and_nothing_at_the_top_level(wheel):
     assert tops == {PACKAGE, next(top for top in tops if top.endswith(".dist-info"))}
     tasks = {f"{PACKAGE}/evaluation/lm_eval_tasks/{path.name}" for path in TASKS.glob("*.yaml")}
     assert tasks and {name for name in names if name.endswith(".yaml")} == tasks
+    templates = {f"{PACKAGE}/evaluation/templates/{path.name}" for path in TASKS.with_name("templates").iterdir()}
+    assert templates and templates <= set(names)
+    assert f"{PACKAGE}/kernels/native.c" in names
     assert {name for name in names if name.endswith(".py")} == {
         f"{module_of(path).replace('.', '/')}{'/__init__' if path.name == '__init__.py' else ''}.py"
         for path in sources()

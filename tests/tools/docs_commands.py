@@ -103,7 +103,9 @@ def _python(words: list[str]) -> str | None:
 
 
 def _experiment(path: Path, words: list[str]) -> str | None:
-    """A script whose ``main`` typer runs."""
+    """A script whose ``main`` typer runs, on its own options or on a command of lowrank-cache behind ``--``."""
+    if words[:1] == ["--"]:
+        return _command_line(words[1:])
     name = f"experiment_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, ROOT / path)
     assert spec is not None and spec.loader is not None
