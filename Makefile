@@ -88,6 +88,7 @@ pages: $(PREPARED)
 
 # What `make check` does beside the tests; .ci/run calls it after `make test`.
 gates: lint
+	$(BIN)/python -m tests.tools.sanitize
 	$(BIN)/python -P tests/tools/aot_gates.py --jobs 2
 	$(MAKE) pages
 	$(MAKE) docs

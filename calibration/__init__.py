@@ -2,21 +2,22 @@
 
 from typing import Any
 
-from lowrank_cache.calibration.api import METHODS, Method, calibrate
+from lowrank_cache.calibration.api import METHODS, Method, calibrate, projections_for
 from lowrank_cache.calibration.fisher import FISHER
 from lowrank_cache.calibration.palu import PALU
 from lowrank_cache.calibration.recalkv import RECALKV
 
-__all__ = ["METHODS", "PRESETS", "Method", "calibrate"]
+__all__ = ["METHODS", "PRESETS", "Method", "calibrate", "projections_for"]
 
 METHODS.update(fisher=FISHER, palu=PALU, recalkv=RECALKV)
 
-# Named choices of calibrate's options.
-# smallest: one latent for the keys and values of several layers, keys before rotation. Every layer reads the
-# whole latent, and keys are reconstructed to be rotated, so decoding is slow.
-# fastest: keys and values of each layer for themselves, so that no product reads channels it does not need, and keys
-# in frames of 64 tokens, so that queries are absorbed once a frame. Measured in docs/results.md.
+# Named choices of calibrate's options. Measured in docs/results.md.
+# default: one latent for the keys and values of several layers, keys in frames of 64 tokens, so that queries are
+# absorbed once a frame and nothing is reconstructed.
+# smallest: keys before rotation, which compress a little better from 10x on. They are reconstructed in every step.
+# fastest: keys and values of each layer for themselves: no product reads channels it does not need.
 PRESETS: dict[str, dict[str, Any]] = {
-    "smallest": {"layer_group_size": "auto", "frame_length": 1},
-    "fastest": {"layer_group_size": 1, "joint": False, "frame_length": 64},
+    "default": {},
+    "smallest": {"frame_length": 1},
+    "fastest": {"layer_group_size": 1, "joint": False},
 }

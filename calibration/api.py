@@ -1,5 +1,7 @@
 """``calibrate``: from a model and token batches to ``Projections``, by one of ``METHODS``."""
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -7,18 +9,20 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from lowrank_cache.artefact import integer
+from lowrank_cache.artefact import integer, user_cache
 from lowrank_cache.basis import Basis
 from lowrank_cache.calibration.collect import collect_moments, refit_values
 from lowrank_cache.calibration.moments import Moments
+from lowrank_cache.calibration.text import bundled_text, mixed_batches
 from lowrank_cache.probe import model_shape
 from lowrank_cache.projections import Projections
 from lowrank_cache.shapes import BOTH, SIDES, Group, ModelShape, layer_groups
 
-__all__ = ["METHODS", "Method", "auto_group_size", "calibrate", "projections_from_moments"]
+__all__ = ["METHODS", "Method", "auto_group_size", "calibrate", "projections_for", "projections_from_moments"]
 
 MAX_GROUP_LAYERS = 5
 MAX_GROUP_WIDTH = 4096
@@ -46,6 +50,7 @@ class Method:
         options: Its own options of ``calibrate`` with their defaults; JSON-able, for they are recorded.
         check: ``(groups, **options)``, called before the model is run: raises ValueError for what cannot be made.
         joint: Whether keys and values may share one latent, as they then do by default.
+        frame_length: What ``calibrate`` takes unless told.
         group_size: ``(shape, side)`` → layers that share a latent under ``layer_group_size="auto"``.
         refit: For a method that also wants the moments of a model that attends to compressed states: the name of the
             option, True by default, that asks for this second pass. ``refit_ratio`` becomes an option too, and
@@ -57,6 +62,7 @@ class Method:
     options: Mapping[str, Any] = field(default_factory=dict)
     check: Callable[..., None] = lambda groups, **options: None
     joint: bool = False
+    frame_length: int = 1
     group_size: Callable[[ModelShape, str], int] = lambda shape, side: 1
     refit: str | None = None
     refit_ratio: float = 3.0
@@ -71,7 +77,7 @@ def calibrate(
     batches: Iterable,
     *,
     method: str = "fisher",
-    frame_length: int = 1,
+    frame_length: int | None = None,
     layer_group_size: int | tuple[int, int] | str = "auto",
     joint: bool | None = None,
     sensitivity: str = "gradient",
@@ -82,8 +88,8 @@ def calibrate(
 ) -> Projections:
     """Calibrate projections on token batches.
 
-    The defaults give the smallest caches; ``calibrate(model, batches, **PRESETS["fastest"])`` gives those that decode
-    fastest.
+    The defaults are one preset for all; ``PRESETS`` has one that is smaller and slower, and one that is faster and
+    loses more.
     One forward and one backward pass per batch; memory does not grow with their number. Pads and each
     sequence's first four real tokens are skipped. Equal batches give equal projections.
 
@@ -93,7 +99,8 @@ def calibrate(
             ``attention_mask``; ``text.mixed_batches`` makes good ones. 20,000 tokens are enough for a
             135M model.
         method: A name in ``METHODS``: ``"fisher"`` (default), ``"palu"`` or ``"recalkv"``.
-        frame_length: Slots per rotary frame in which keys are stored; 1 stores them pre-RoPE.
+        frame_length: Slots per rotary frame in which keys are stored; 1 stores them pre-RoPE, and every step must
+            then reconstruct them. None: 64 for fisher, 1 for the papers' methods.
         layer_group_size: Adjacent layers that share a latent: a number, a pair for keys and values, or
             ``"auto"``, see ``auto_group_size``. Methods other than fisher take ``"auto"`` as 1.
         joint: Whether keys and values of a layer group share one latent. They are functions of the same
@@ -125,6 +132,7 @@ def calibrate(
         NotImplementedError: If the model's cache cannot be compressed.
     """
     found, own = _with_options(method, method_options, passes=2)
+    frame_length = found.frame_length if frame_length is None else frame_length
     refit_ratio = _refit_ratio(method, own, batches)
     options: dict[str, Any] = {
         "method": method,
@@ -153,11 +161,57 @@ def calibrate(
     return projections_from_moments(moments, **options, refitted=refitted, provenance=facts)
 
 
+def projections_for(
+    model: PreTrainedModel,
+    tokenizer: Callable[[str], Mapping],
+    text: str | None = None,
+    *,
+    tokens: int = 20_480,
+    **options: Any,
+) -> Projections:
+    """This model's projections from the user's cache folder; the first call calibrates them, which takes minutes.
+
+    Args:
+        model: As in ``calibrate``. The same weights in another dtype or format are another model.
+        tokenizer: Called as ``tokenizer(text)["input_ids"]``.
+        text: Prose to calibrate on beside look-ups, best of the kind that will be cached; None for Python's own
+            documentation, which is always there.
+        tokens: Tokens to calibrate on.
+        options: Of ``calibrate``.
+
+    Raises:
+        ValueError, NotImplementedError, NoGradientError: As ``calibrate``; ValueError also if the text is too short.
+    """
+    prose = bundled_text() if text is None else text
+    asked = json.dumps([tokens, options, hashlib.sha256(prose.encode()).hexdigest()], sort_keys=True, default=repr)
+    key = hashlib.sha256(f"{_weights_digest(model)}{asked}".encode()).hexdigest()[:32]
+    folder = user_cache() / "projections" / key
+    try:
+        return Projections.from_pretrained(folder)
+    except (FileNotFoundError, ValueError):  # not there yet, damaged, or of another format
+        batches = list(mixed_batches(tokenizer, prose, tokens=tokens))
+        source = "Python's own documentation" if text is None else "text of the caller's"
+        projections = calibrate(model, batches, **{"provenance": {"text": source}, **options})
+        projections.save_pretrained(folder)
+        return projections
+
+
+def _weights_digest(model: PreTrainedModel) -> str:
+    """SHA-256 of the model's shape, and of every parameter's name, dtype, shape and some of its numbers."""
+    digest = hashlib.sha256(model_shape(model).fingerprint.encode())
+    for name, weight in model.state_dict().items():
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        if not weight.is_meta:
+            some = weight.detach().flatten()[:: max(1, weight.numel() // 64)].contiguous().cpu()
+            digest.update(some.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def projections_from_moments(
     moments: Moments,
     *,
     method: str = "fisher",
-    frame_length: int = 1,
+    frame_length: int | None = None,
     layer_group_size: int | tuple[int, int] | str = "auto",
     joint: bool | None = None,
     refitted: Moments | None = None,
@@ -171,6 +225,7 @@ def projections_from_moments(
     ``refit_ratio`` are no options here; the other arguments are those of ``calibrate``.
     """
     found, own = _with_options(method, method_options, passes=1)
+    frame_length = found.frame_length if frame_length is None else frame_length
     groups = _checked_groups(moments.shape, method, frame_length, layer_group_size, joint, **own)
     facts = {
         **(provenance or {}),

@@ -67,4 +67,6 @@ def unit_variance(down: Tensor, up: Tensor, second: Tensor, mean: Tensor) -> dic
     }
 
 
-FISHER = Method(fisher_bases, joint=True, group_size=auto_group_size)
+# Absorbing a query costs head_dim / frame_length of what reading the codes costs (docs/method.md, "Integer attention on
+# CPUs"): as much for heads of 64. Longer frames lose more at 8x, shorter ones gain nothing there.
+FISHER = Method(fisher_bases, joint=True, frame_length=64, group_size=auto_group_size)

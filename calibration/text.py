@@ -1,17 +1,19 @@
-"""Text to calibrate on: prose mixed with generated look-ups, lists of key–value pairs some of which are asked again.
+"""Text to calibrate on: prose, some of which is always there, mixed with generated look-ups.
 
-Prose rarely asks a model to copy something exact from far back, so bases calibrated on prose alone
-spend too few bits on the channels that look-ups need. The effect is measured in docs/appendix.md, "What calibration
-reads".
+Look-ups are lists of key–value pairs some of which are asked again. Prose rarely asks a model to copy something exact
+from far back, so bases calibrated on prose alone spend too few bits on the channels that look-ups need. The effect is
+measured in docs/appendix.md, "What calibration reads".
 """
 
+import importlib
+import inspect
 import random
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-__all__ = ["lookup_text", "mixed_batches"]
+__all__ = ["bundled_text", "lookup_text", "mixed_batches"]
 
 _FIRST = (
     "amber birch cobalt dusty eager faint golden hollow ivory jolly keen lunar misty noble olive pale "
@@ -34,6 +36,25 @@ _FORMS = (
     ('"{key}": "{value}",\n', 'data["{key}"] == "{value}"\n'),
     ("| {key} | {value} |\n", "{key} -> {value}\n"),
 )
+
+
+_DOCUMENTED_MODULES = (
+    "argparse collections configparser datetime decimal difflib doctest email.message fractions functools heapq "
+    "ipaddress itertools logging pathlib pickle random statistics string textwrap threading unittest.mock zipfile"
+).split()
+
+
+def bundled_text() -> str:
+    """The language reference's topics and docstrings of the standard library, in a fixed order."""
+    from pydoc_data.topics import topics
+
+    parts = [topics[name] for name in sorted(topics)]
+    for name in _DOCUMENTED_MODULES:
+        module = importlib.import_module(name)
+        members = [one for key, one in sorted(vars(module).items()) if not key.startswith("_")]
+        own = [one for one in members if getattr(one, "__module__", None) == name]
+        parts += [inspect.getdoc(one) or "" for one in (module, *own)]
+    return "\n\n".join(part.strip() for part in parts if len(part) > 200) + "\n"
 
 
 def lookup_text(seed: int, pairs: int = 24, questions: int = 12) -> str:

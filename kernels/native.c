@@ -817,23 +817,23 @@ static void absorb(const Step *s, const Plan *plan, Own *own, int64_t b, int64_t
       const int64_t n = padded(s->key.tiers + k);
       const int two = digits_of(s->key.tiers + k) == 2;
       float scale = highest_size(from, n) / (two ? 127 * 128 - 64 : 127), inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
-      int32_t total = 0;
+      uint32_t total = 0;  // unsigned: what a NaN leaves may overflow
       if (two) {
         for (int64_t i = 0; i < n; i++) {
           int32_t level = nearest(from[i] * inverse), high = (level + 64) >> 7;
           to[i] = (int8_t)high;
           to[n + i] = (int8_t)(level - high * 128);
-          total += level;
+          total += (uint32_t)level;
         }
       } else {
         for (int64_t i = 0; i < n; i++) {
           int32_t level = nearest(from[i] * inverse);
           to[i] = (int8_t)level;
-          total += level;
+          total += (uint32_t)level;
         }
       }
       own->digit_scale[k * plan->tile_frames * rows + line] = scale;
-      own->digit_total[k * plan->tile_frames * rows + line] = (float)total;
+      own->digit_total[k * plan->tile_frames * rows + line] = (float)(int32_t)total;
       from += n;
       to += 2 * n;
     }
@@ -926,15 +926,15 @@ INLINE float weight_digits(const float *weights, const float *steps, int64_t tok
   }
   *scale = most / (two ? 65535.0f : 255.0f);
   float inverse = most > 0.0f ? 1.0f / *scale : 0.0f;
-  int32_t total = 0;
+  uint32_t total = 0;
   for (int64_t t = 0; t < tokens; t++) {
     int32_t level = nearest(product[t] * inverse);
     to[t] = (uint8_t)(two ? level >> 8 : level);
     to[TILE + t] = (uint8_t)level;
-    total += level;
+    total += (uint32_t)level;
   }
   for (int64_t t = tokens; t % 4; t++) to[t] = to[TILE + t] = 0;
-  return 0.5f * *scale * (float)total;
+  return 0.5f * *scale * (float)(int32_t)total;
 }
 
 static void load_steps(const Tier *tier, int64_t b, int64_t start, int64_t tokens, float *to) {

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lowrank_cache.artefact import user_cache
 from lowrank_cache.kernels.packed import LatentSide, StoredSide
 
 __all__ = ["Native", "attend", "build", "compiler", "load", "serves"]
@@ -128,8 +129,7 @@ def compiler() -> list[str] | None:
 
 def _folder() -> Path:
     """Where libraries are kept: the user's own folder, which nobody else may write."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(base) / "lowrank-cache" / "native"
+    folder = user_cache() / "native"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     facts = folder.stat()
     if facts.st_uid != os.getuid() or facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):

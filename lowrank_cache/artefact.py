@@ -21,12 +21,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-__all__ = ["Artefact", "SavedTensors", "config_digest", "damage_named", "integer", "write_files"]
+__all__ = ["Artefact", "SavedTensors", "config_digest", "damage_named", "integer", "user_cache", "write_files"]
 
 # What wrong types and sizes in a file may raise where they are used.
 DAMAGE: tuple[type[Exception], ...] = (KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError)
 DAMAGE += (SafetensorError,)
 DOWNLOAD = {"revision", "token", "cache_dir", "local_files_only", "force_download"}
+
+
+def user_cache() -> Path:
+    """Where the user's own files are kept: ``$LOWRANK_CACHE_HOME``, else ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    if home := os.environ.get("LOWRANK_CACHE_HOME"):
+        return Path(home).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lowrank-cache"
 
 
 def write_files(contents: Mapping[Path, bytes | Callable[[Path], object]]) -> None:

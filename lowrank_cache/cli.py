@@ -25,8 +25,9 @@ from lowrank_cache.evaluation.bench import bench as run_bench
 from lowrank_cache.evaluation.caches import GRAMMAR, CacheSizes
 from lowrank_cache.evaluation.demo import DownloadError, run_demo
 from lowrank_cache.evaluation.evaluate import EvaluationSettings, run_evaluation
-from lowrank_cache.evaluation.inputs import Run, load_model, load_text, processor
+from lowrank_cache.evaluation.inputs import Run, load_model, load_text
 from lowrank_cache.evaluation.inspection import inspect_projections, plot_projections
+from lowrank_cache.evaluation.streaming import processor
 from lowrank_cache.evaluation.tasks import TASKS
 from lowrank_cache.kernels import native
 
@@ -119,8 +120,8 @@ def calibrate(
     seed: Annotated[int, typer.Option(help="Of the generated look-ups.")] = 0,
     method: Annotated[str | None, typer.Option(help="How bases are found: fisher (default), palu or recalkv.")] = None,
     preset: Annotated[
-        Literal["smallest", "fastest"], typer.Option(help="Defaults of the next three options.")
-    ] = "smallest",
+        Literal["default", "smallest", "fastest"], typer.Option(help="Defaults of the next three options.")
+    ] = "default",
     frame_length: Annotated[int | None, typer.Option(help="Tokens per rotary frame; 1 stores pre-RoPE keys.")] = None,
     layer_group_size: Annotated[
         str | None, typer.Option(help="Layers that share a latent: a number, KEYS,VALUES or auto.")

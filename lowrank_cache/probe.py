@@ -23,17 +23,9 @@ from lowrank_cache.kernels.rope import LAYOUTS, angle_tables, rotate
 from lowrank_cache.shapes import SIDES, LayerShape, ModelShape, RopeShape, SideShape, rope_buffer
 
 __all__ = [
-    "CACHE_ARGUMENTS",
-    "SpyCache",
-    "cache_argument",
-    "decoder_of",
-    "execution_device",
-    "input_device",
-    "layer_devices",
-    "model_shape",
-    "one_token_cache",
-    "one_token_forward",
-]
+    "CACHE_ARGUMENTS", "SpyCache", "cache_argument", "decoder_of", "execution_device", "input_device", "layer_devices",
+    "model_shape", "one_token_cache", "one_token_forward",
+]  # fmt: skip
 
 # Small, so that a dynamic or long-context rotary embedding does not leave its short-context state.
 PROBE_POSITION = 3

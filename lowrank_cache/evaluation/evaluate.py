@@ -23,8 +23,8 @@ from typer import Option
 
 from lowrank_cache.evaluation import report, tasks
 from lowrank_cache.evaluation.caches import CacheEntry, CacheSizes, tensor_bytes
-from lowrank_cache.evaluation.inputs import Run, append_result, prepare, processor, resume_results
-from lowrank_cache.evaluation.streaming import fill, force_answers, greedy_answer, now, stream, windows_of
+from lowrank_cache.evaluation.inputs import Run, append_result, prepare, resume_results
+from lowrank_cache.evaluation.streaming import fill, force_answers, greedy_answer, now, processor, stream, windows_of
 from lowrank_cache.evaluation.tasks import QUESTIONS, TASKS, CodeText, Prompter, Question
 from lowrank_cache.probe import cache_argument
 

@@ -4,12 +4,8 @@ A folder's statistics and results are of one model, text and calibration; others
 """
 
 import hashlib
-import importlib
 import importlib.util
-import inspect
 import json
-import platform
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +22,7 @@ from lowrank_cache.artefact import write_files
 from lowrank_cache.calibration.api import METHODS, auto_group_size
 from lowrank_cache.calibration.collect import collect_moments, refit_values
 from lowrank_cache.calibration.moments import Moments
-from lowrank_cache.calibration.text import mixed_batches
+from lowrank_cache.calibration.text import bundled_text, mixed_batches
 from lowrank_cache.evaluation.caches import CacheEntry, Configuration, cache_entry, make_bases, parse
 from lowrank_cache.evaluation.demo import demo_model, hub_answers
 from lowrank_cache.probe import model_shape
@@ -37,10 +33,6 @@ CALIBRATION_TOKENS = 20_480
 MOMENTS_FILE = "moments.safetensors"
 WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 # Modules with long docstrings; each adds prose that the language reference's topics do not have.
-_DOCUMENTED_MODULES = (
-    "argparse collections configparser datetime decimal difflib doctest email.message fractions functools heapq "
-    "ipaddress itertools logging pathlib pickle random statistics string textwrap threading unittest.mock zipfile"
-).split()
 Report = Callable[[str], object]
 TEXTS = (
     "a UTF-8 file or dataset:NAME[,config=C][,split=S][,column=T]; by default WikiText-2, or Python's own "
@@ -79,14 +71,6 @@ def load_model(
     if model.device != torch.device(device):  # some quantized models refuse even to stay where they are
         model = model.to(device)
     return model.eval(), tokenizer, name
-
-
-def processor() -> str:
-    """The processor's name and the vector instructions that torch uses on it: what a time holds for."""
-    listed = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)", listed.read_text(encoding="utf-8") if listed.exists() else "", re.M)
-    name = found[1] if found else platform.processor() or platform.machine()
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def load_text(name: str | Path | None = None, *, split: str = "train") -> tuple[str, str]:
@@ -147,19 +131,6 @@ def _dataset_text(specification: str, split: str) -> str:
     if column not in loaded.column_names:
         raise ValueError(f"{specification!r} must name a column of {sorted(loaded.column_names)}, got {column!r}")
     return "".join(text if text.endswith("\n") else f"{text}\n\n" for text in loaded[column] if text)
-
-
-def bundled_text() -> str:
-    """The language reference's topics and docstrings of the standard library, in a fixed order."""
-    from pydoc_data.topics import topics
-
-    parts = [topics[name] for name in sorted(topics)]
-    for name in _DOCUMENTED_MODULES:
-        module = importlib.import_module(name)
-        members = [one for key, one in sorted(vars(module).items()) if not key.startswith("_")]
-        own = [one for one in members if getattr(one, "__module__", None) == name]
-        parts += [inspect.getdoc(one) or "" for one in (module, *own)]
-    return "\n\n".join(part.strip() for part in parts if len(part) > 200) + "\n"
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,12 @@ whatever the cache does.
 """
 
 import copy
+import platform
+import re
 import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,7 +21,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from lowrank_cache import LowRankCache
 from lowrank_cache.probe import cache_argument
 
-__all__ = ["feed", "fill", "force_answers", "greedy_answer", "now", "stream", "windows_of"]
+__all__ = ["feed", "fill", "force_answers", "greedy_answer", "now", "processor", "stream", "windows_of"]
 
 
 def windows_of(token_ids: Tensor, tokens: int, count: int | None = None) -> Tensor:
@@ -175,6 +178,14 @@ def force_answers(
                 part = slice(len(question) - 1, len(question) + len(answer) - 1)
                 scores[row].append((losses[row, part].mean().item(), bool(chosen[row, part].all())))
     return scores
+
+
+def processor() -> str:
+    """The processor's name and the vector instructions that torch uses on it: what a time holds for."""
+    listed = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)", listed.read_text(encoding="utf-8") if listed.exists() else "", re.M)
+    name = found[1] if found else platform.processor() or platform.machine()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def now(device: torch.device) -> float:

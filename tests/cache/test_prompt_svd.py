@@ -19,7 +19,7 @@ from tests.oracle.inside import has_prompt_bases, plant_shape, skip_products_of_
 from tests.oracle.memory import held_bytes, reachable_tensors
 from tests.oracle.models import SMALL_SIZES, full_rank_projections, random_tokens, tiny_model
 from tests.oracle.states import latent_states, past_states, saved_facts, saved_tensors, unrotated
-from tests.oracle.tolerance import rounding_band
+from tests.oracle.tolerance import FLOAT32_ROUNDING, rounding_band
 
 NOTHING_EXACT = {"residual_length": 0, "num_sink_tokens": 0, "block_size": 1}
 
@@ -67,7 +67,8 @@ class TestFullRank:
             caches.append(xkv(model, 1, layer_group_size=group, new_tokens=new_tokens, **sizes))
             return caches[-1]
 
-        compare(family, mode, make, rounding_band(family, method="palu"))
+        # Bases are found in float32 too, with an error as large as that of the products: squares add up.
+        compare(family, mode, make, rounding_band(family, method="palu", rounding=2**0.5 * FLOAT32_ROUNDING))
         longest = max(cache.get_seq_length() for cache in caches)
         if longest > 20 and mode not in ("prefix_reuse", "prefix_for_several"):  # whose caches are copied
             assert any(group.tokens for cache in caches for group in cache.groups())

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowrank_cache import calibration
+from lowrank_cache import LowRankCache, calibration
 from lowrank_cache.basis import Basis
-from lowrank_cache.calibration import METHODS, Method, calibrate
+from lowrank_cache.calibration import METHODS, Method, api, calibrate
 from lowrank_cache.calibration.api import projections_from_moments
 from lowrank_cache.calibration.fisher import unit_variance
 from tests.calibration.test_collect import moments_of, padded_batches
@@ -212,3 +212,53 @@ def test_no_file_but_a_methods_own_asks_which_method_it_is():
     for path in (path for path in files if path.name not in own):
         asked = [node.lineno for node in ast.walk(ast.parse(path.read_text())) if asks_for_a_method(node)]
         assert not asked, f"{path.name} asks for a method by name in lines {asked}"
+
+
+class TestProjectionsFor:
+    """The user's own folder of projections."""
+
+    @pytest.fixture(autouse=True)
+    def _home(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("LOWRANK_CACHE_HOME", str(tmp_path))
+
+    @staticmethod
+    def tokenizer(text):
+        return {"input_ids": [ord(letter) % 90 for letter in text]}
+
+    def made(self, monkeypatch, *calls):
+        """How many of the calls calibrated."""
+        count = []
+        real = api.calibrate
+        monkeypatch.setattr(api, "calibrate", lambda *args, **options: count.append(1) or real(*args, **options))
+        found = [api.projections_for(model, self.tokenizer, tokens=1024, progress=False, **one) for model, one in calls]
+        return len(count), found
+
+    def test_the_second_call_reads_what_the_first_one_made(self, monkeypatch):
+        count, (one, other) = self.made(monkeypatch, (tiny_model("llama"), {}), (tiny_model("llama"), {}))
+        assert count == 1
+        for first, second in zip(one.bases, other.bases, strict=True):
+            assert torch.equal(first.down_proj, second.down_proj)
+        LowRankCache(tiny_model("llama"), other)
+
+    def test_other_weights_options_and_texts_are_made_anew(self, monkeypatch):
+        changed = tiny_model("llama")
+        with torch.no_grad():
+            changed.model.layers[1].self_attn.k_proj.weight.mul_(2)
+        text = "It was a dark and stormy night. " * 200
+        calls = [({}), {"frame_length": 1}, {"text": text}]
+        calls = [(tiny_model("llama"), one) for one in calls] + [
+            (changed, {}),
+            (tiny_model("llama", torch.float64), {}),
+        ]
+        count, found = self.made(monkeypatch, *calls)
+        assert count == 5 and found[1].frame_length == 1
+
+    def test_damaged_files_are_made_anew(self, monkeypatch, tmp_path):
+        self.made(monkeypatch, (tiny_model("llama"), {}))
+        (file,) = tmp_path.glob("projections/*/*.safetensors")
+        file.write_bytes(file.read_bytes()[:-1])
+        assert self.made(monkeypatch, (tiny_model("llama"), {}), (tiny_model("llama"), {}))[0] == 1
+
+    def test_too_short_a_text_is_refused(self):
+        with pytest.raises(ValueError, match="text must hold at least"):
+            api.projections_for(tiny_model("llama"), self.tokenizer, "short", tokens=1024)

@@ -7,7 +7,8 @@ from transformers import DynamicCache
 
 from lowrank_cache.evaluation.bench import WEIGHTS_ALONE, BenchSettings, bench, bench_table, plot_bench, run_bench
 from lowrank_cache.evaluation.caches import CacheEntry, cache_entry
-from lowrank_cache.evaluation.inputs import Run, processor
+from lowrank_cache.evaluation.inputs import Run
+from lowrank_cache.evaluation.streaming import processor
 from tests.oracle.character_tokenizer import character_tokenizer
 from tests.oracle.models import full_rank_projections, random_tokens, tiny_model
 

@@ -25,7 +25,7 @@ from tests.oracle.models import random_tokens, tiny_model, wide_llama
         ("full", None),
         ("fisher:8.5", Configuration("fisher", 8.5)),
         ("fisher:10,groups=1,frame=16,joint=0", Configuration("fisher", 10, 1, 16, False)),
-        ("palu:2,bits=4,groups=auto,ranks=9", Configuration("palu", 2, "auto", 1, None, 4, 9)),
+        ("palu:2,bits=4,groups=auto,ranks=9", Configuration("palu", 2, "auto", None, None, 4, 9)),
         ("xkv:8,bits=4,groups=2,new=exact", Configuration("xkv", 8, 2, bits=4, new="exact")),
     ],
 )

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import BatchEncoding, DynamicCache
 
+from lowrank_cache import artefact
 from lowrank_cache.evaluation import demo
 from tests.oracle.models import random_tokens, tiny_model
 
@@ -212,13 +213,13 @@ def test_unwritable_cache_folder_names_the_variable(monkeypatch, offline, pip, t
 def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.delenv("LOWRANK_CACHE_HOME", raising=False)
-    assert demo.cache_folder() == tmp_path / "xdg" / "lowrank-cache"
+    assert artefact.user_cache() == tmp_path / "xdg" / "lowrank-cache"
     monkeypatch.setenv("LOWRANK_CACHE_HOME", str(tmp_path / "own"))
-    assert demo.cache_folder() == tmp_path / "own"
+    assert artefact.user_cache() == tmp_path / "own"
     monkeypatch.delenv("LOWRANK_CACHE_HOME")
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert demo.cache_folder() == tmp_path / ".cache" / "lowrank-cache"
+    assert artefact.user_cache() == tmp_path / ".cache" / "lowrank-cache"
 
 
 def test_hub_check_is_quick_and_never_raises(monkeypatch):

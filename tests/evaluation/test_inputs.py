@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lowrank_cache import LowRankCache, Projections
+from lowrank_cache.calibration.text import bundled_text
 from lowrank_cache.evaluation import inputs
 from lowrank_cache.evaluation.caches import CacheSizes
 from lowrank_cache.evaluation.inputs import MOMENTS_FILE, Run, load_text, moments_of, prepare
@@ -74,11 +75,11 @@ def test_failing_dataset_falls_back_and_says_why(monkeypatch, reachable):
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     text, name = load_text()
-    assert inputs.bundled_text().startswith(text) and "cut off" in name
+    assert bundled_text().startswith(text) and "cut off" in name
 
 
 def test_bundled_text_is_long_and_stable(unreachable):
-    whole = inputs.bundled_text()
+    whole = bundled_text()
     parts = {split: load_text(split=split) for split in ("train", "validation", "test")}
     assert all("Python" in name and "the hub does not answer" in name for _, name in parts.values())
     train, test = parts["train"][0], parts["test"][0]
@@ -92,7 +93,7 @@ def test_bundled_text_is_long_and_stable(unreachable):
 def test_without_datasets_it_says_so(monkeypatch, reachable):
     monkeypatch.setattr(inputs.importlib.util, "find_spec", lambda name: None)
     text, name = load_text(split="test")
-    assert inputs.bundled_text().endswith(text) and "the package datasets is not installed" in name
+    assert bundled_text().endswith(text) and "the package datasets is not installed" in name
 
 
 def test_texts_of_a_data_set(tmp_path):

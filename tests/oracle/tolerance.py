@@ -17,6 +17,7 @@ from lowrank_cache import Projections
 from tests.oracle.models import full_rank_projections, random_tokens, tiny_model
 
 __all__ = [
+    "FLOAT32_ROUNDING",
     "REFERENCE_FACTOR",
     "assert_equal_up_to_rotation_rounding",
     "assert_within_reference_error",

@@ -8,10 +8,10 @@ stands in, so that the blocks load SmolLM2 by its name as a reader would.
 import os
 from pathlib import Path
 
+from lowrank_cache.artefact import user_cache
 from lowrank_cache.calibration import calibrate
-from lowrank_cache.calibration.text import mixed_batches
-from lowrank_cache.evaluation.demo import FOLDER_NAME, HUB_MODEL, cache_folder, demo_model
-from lowrank_cache.evaluation.inputs import bundled_text
+from lowrank_cache.calibration.text import bundled_text, mixed_batches
+from lowrank_cache.evaluation.demo import FOLDER_NAME, HUB_MODEL, demo_model
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "docs"
@@ -52,7 +52,7 @@ def _stand_in_for_hub(name: str) -> None:
     snapshot.mkdir(parents=True, exist_ok=True)
     (repository / "refs").mkdir(exist_ok=True)
     (repository / "refs" / "main").write_text("local")
-    for file in (cache_folder() / FOLDER_NAME).iterdir():
+    for file in (user_cache() / FOLDER_NAME).iterdir():
         link = snapshot / file.name
         link.unlink(missing_ok=True)
         link.symlink_to(file)

@@ -15,9 +15,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Cache, Dynami
 
 from lowrank_cache import LowRankCache, Projections
 from lowrank_cache.calibration import calibrate
-from lowrank_cache.calibration.text import mixed_batches
+from lowrank_cache.calibration.text import bundled_text, mixed_batches
 from lowrank_cache.evaluation.demo import demo_model
-from lowrank_cache.evaluation.inputs import bundled_text
 from lowrank_cache.evaluation.streaming import stream, windows_of
 
 FORMATS = {"nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "int8": {"load_in_8bit": True}}
