@@ -151,7 +151,7 @@ def test_equal_specifications_are_equal_caches_however_they_are_asked_for(folder
     """Calibrated, kept from an earlier run, from statistics, from ready projections: one perplexity."""
     text, sizes = folder / "text.txt", CacheSizes(residual_length=8, block_size=8).sizes()
     run = Run(tmp_path / "first", str(folder / "model"), text, text, tokens=1024, dtype="bfloat16")
-    bases = tmp_path / "first" / "projections" / "fisher,groups=auto,frame=1,joint=auto"
+    bases = tmp_path / "first" / "projections" / "fisher,groups=auto,frame=auto,joint=auto"
     ways = {
         "calibrated": run,
         "kept": run,
