@@ -74,7 +74,7 @@ def merge(segments: list[tuple[Tensor, Tensor]], sink_logits: Tensor | None = No
     output, total = segments[0]
     for part, lse in segments[1:]:
         joint = torch.logaddexp(total, lse)
-        output = torch.lerp(output, part, _share(lse, joint)[..., None])
+        output = torch.lerp(output, part.to(output.dtype), _share(lse, joint)[..., None].to(output.dtype))
         total = joint
     if sink_logits is not None:
         joint = torch.logaddexp(total, sink_logits.to(total)[:, None])

@@ -1,46 +1,46 @@
-"""``latent_attention``: let a model attend to a ``LowRankCache``'s latents without reconstructing keys and values.
+"""Attention over a ``LowRankCache``'s latents in place of a model's own, which reconstructs no keys or values.
 
-The model is switched to an attention function that reads latents where a layer's cache offers them, and calls
-the model's previous one everywhere else: other caches, prefills, sliding and linear layers, and layers whose
-code stands between ``Cache.update`` and attention (MLA). Which layers those are is found by a probe of one token.
+A layer's attention is looked up by name in transformers' interface, or, if it is eager, in the modeling file. While a
+cache that attends or a handle lives, wrappers stand in these places: where a layer's cache offers latents they read
+them, and else they call what stood there. No model and no config is changed. Which layers hand their cache's keys to
+attention as they are is found by a probe of one token; what is in force is looked up in each forward.
 """
 
 import sys
 import threading
+import warnings
 import weakref
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import lru_cache, wraps
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import eager_mask, sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lowrank_cache.kernels.api import IMPLEMENTATIONS
-from lowrank_cache.latent_view import Attended, LatentView, attach_view, set_attended, view_of
+from lowrank_cache.latent_view import CURE, LatentView, as_bool, attach_view, view_of
 from lowrank_cache.probe import SpyCache, decoder_of, model_shape, one_token_forward
 
-__all__ = ["LatentAttention", "latent_attention"]
+__all__ = ["LatentAttention", "attended_layers", "impl_of", "join", "latent_attention", "make_attending"]
 
-# By the previous implementation that serves all other layers. The names must not contain "flash", which
-# transformers takes as a sign of unpadded inputs.
-_NAMES = {"sdpa": "lowrank_latent", "eager": "lowrank_latent_over_eager"}
-_MASKS = {"sdpa": sdpa_mask, "eager": eager_mask}
+_OUTSIDE = "it does not attend through transformers' attention interface"
+_INTERFACE, _EAGER = "ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"  # as modeling files call them
 
 
 def latent_attention(model: PreTrainedModel, *, impl: str = "auto") -> "LatentAttention":
-    """Switch ``model`` to attention over latents.
+    """Choose who computes for the ``LowRankCache`` objects of ``model``, and insist that they attend to latents.
 
-    Use it as a context manager, or keep the handle and call ``remove()``. It may be called again for the
-    same model; the model is switched back when the last handle is removed.
+    Caches attend by themselves. Under a handle they also do so in place of attention functions that do not come
+    with transformers, and ``impl`` holds. Use it as a context manager, or keep the handle, which ends with
+    ``remove()`` or when it is lost. Calls for one model may be nested.
 
     Args:
         model: A model that ``LowRankCache`` supports, in any weight format.
-        impl: Who computes for the model's caches, attention included: ``"auto"``, ``"torch"``, ``"triton"`` or
-            ``"reference"``, see ``kernels.api``.
+        impl: ``"auto"``, ``"native"``, ``"torch"``, ``"triton"`` or ``"reference"``, see ``kernels.api``; for
+            encoding and reconstructing too.
 
     Raises:
         NotImplementedError: If the model's cache cannot be compressed, its attention does not go through
@@ -49,101 +49,162 @@ def latent_attention(model: PreTrainedModel, *, impl: str = "auto") -> "LatentAt
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {IMPLEMENTATIONS}, got {impl!r}")
-    model_shape(model)  # raises for what cannot be compressed
-    decoder = decoder_of(model)
-    with _LOCK:
-        switched = _SWITCHED.get(decoder)
-        if switched is None:
-            switched = _switch(model, decoder, impl)
-        elif switched.impl != impl:
-            raise ValueError(f"impl must be {switched.impl!r}, in which this model attends already, got {impl!r}")
-        switched.users += 1
-    return LatentAttention(decoder)
+    known, obstacle = _examine(model)
+    if obstacle is not None:
+        raise NotImplementedError(
+            f"{type(decoder_of(model)).__name__}: {obstacle}; use the cache without latent_attention"
+        )
+    with _locked():
+        if known.handles and known.impl != impl:
+            raise ValueError(f"impl must be {known.impl!r}, in which this model attends already, got {impl!r}")
+        known.handles, known.impl = known.handles + 1, impl
+    return LatentAttention(known)
 
 
 class LatentAttention(AbstractContextManager):
-    """A model's switch to attention over latents, until ``remove``."""
+    """A handle on a model's attention over latents, until ``remove`` or until nobody holds it."""
 
-    def __init__(self, decoder: PreTrainedModel):
-        self._decoder: weakref.ref[PreTrainedModel] | None = weakref.ref(decoder)
+    def __init__(self, known: "_Known"):
+        self._end = join(self, known)
 
     def remove(self) -> None:
-        """Switch the model back to its own attention; calling it twice changes nothing."""
-        with _LOCK:
-            decoder = self._decoder() if self._decoder is not None else None
-            self._decoder = None
-            if decoder is None or decoder not in _SWITCHED:
-                return
-            switched = _SWITCHED[decoder]
-            switched.users -= 1
-            if switched.users == 0:
-                _switch_back(decoder)
+        """End what the handle asked for; calling it twice changes nothing."""
+        self._end()
 
     def __exit__(self, *error: object) -> None:
         self.remove()
 
 
-@dataclass
-class _Switched:
-    previous: str
-    impl: str
-    users: int = 0
+def make_attending(model: PreTrainedModel, cache: object) -> bool:
+    """Let ``cache`` attend to latents if ``model`` can, for as long as it lives; if not, say why, once per model."""
+    known, obstacle = _examine(model)
+    if obstacle is None:
+        join(cache)
+    else:
+        known.warn(decoder_of(model), obstacle)
+    return obstacle is None
 
 
-_SWITCHED: "weakref.WeakKeyDictionary[PreTrainedModel, _Switched]" = weakref.WeakKeyDictionary()
-_LOCK = threading.RLock()
+def impl_of(decoder: nn.Module) -> str:
+    """Who computes for the caches of ``decoder``, see ``kernels.api``."""
+    known = _KNOWN.get(decoder)
+    return "auto" if known is None else known.impl
 
 
-def _switch(model: PreTrainedModel, decoder: PreTrainedModel, impl: str) -> _Switched:
-    name = type(decoder).__name__
-    if not decoder._can_set_attn_implementation():
-        raise NotImplementedError(f"{name} does not attend through transformers' attention interface")
-    previous = decoder.config._attn_implementation
-    # Flash and flex attention want masks of other kinds; while latents are attended to, SDPA takes their place.
-    others = "eager" if previous == "eager" else "sdpa"
-    for key, function in _FUNCTIONS.items():
-        # Both: where the mask's name is unknown, transformers makes no mask at all.
-        AttentionInterface.register(_NAMES[key], function)
-        AttentionMaskInterface.register(_NAMES[key], _MASKS[key])  # type: ignore[arg-type]  # a dict of functions
-    decoder.set_attn_implementation(_NAMES[others])
-    if decoder not in _DIRECT:  # the first time
-        weakref.finalize(decoder, _model_died)  # perhaps while it was switched
-    _SWITCHED[decoder] = _Switched(previous, impl)
-    try:
-        layers = _layers_that_attend_directly(model, decoder)
-        if not layers:
-            raise NotImplementedError(
-                f"{name}: no layer hands the keys and values of its cache to attention unchanged; use the cache "
-                "without latent_attention"
+def attended_layers(decoder: nn.Module, arguments: Mapping[str, Any] | None = None) -> frozenset[int]:
+    """The cache layers that attend to latents in a forward of ``decoder`` with these arguments, which begins now.
+
+    Decided by what the model would run: whoever changes its attention, by whatever way, finds the cache following.
+    Where nothing can be attended to, the reason is warned of once per model.
+    """
+    known, config = _KNOWN.get(decoder), cast(Any, decoder.config)
+    name = config._attn_implementation
+    layers = frozenset() if known is None else known.direct.get(name, next(iter(known.direct.values()), frozenset()))
+    if known is None or not layers:
+        return frozenset()
+    places = known.places(name)
+    obstacle = _obstacle_of_name(name) or _obstacle_of_forward(decoder, arguments or {})
+    if not places:
+        obstacle = _OUTSIDE
+    elif not known.handles and not all(_is_their_own(file, mapping[key]) for file, mapping, key in places):
+        obstacle = (
+            f"{name!r} is not a function of transformers, and may compute something else than attention; "
+            "latent_attention(model) attends to latents all the same"
+        )
+    if obstacle is not None:
+        known.warn(decoder, obstacle)
+        return frozenset()
+    _install(places)
+    return layers
+
+
+def _obstacle_of_forward(decoder: nn.Module, arguments: Mapping[str, Any]) -> str | None:
+    wanted = arguments.get("output_attentions")
+    if getattr(decoder.config, "output_attentions", False) if wanted is None else wanted:
+        return "attention over latents makes no weights for output_attentions"
+    if torch.is_grad_enabled():
+        given = (arguments.get("inputs_embeds"), *decoder.parameters())
+        if any(tensor is not None and tensor.requires_grad for tensor in given):
+            return "attention over latents has no gradients; use torch.no_grad()"
+    return None
+
+
+def _obstacle_of_name(name: str | None) -> str | None:
+    if name == "flex_attention" or (name or "").startswith("paged|"):
+        return f"attention {name!r} works on masks or pages of its own"
+    return None
+
+
+class _Place(NamedTuple):
+    """Where a modeling file of this name looks up its attention: ``mapping[key]``."""
+
+    file: str
+    mapping: dict[str, Any]
+    key: str
+
+
+def _is_their_own(file: str, function: Any) -> bool:
+    """Whether transformers or the modeling file brought ``function``; a wrapper of ours counts as what it wraps."""
+    home = getattr(getattr(function, "func", function), "__module__", None) or ""
+    return home.partition(".")[0] == "transformers" or home == file
+
+
+class _Known:
+    """What is known of a decoder, and whether handles ask something of it. Holds no module."""
+
+    def __init__(self, decoder: PreTrainedModel):
+        classes = {base for module in decoder.modules() for base in type(module).__mro__}
+        names = {base.__module__ for base in classes} - {PreTrainedModel.__module__}
+        files = [vars(sys.modules[name]) for name in sorted(names) if name in sys.modules]
+        self.files = [file for file in files if _INTERFACE in file]
+        # By name of an attention, the layers between whose `Cache.update` and attention function nothing happens.
+        self.direct: dict[str | None, frozenset[int]] = {}
+        self.handles, self.impl = 0, "auto"
+        self._warned = False
+
+    def places(self, name: str | None) -> list[_Place]:
+        """Where attention of this name is looked up."""
+        places = {}
+        for file in self.files:
+            mappings = file[_INTERFACE]._local_mapping, file[_INTERFACE]._global_mapping
+            mapping, key = next(((each, name or "") for each in mappings if name in each), (file, _EAGER))
+            if key in mapping:
+                places[id(mapping), key] = _Place(file["__name__"], mapping, key)
+        return list(places.values())
+
+    def warn(self, decoder: nn.Module, obstacle: str) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"LowRankCache reconstructs keys and values of {type(decoder).__name__}, which is slow: {obstacle}. "
+                "LowRankCache(..., attend='reconstruct') does so without a warning",
+                stacklevel=4,
             )
-    except BaseException:
-        _switch_back(decoder)
-        raise
-    set_attended(decoder, Attended(layers, impl))
-    return _SWITCHED[decoder]
 
 
-def _switch_back(decoder: PreTrainedModel) -> None:
-    set_attended(decoder, Attended())
-    decoder.set_attn_implementation(_SWITCHED.pop(decoder).previous)
-    _unregister_if_unused()
+_KNOWN: "weakref.WeakKeyDictionary[nn.Module, _Known]" = weakref.WeakKeyDictionary()
 
 
-def _unregister_if_unused() -> None:
-    if not _SWITCHED:
-        for name in _NAMES.values():
-            AttentionInterface._global_mapping.pop(name, None)  # there is no public way back
-            AttentionMaskInterface._global_mapping.pop(name, None)
-
-
-def _model_died() -> None:
-    # The garbage collector calls this at any point of any thread, so it must not wait; the lock holder unregisters when
-    # it switches back.
-    if _LOCK.acquire(blocking=False):
+def _examine(model: PreTrainedModel) -> tuple[_Known, str | None]:
+    """What is known of ``model``, and why no layer of it can attend to latents; None if one can."""
+    model_shape(model)  # raises for what cannot be compressed
+    decoder = decoder_of(model)
+    known = _KNOWN.get(decoder) or _KNOWN.setdefault(decoder, _Known(decoder))
+    name = decoder.config._attn_implementation
+    if not known.files:
+        return known, _OUTSIDE
+    if name not in known.direct:
+        if (obstacle := _obstacle_of_name(name)) is not None:
+            return known, obstacle
+        user = _enter()
         try:
-            _unregister_if_unused()
+            _install(known.places(name))
+            known.direct[name] = _layers_that_attend_directly(model)
         finally:
-            _LOCK.release()
+            _leave(user)
+    if not known.direct[name]:
+        return known, "no layer hands the keys and values of its cache to attention unchanged"
+    return known, None
 
 
 class _Probe:
@@ -154,64 +215,134 @@ class _Probe:
         self.arrivals = 0
 
 
-_DIRECT: "weakref.WeakKeyDictionary[PreTrainedModel, frozenset[int]]" = weakref.WeakKeyDictionary()
+def _layers_that_attend_directly(model: PreTrainedModel) -> frozenset[int]:
+    """Compressible layers between whose ``Cache.update`` and attention function nothing happens."""
+    shape, probes = model_shape(model), dict[int, _Probe]()
+
+    def mark(layer_idx: int, given: tuple, returned: tuple) -> None:
+        keys, values = returned
+        probes[layer_idx] = _Probe(values)
+        attach_view(keys, probes[layer_idx])
+
+    if "dummy" not in shape.layer_types:  # layers that reuse others' keys (Gemma 3n)
+        one_token_forward(model, SpyCache(model, mark))
+    layers = [layer.layer_idx for layer in shape.layers]
+    return frozenset(layer for layer in layers if layer in probes and probes[layer].arrivals == 1)
 
 
-def _layers_that_attend_directly(model: PreTrainedModel, decoder: PreTrainedModel) -> frozenset[int]:
-    """Compressible layers between whose ``Cache.update`` and attention function nothing happens; probed once."""
-    if decoder not in _DIRECT:
-        shape, probes = model_shape(model), dict[int, _Probe]()
+class _User:
+    """A cache that attends, a handle, or a probe."""
 
-        def mark(layer_idx: int, given: tuple, returned: tuple) -> None:
-            keys, values = returned
-            probes[layer_idx] = _Probe(values)
-            attach_view(keys, probes[layer_idx])
-
-        if "dummy" not in shape.layer_types:  # layers that reuse others' keys (Gemma 3n)
-            one_token_forward(model, SpyCache(model, mark))
-        layers = [layer.layer_idx for layer in shape.layers]
-        _DIRECT[decoder] = frozenset(layer for layer in layers if layer in probes and probes[layer].arrivals == 1)
-    return _DIRECT[decoder]
+    def __init__(self, known: _Known | None):
+        self.known = known  # of a handle
 
 
-def _attend_over_sdpa(module, query, key, value, attention_mask, **kwargs) -> tuple[Tensor, Tensor | None]:
-    return _attend(ALL_ATTENTION_FUNCTIONS["sdpa"], module, query, key, value, attention_mask, **kwargs)
+_USERS: set[_User] = set()
+_GONE: "deque[_User]" = deque()
+_WRAPPED: dict[tuple[int, str], tuple[_Place, Callable, Callable]] = {}  # by place, what stood there and what stands
+# Held for a few lines of ours only, never while a model runs.
+_LOCK = threading.Lock()
 
 
-def _attend_over_eager(module, query, key, value, attention_mask, **kwargs) -> tuple[Tensor, Tensor | None]:
-    eager = sys.modules[type(module).__module__].eager_attention_forward
-    return _attend(eager, module, query, key, value, attention_mask, **kwargs)
+@contextmanager
+def _locked() -> Iterator[None]:
+    try:
+        with _LOCK:
+            yield
+    finally:
+        _sweep()
+
+
+def _enter(known: _Known | None = None) -> _User:
+    user = _User(known)
+    with _locked():
+        _USERS.add(user)
+    return user
+
+
+def join(owner: object, known: _Known | None = None) -> Callable[[], object]:
+    """Keep wrappers while ``owner`` lives, or until what is returned is called."""
+    end = weakref.finalize(owner, _leave, _enter(known))
+    end.atexit = False
+    return end
+
+
+def _leave(user: _User) -> None:
+    _GONE.append(user)
+    _sweep()
+
+
+def _sweep() -> None:
+    """Let go of users that are gone; with the last of them go the wrappers.
+
+    The garbage collector calls this at any point of any thread, so it must not wait: who holds the lock sweeps after.
+    """
+    while _GONE and _LOCK.acquire(blocking=False):
+        try:
+            while _GONE:
+                user = _GONE.popleft()
+                _USERS.discard(user)
+                if user.known is not None:
+                    user.known.handles -= 1
+                    user.known.impl = user.known.impl if user.known.handles else "auto"
+            if not _USERS:
+                for place, original, wrapper in _WRAPPED.values():
+                    if place.mapping.get(place.key) is wrapper:  # else others took the place, and may call ours
+                        place.mapping[place.key] = original
+                _WRAPPED.clear()
+        finally:
+            _LOCK.release()
+
+
+def _install(places: Sequence[_Place]) -> None:
+    """See to it that our wrappers stand in these places, whoever has been there since."""
+    for place in places:
+        if not _stands(place):
+            with _locked():
+                if _USERS and not _stands(place):
+                    original = place.mapping[place.key]
+                    wrapper = _wrapper(original)
+                    _WRAPPED[id(place.mapping), place.key] = place, original, wrapper
+                    place.mapping[place.key] = wrapper
+
+
+def _stands(place: _Place) -> bool:
+    held = _WRAPPED.get((id(place.mapping), place.key))
+    return held is not None and place.mapping.get(place.key) is held[2]
+
+
+@lru_cache(maxsize=64)  # the same again for every user: compiled code is tied to the function that it met
+def _wrapper(original: Callable) -> Callable:
+    @wraps(original)
+    def attention(module, query, key, value, *args, **kwargs):
+        if view_of(key) is None:  # compiled code goes on here
+            return original(module, query, key, value, *args, **kwargs)
+        return _attend(original, module, query, key, value, *args, **kwargs)
+
+    return attention
 
 
 @torch.compiler.disable(reason="the number of cached tokens changes with every step")
-def _attend(others: Callable, module, query, key, value, attention_mask, **kwargs) -> tuple[Tensor, Tensor | None]:
-    """transformers' attention function: latents where ``key`` carries a view, ``others`` elsewhere."""
+def _attend(original: Callable, module, query, key, value, attention_mask=None, **kwargs) -> tuple[Tensor, Any]:
+    """transformers' attention function where something rides on ``key``."""
     view = view_of(key)
-    if isinstance(view, _Probe):
-        view.arrivals += value is view.values
     if not isinstance(view, LatentView):
-        return others(module, query, key, value, attention_mask, **kwargs)
+        if isinstance(view, _Probe):
+            view.arrivals += value is view.values
+            attach_view(key, None)  # so that another wrapper of ours, further down, does not count it again
+        output = original(module, query, key, value, attention_mask, **kwargs)
+        attach_view(key, view)
+        return output
     if kwargs.get("dropout"):
-        raise NotImplementedError("attention over latents has no dropout; call model.eval()")
+        raise NotImplementedError(f"attention over latents has no dropout; call model.eval(), or {CURE}")
+    if kwargs.get("position_bias") is not None:
+        raise NotImplementedError(f"attention over latents takes no position_bias; {CURE}")
     scaling = kwargs.get("scaling")
     output = view.attend(
         query,
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        mask=None if attention_mask is None else _as_bool(attention_mask),
+        mask=None if attention_mask is None else as_bool(attention_mask, query.shape[2], view.slots),
         softcap=kwargs.get("softcap"),
         sink_logits=kwargs.get("s_aux"),
     )
     return output.to(query.dtype).transpose(1, 2).contiguous(), None
-
-
-def _as_bool(mask: Tensor) -> Tensor:
-    """A mask of 0 and very low numbers as True and False; others are biases, which are not supported."""
-    if mask.dtype == torch.bool:
-        return mask
-    visible = mask == 0
-    if not bool((visible | (mask <= torch.finfo(mask.dtype).min / 2)).all()):
-        raise NotImplementedError("attention_mask must be boolean or hold 0 and very low numbers only, got a bias")
-    return visible
-
-
-_FUNCTIONS: dict[str, Callable[..., Any]] = {"sdpa": _attend_over_sdpa, "eager": _attend_over_eager}

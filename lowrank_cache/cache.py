@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 
 from lowrank_cache import saved_cache
 from lowrank_cache.artefact import SavedTensors
+from lowrank_cache.attention import join, make_attending
 from lowrank_cache.coder import Coder, calibrated_coders
 from lowrank_cache.forward import Forward, watch
 from lowrank_cache.latent_view import attach_view
@@ -74,6 +75,8 @@ class LowRankCache(Cache):
         layer_group_size: Adjacent layers that share xkv's bases, 4 unless given.
         new_tokens: What xkv does with tokens after those that made the bases: ``"encode"`` them with the
             same bases (unless given) or keep them ``"exact"``.
+        attend: ``"auto"`` attends to latents wherever the model can, and warns, once per model, where it cannot;
+            ``"reconstruct"`` makes keys and values of them in each forward, for any attention. xkv reconstructs.
 
     Raises:
         NotImplementedError: If the model's cache cannot be compressed (see ``probe.model_shape``).
@@ -99,6 +102,7 @@ class LowRankCache(Cache):
         latent_dtype: torch.dtype | None = torch.float16,
         layer_group_size: int | None = None,
         new_tokens: str | None = None,
+        attend: str = "auto",
     ):
         options = StoreOptions(residual_length, num_sink_tokens, block_size, latent_dtype)
         if (projections is None) == (method is None):
@@ -106,6 +110,8 @@ class LowRankCache(Cache):
             raise ValueError(f"exactly one of projections and method must be given, got {given}")
         if method not in (None, "xkv"):
             raise ValueError(f"method must be 'xkv'; the bases of other methods are calibrated, got {method!r}")
+        if attend not in ("auto", "reconstruct"):
+            raise ValueError(f"attend must be 'auto' or 'reconstruct', got {attend!r}")
         self._settings = {  # what `from_pretrained` makes an equal cache of
             "method": method,
             "compression_ratio": compression_ratio,
@@ -138,13 +144,19 @@ class LowRankCache(Cache):
         self._owner = saved_cache.owner_facts(model.config, shape)
         self._decoder: weakref.ref[nn.Module] = weakref.ref(decoder)
         super().__init__(layers=make_layers(model, shape, self._stores))
-        compressed = [layer.layer_idx for layer in shape.layers]
-        self._forward = Forward(self._decoder, self._track, self._stores, compressed, list(self._others().values()))
+        self._attends = attend == "auto" and any(layer.attendable for layer in self._low_rank_layers())
+        self._attends = self._attends and make_attending(model, self)
+        compressed, others = [layer.layer_idx for layer in shape.layers], list(self._others().values())
+        self._forward = Forward(self._decoder, self._track, self._stores, compressed, others, self._attends)
         watch(decoder, self)
 
     def begin_forward(self, decoder: nn.Module, arguments: Mapping[str, Any]) -> None:
         """Called by the decoder's hook before each forward with that forward's arguments, see ``Forward.begin``."""
         self._forward.begin(decoder, arguments)
+
+    def end_forward(self, decoder: nn.Module, arguments: Mapping[str, Any]) -> None:
+        """Called by the decoder's hook when a forward has ended without an error, see ``Forward.end``."""
+        self._forward.end(decoder)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Cached tokens, padding included; during a forward, and after one that failed, those before it."""
@@ -164,11 +176,10 @@ class LowRankCache(Cache):
             rope = layer.shape.side(side).rope
             if rope is not None:
                 self._track.note_frequencies(self._living_decoder(), rope, layer.get_seq_length())
-        attended = self._forward.attended
-        if layer_idx in attended.layers and layer.can_extend():
+        if layer_idx in self._forward.attended and layer.attendable and layer.get_seq_length():
             # The forward's own states, with everything else attached for the attention function.
             keys, values = key_states.detach(), value_states.detach()
-            attach_view(keys, layer.extend(keys, values, attended.impl))
+            attach_view(keys, layer.extend(keys, values, self._forward.impl, self._forward.offer(layer_idx)))
         else:
             keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         self._forward.note_updated(layer_idx)
@@ -231,6 +242,8 @@ class LowRankCache(Cache):
         memo[id(self)] = copied
         copied.__dict__.update(deepcopy(self.__dict__, memo))
         watch(self._living_decoder(), copied)
+        if self._attends:
+            join(copied)
         return copied
 
     def _living_decoder(self) -> nn.Module:
@@ -259,7 +272,13 @@ class LowRankCache(Cache):
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | Path, model: PreTrainedModel, projections: Projections | None = None, **download: Any
+        cls,
+        name_or_path: str | Path,
+        model: PreTrainedModel,
+        projections: Projections | None = None,
+        *,
+        attend: str = "auto",
+        **download: Any,
     ) -> "LowRankCache":
         """Load what ``save_pretrained`` wrote, for the same model with the same projections.
 
@@ -267,6 +286,7 @@ class LowRankCache(Cache):
             name_or_path: A folder, or a repository on the hub.
             model: The model that made the cache, in the same dtype, on any device.
             projections: Those it was made with, at full rank or truncated for its ratio; None for xkv.
+            attend: See the class; it is not saved.
             download: ``revision``, ``token``, ``cache_dir``, ``local_files_only`` and ``force_download``.
 
         Raises:
@@ -279,7 +299,7 @@ class LowRankCache(Cache):
             raise TypeError(f"projections must be Projections, got {type(projections).__name__}")
         with saved_cache.reading(name_or_path, **download) as saved:
             saved.check_owner(saved_cache.owner_facts(model.config, model_shape(model)), projections)
-            cache = cls(model, projections, **saved.settings)
+            cache = cls(model, projections, attend=attend, **saved.settings)
             saved.check_bases(cache._bases_fingerprint())
             saved.fill(cache._track, cache._stores, cache._others(), model)
         for layer in cache._low_rank_layers():

@@ -1,15 +1,15 @@
-"""One forward of a cache: announced by the decoder's hook, of one thread at a time, undone if it fails part-way.
+"""One forward of a cache: announced by the decoder's hooks, of one thread at a time, undone if it fails part-way.
 
-The hook tells a ``LowRankCache`` what ``Cache.update`` never hears: positions, padding, and that a forward begins.
-There is one hook per decoder, shared by all its caches and gone with the last of them. It holds no cache and no model;
-other caches pass through it untouched.
+The hooks tell a ``LowRankCache`` what ``Cache.update`` never hears: positions, padding, and that a forward begins or
+has ended. A decoder has one of each, shared by all its caches and gone with the last of them. They hold no cache and
+no model; other caches pass through them untouched.
 """
 
 import inspect
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lowrank_cache.latent_view import Attended, attended_by
+from lowrank_cache.attention import attended_layers, impl_of
 from lowrank_cache.positions import PositionTrack
 from lowrank_cache.probe import CACHE_ARGUMENTS
 from lowrank_cache.store import LatentStore
@@ -28,25 +28,28 @@ __all__ = ["Forward", "Turn", "watch"]
 
 
 @dataclass
-class _SharedHook:
+class _SharedHooks:
     users: int = 0
-    handle: RemovableHandle | None = None
+    handles: tuple[RemovableHandle, ...] = ()
 
 
-_HOOKS: "weakref.WeakKeyDictionary[nn.Module, _SharedHook]" = weakref.WeakKeyDictionary()
+_HOOKS: "weakref.WeakKeyDictionary[nn.Module, _SharedHooks]" = weakref.WeakKeyDictionary()
 # Reentrant: the garbage collector may end a cache, and so call `_release`, at any point of the thread that holds it.
 _LOCK = threading.RLock()
 
 
 def watch(decoder: nn.Module, cache: object) -> None:
-    """Let ``decoder`` announce its forwards to caches of its own, by ``begin_forward``, while ``cache`` lives."""
+    """Let ``decoder`` call ``begin_forward`` and ``end_forward`` of caches of its own, while ``cache`` lives."""
     with _LOCK:
-        hook = _HOOKS.setdefault(decoder, _SharedHook())
-        hook.users += 1
-        if hook.handle is None:
-            announce = partial(_announce, inspect.signature(decoder.forward))
-            hook.handle = decoder.register_forward_pre_hook(announce, with_kwargs=True)
-        _HOOKS[decoder] = hook  # again, if its last other user was collected meanwhile
+        hooks = _HOOKS.setdefault(decoder, _SharedHooks())
+        hooks.users += 1
+        if not hooks.handles:
+            signature = inspect.signature(decoder.forward)
+            hooks.handles = (
+                decoder.register_forward_pre_hook(_Hook("begin_forward", signature), with_kwargs=True),
+                decoder.register_forward_hook(_Hook("end_forward", signature), with_kwargs=True),
+            )
+        _HOOKS[decoder] = hooks  # again, if its last other user was collected meanwhile
     weakref.finalize(cache, _release, weakref.ref(decoder))
 
 
@@ -55,27 +58,44 @@ def _release(decoder_ref: "weakref.ref[nn.Module]") -> None:
         decoder = decoder_ref()
         if decoder is None or decoder not in _HOOKS:
             return
-        hook = _HOOKS[decoder]
-        hook.users -= 1
-        if hook.users == 0 and hook.handle is not None:
-            hook.handle.remove()
-            hook.handle = None
+        hooks = _HOOKS[decoder]
+        hooks.users -= 1
+        if hooks.users == 0:
+            for handle in hooks.handles:
+                handle.remove()
+            hooks.handles = ()
             del _HOOKS[decoder]
 
 
-@torch.compiler.disable(reason="positions are checked with Python control flow, outside of any graph")
-def _announce(signature: inspect.Signature, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
-    arguments = {**signature.bind_partial(*args).arguments, **kwargs}
-    for name in CACHE_ARGUMENTS:
-        begin = getattr(arguments.get(name), "begin_forward", None)
-        if begin is not None:
-            begin(decoder, arguments)
+class _Hook:
+    """Calls ``method`` of a forward's cache, with the decoder and the forward's arguments.
+
+    Copies do nothing, so that a model that is copied or pickled is an ordinary one: it has no cache yet.
+    """
+
+    def __init__(self, method: str = "", signature: inspect.Signature | None = None):
+        self._method, self._signature = method, signature
+
+    def __reduce__(self) -> tuple:
+        return _Hook, ()
+
+    @torch.compiler.disable(reason="caches are checked with Python control flow, outside of any graph")
+    def __call__(self, decoder: nn.Module, args: tuple, kwargs: dict, output: object = None) -> None:
+        if self._signature is None:
             return
-    if type(arguments.get("cache")).__name__ == "PagedAttentionCache":  # transformers drops what it was given instead
-        warnings.warn(
-            "continuous batching keeps pages of its own: the LowRankCache that was made for this model is not used",
-            stacklevel=2,
-        )
+        arguments = {**self._signature.bind_partial(*args).arguments, **kwargs}
+        for name in CACHE_ARGUMENTS:
+            method = getattr(arguments.get(name), self._method, None)
+            if method is not None:
+                method(decoder, arguments)
+                return
+        if (
+            type(arguments.get("cache")).__name__ == "PagedAttentionCache"
+        ):  # transformers drops what it was given instead
+            warnings.warn(
+                "continuous batching keeps pages of its own: the LowRankCache that was made for this model is not used",
+                stacklevel=2,
+            )
 
 
 class Turn:
@@ -109,7 +129,8 @@ class Turn:
 class Forward:
     """The forward that a cache is in, or its last one, and the way back to the state before it.
 
-    ``compressed`` are the numbers of the compressed layers; ``others`` all other layers, transformers' own, in order.
+    ``compressed`` are the numbers of the compressed layers; ``others`` all other layers, transformers' own, in order;
+    ``attends`` is whether layers attend to latents where they can.
     """
 
     def __init__(
@@ -119,13 +140,17 @@ class Forward:
         stores: Sequence[LatentStore],
         compressed: Sequence[int],
         others: Sequence[Any],
+        attends: bool,
     ):
+        self._attends = attends
         self._decoder = decoder
         self._track = track
         self._stores = stores
         self._compressed = frozenset(compressed)
         self._others = list(others)
-        self.attended = Attended()  # layers that attend to latents in the current forward
+        self.impl = "auto"  # who computes in the current forward, see `kernels.api`
+        self.attended: frozenset[int] = frozenset()  # layers that attend to latents in it
+        self._unread: set[int] = set()  # those whose latents were offered to attention, which has not read them
         self._updated: set[int] | None = None  # compressed layers seen in the current forward; None between forwards
         self._length_before = 0  # cached tokens when the current forward began
         self._others_before: list[int] = []  # what `_others_progress` was then
@@ -161,12 +186,14 @@ class Forward:
             self.settle()
             length = self._track.slots
             self._length_before, self._others_before = length, self._others_progress()
-            self.attended = attended_by(decoder)
+            self.impl = impl_of(decoder)
+            self.attended = attended_layers(decoder, arguments) if self._attends else frozenset()
+            self._unread.clear()
             try:
                 place = arguments.get("position_ids"), arguments.get("attention_mask"), tokens.device
                 self._track.begin(tokens.shape[0], tokens.shape[1], *place)
                 for store in self._stores:
-                    store.begin(self.attended.impl)
+                    store.begin(self.impl)
                 self._updated = set()
             except BaseException:
                 self._updated = None
@@ -189,15 +216,41 @@ class Forward:
             )
 
     def note_updated(self, layer_idx: int) -> None:
-        """A compressed layer was updated; the forward is through when all were."""
+        """A compressed layer was updated."""
         assert self._updated is not None
         self._updated.add(layer_idx)
-        if len(self._updated) == len(self._compressed):
-            self._updated = None
-            self._track.end()
-            for store in self._stores:
-                store.commit()
-            self._turn.give_back()
+
+    def offer(self, layer_idx: int) -> Callable[[], object]:
+        """Note that a layer's latents are offered to attention; to be called when it reads them."""
+        self._unread.add(layer_idx)
+        return partial(self._unread.discard, layer_idx)
+
+    def end(self, decoder: nn.Module) -> None:
+        """The decoder's forward is through: what it brought stays.
+
+        Raises:
+            RuntimeError: If it left out a compressed layer, or a layer's attention did not read the latents that it
+                was offered, so that what the model computed is wrong. The next call undoes this forward.
+        """
+        if self._updated is None or not self._turn.is_mine():
+            return
+        missing = sorted(self._compressed - self._updated)
+        if missing:
+            raise RuntimeError(
+                f"{type(decoder).__name__} ended a forward without layers {missing}, which this cache was made with; "
+                "make a cache for the model as it is now"
+            )
+        if self._unread:
+            raise RuntimeError(
+                f"{type(decoder).__name__} ended a forward in which attention of layers {sorted(self._unread)} did not "
+                "read the cached tokens, since something called another function than the one its config names; the "
+                "result would be wrong, so make the cache with attend='reconstruct'"
+            )
+        self._updated = None
+        self._track.end()
+        for store in self._stores:
+            store.commit()
+        self._turn.give_back()
 
     def settle(self) -> None:
         """If the last forward did not reach every layer, return to the state before it, or raise ValueError."""

@@ -1,21 +1,23 @@
 """What one layer holds during a forward, by segment, and how it travels from the cache to the attention function.
 
-``Cache.update`` returns dense keys and values, or, to a model under ``latent_attention``, the forward's own
-states with a ``LatentView`` of everything else. Between ``Cache.update`` and the attention function stands the model's
+``Cache.update`` returns dense keys and values, or, to a layer that attends to latents, the forward's own states with a
+``LatentView`` of everything else. Between ``Cache.update`` and the attention function stands the model's
 own code, which hands on two tensors, so the view rides on the key tensor. See docs/cache_contract.md, "Attending to
 latents".
 """
 
-import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowrank_cache.kernels.api import attend_stored
 from lowrank_cache.kernels.packed import StoredSide
 
-__all__ = ["Attended", "LatentView", "attach_view", "attended_by", "set_attended", "view_of"]
+__all__ = ["CURE", "LatentView", "as_bool", "attach_view", "view_of"]
+
+CURE = "make the cache with attend='reconstruct'"
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class LatentView:
         sink_slots: ``[batch, sinks]``, the slot of each sequence's sinks, ``slots`` or more where one has not come yet;
             None if they are the first slots of all.
         impl: Kernels that read the latents, see ``kernels.api``.
+        note_read: Called when they are attended to.
     """
 
     key: StoredSide
@@ -36,7 +39,8 @@ class LatentView:
     slots: int
     encoded_end: int
     sink_slots: Tensor | None
-    impl: str = "auto"
+    impl: str
+    note_read: Callable[[], object]
 
     def attend(
         self,
@@ -58,6 +62,7 @@ class LatentView:
         Returns:
             ``[batch, q_heads, q_tokens, value_dim]``, dtype of ``query`` or float32.
         """
+        self.note_read()
         if mask is None and query.shape[2] > 1:
             mask = _causal(query.shape[2], self.slots, query.device)
         sink_mask, mask = self._split_off_sinks(mask)
@@ -92,25 +97,37 @@ def _causal(q_tokens: int, slots: int, device: torch.device) -> Tensor:
     return torch.ones(q_tokens, slots, dtype=torch.bool, device=device).tril_(slots - q_tokens)[None, None]
 
 
-@dataclass(frozen=True)
-class Attended:
-    """The cache layers of a model that attend to latents, and who computes for its caches (``kernels.api``)."""
+def as_bool(mask: object, q_tokens: int, slots: int) -> Tensor:
+    """Which slots queries see, bool ``[batch, 1, q_tokens, slots]``, of a mask in any form that says no more than this.
 
-    layers: frozenset[int] = frozenset()
-    impl: str = "auto"
+    Args:
+        mask: ``[batch, slots]``, nonzero where a slot is no padding (flash attention); or
+            ``[batch, 1, q_tokens, slots]``, bool, or 0 where a query sees a slot and else a very low number.
 
-
-_ATTENDED: "weakref.WeakKeyDictionary[nn.Module, Attended]" = weakref.WeakKeyDictionary()
-_NOWHERE = Attended()
-
-
-def set_attended(decoder: nn.Module, attended: Attended) -> None:
-    """Tell the caches of ``decoder``, from its next forward on, which of its layers attend to latents."""
-    _ATTENDED[decoder] = attended
-
-
-def attended_by(decoder: nn.Module) -> Attended:
-    return _ATTENDED.get(decoder, _NOWHERE)
+    Raises:
+        NotImplementedError: If it is something else.
+    """
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+        raise NotImplementedError(f"attention over latents cannot read an attention_mask {type(mask).__name__}; {CURE}")
+    if mask.dim() == 2:
+        visible = mask.bool()[:, None, None, :]
+        if mask.shape[1] == slots:
+            visible = visible & _causal(q_tokens, slots, mask.device)
+    elif mask.dtype == torch.bool:
+        visible = mask
+    else:
+        visible = mask == 0
+        # float64's masks may be clamped to float32's lowest number
+        lowest = max(torch.finfo(mask.dtype).min, torch.finfo(torch.float32).min)
+        if not bool((visible | (mask <= lowest / 2)).all()):
+            raise NotImplementedError(
+                f"attention_mask must be boolean or hold 0 and very low numbers only, got a bias; {CURE}"
+            )
+    if visible.shape[1:] != (1, q_tokens, slots):
+        raise NotImplementedError(
+            f"attention_mask must have shape [batch, 1, {q_tokens}, {slots}], got {list(mask.shape)}; {CURE}"
+        )
+    return visible
 
 
 def attach_view(keys: Tensor, view: object) -> None:

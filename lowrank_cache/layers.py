@@ -1,6 +1,6 @@
 """The layers of a ``LowRankCache``: compressed ones, whose tokens lie in stores, and transformers' own for the rest."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -43,17 +43,21 @@ class LowRankLayer(CacheLayerMixin):
         keys, values = (self.stores[side].update(self.members[side], tensor) for side, tensor in states.items())
         return keys, values
 
-    def extend(self, key_states: Tensor, value_states: Tensor, impl: str = "auto") -> LatentView:
-        """``update`` that reconstructs nothing: what the layer holds, by segment, to be read by ``impl``'s kernels."""
+    def extend(
+        self, key_states: Tensor, value_states: Tensor, impl: str, note_read: Callable[[], object]
+    ) -> LatentView:
+        """``update`` that reconstructs nothing: what the layer holds, by segment; the rest see ``LatentView``."""
         store = self.stores["key"]
         encoded_end = max(store.encoded_end, min(store.options.num_sink_tokens, self.get_seq_length()))
         states = self._checked(key_states, value_states)
         keys, values = (self.stores[side].extend(self.members[side], tensor) for side, tensor in states.items())
-        return LatentView(keys, values, self.get_seq_length(), encoded_end, store.sink_slots(key_states.device), impl)
+        slots = store.sink_slots(key_states.device)
+        return LatentView(keys, values, self.get_seq_length(), encoded_end, slots, impl, note_read)
 
-    def can_extend(self) -> bool:
-        """Whether there are past tokens, in stores that can be attended to."""
-        return self.get_seq_length() > 0 and all(store.attendable for store in self.stores.values())
+    @property
+    def attendable(self) -> bool:
+        """Whether ``extend`` can take the place of ``update`` where there are past tokens."""
+        return all(store.attendable for store in self.stores.values())
 
     def _checked(self, key_states: Tensor, value_states: Tensor) -> dict[str, Tensor]:
         states = {"key": key_states.detach(), "value": value_states.detach()}

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from lowrank_cache import LowRankCache, Projections, latent_attention
+from lowrank_cache import LowRankCache, Projections
 from lowrank_cache.calibration import PRESETS
 from lowrank_cache.calibration.api import projections_from_moments
 from lowrank_cache.calibration.moments import Moments
@@ -54,12 +54,11 @@ def caches():
 
 
 contexts, seconds, sizes = (512, 1024, 3072), {}, {}
-with latent_attention(model):
-    for context in contexts:
-        made = caches()
-        for label, value in decode(made, context).items():
-            seconds.setdefault(label, []).append(value)
-            sizes.setdefault(label, []).append(tensor_bytes(made[label]))
+for context in contexts:
+    made = caches()
+    for label, value in decode(made, context).items():
+        seconds.setdefault(label, []).append(value)
+        sizes.setdefault(label, []).append(tensor_bytes(made[label]))
 for label in seconds:
     print(
         f"{label:<9}",
@@ -119,8 +118,7 @@ frames = (1, 16, 64)
 framed = {
     frame: projections_from_moments(moments, layer_group_size=1, joint=False, frame_length=frame) for frame in frames
 }
-with latent_attention(model):
-    times = decode({frame: LowRankCache(model, made, compression_ratio=8) for frame, made in framed.items()}, 2048)
+times = decode({frame: LowRankCache(model, made, compression_ratio=8) for frame, made in framed.items()}, 2048)
 losses = [inspect_projections(made, 8).predicted_loss for made in framed.values()]
 figure, (speed, quality) = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
 speed.bar([str(frame) for frame in frames], [1000 * times[frame] for frame in frames])

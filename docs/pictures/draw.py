@@ -167,8 +167,8 @@ def attending() -> plt.Figure:
     _arrow(axis, (22, 21), (35.5, 21), "update")
     _arrow(axis, (56, 23), (71.5, 31), "")
     _arrow(axis, (56, 19), (71.5, 11), "")
-    axis.text(61, 31.5, "reconstruct\n(default)", ha="center", va="center", fontsize=10)
-    axis.text(60, 9, "latent_attention\n(model)", ha="center", va="center", fontsize=10)
+    axis.text(61, 31.5, "attend=\n'reconstruct'", ha="center", va="center", fontsize=10)
+    axis.text(60, 9, "attend='auto'\n(default)", ha="center", va="center", fontsize=10)
     _arrow(axis, (98, 32.5), (107.5, 32.5), "")
     _arrow(axis, (98, 9.5), (107.5, 9.5), "")
     return figure

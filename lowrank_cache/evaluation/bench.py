@@ -7,7 +7,7 @@ ratio to the full cache's in the same minutes. ``DynamicCache`` runs on transfor
 import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -94,7 +94,7 @@ def run_bench(
     """Time every cache at every context and batch that ``out`` does not hold yet, and return all it holds, sorted.
 
     Args:
-        model: In eval mode; switched to ``latent_attention`` for the while.
+        model: In eval mode.
         ids: ``[tokens]``, at least ``settings.needed()``.
         caches: The full one among them. One that holds latents is attended to in them, unless its name ends in
             ``,attend=0``; ``WEIGHTS_ALONE`` gets one token instead of the context.
@@ -138,9 +138,9 @@ def _measure_together(
     for entry in chosen:
         progress(f"prefill of {context} tokens, batch {batch}: {entry.name}")
         prompt = tokens[:, : 1 if entry.name == WEIGHTS_ALONE else context]
-        with _attention(model, entry), watch_allocated(model.device) as allocated:
+        with watch_allocated(model.device) as allocated:
             start = now(model.device)
-            caches.append(entry.make())
+            caches.append(entry.make(not entry.name.endswith(_RECONSTRUCTED)))
             arguments.append(cache_argument(model, caches[-1]))
             model(prompt, **arguments[-1], logits_to_keep=1)
             seconds = now(model.device) - start
@@ -153,7 +153,7 @@ def _measure_together(
         # Watching memory takes time, so it is done in the steps that are not timed.
         watch = watch_allocated if step < settings.warm else lambda device: nullcontext(SimpleNamespace(highest=0))
         for entry, argument in zip(chosen, arguments, strict=True):
-            with _attention(model, entry), watch(model.device) as allocated:
+            with watch(model.device) as allocated:
                 start = now(model.device)
                 model(token, **argument)
                 steps[entry.name].append(now(model.device) - start)
@@ -161,10 +161,6 @@ def _measure_together(
     for name, cache, (seconds, peak) in zip(names, caches, prefills, strict=True):
         stored, timed = tensor_bytes(cache), steps[name][settings.warm :]
         yield BenchEntry(name, context, batch, seconds, timed, stored, peak, stored + peaks[name])
-
-
-def _attention(model: PreTrainedModel, entry: CacheEntry) -> AbstractContextManager:
-    return entry.attention(model, attend=not entry.name.endswith(_RECONSTRUCTED))
 
 
 def bench_table(entries: list[BenchEntry]) -> Table:
@@ -198,7 +194,7 @@ def bench(run: Run, specifications: list[str], settings: BenchSettings, say: Cal
     model, entries = found.model, {entry.name: entry for entry in found.entries}
     caches = [replace(entries[one], name=name) for name, one in plain.items()]
     if WEIGHTS_ALONE in specifications:
-        caches.append(CacheEntry(WEIGHTS_ALONE, lambda: DynamicCache(config=model.config), None, 0))
+        caches.append(CacheEntry(WEIGHTS_ALONE, lambda attend=True: DynamicCache(config=model.config), None, 0))
     ids = torch.tensor(found.tokenizer(found.text[: 12 * settings.needed()])["input_ids"])
     where = torch.cuda.get_device_name() if found.identity["device"] == "cuda" else processor()
     heading = f"{found.name} in {found.identity['dtype']} on {where}, {settings.threads} thread(s)"

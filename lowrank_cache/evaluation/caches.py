@@ -5,7 +5,6 @@ caches as they are; docs/experiments/kivi.py adds to them.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
 from importlib.util import find_spec
@@ -15,7 +14,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, QuantizedCache
 from typer import Option
 
-from lowrank_cache import LowRankCache, Projections, latent_attention
+from lowrank_cache import LowRankCache, Projections
 from lowrank_cache.calibration.api import METHODS, projections_from_moments
 from lowrank_cache.calibration.moments import Moments
 from lowrank_cache.kernels.packed import BIT_WIDTHS
@@ -144,13 +143,9 @@ class CacheEntry:
     """A cache by name, which can be made again and again."""
 
     name: str  # the specification
-    make: Callable[[], Cache]  # a fresh cache
+    make: Callable[..., Cache]  # a fresh cache; with False one that reconstructs keys and values
     latent_ratio: float | None  # full bytes per token at 16 bits over latent bytes per token; None for baselines
     projection_bytes: int  # of the truncated bases
-
-    def attention(self, model: PreTrainedModel, attend: bool) -> AbstractContextManager:
-        """What to measure in: ``latent_attention`` if asked of a cache that holds latents."""
-        return latent_attention(model) if attend and self.latent_ratio is not None else nullcontext()
 
 
 def cache_entry(
@@ -162,10 +157,10 @@ def cache_entry(
     or ImportError in making the cache is raised again with its name.
     """
 
-    def make() -> Cache:
+    def make(attend: bool = True) -> Cache:
         if projections is None and "method" not in options:
             return BASELINES[name](model, sizes["residual_length"])
-        return LowRankCache(model, projections, **sizes, **options)
+        return LowRankCache(model, projections, attend="auto" if attend else "reconstruct", **sizes, **options)
 
     try:
         cache = make()

@@ -8,7 +8,7 @@ import json
 import platform
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from itertools import product
@@ -52,7 +52,7 @@ class EvaluationSettings(CacheSizes):
     batch: Annotated[int, Option(help="Windows, lists or texts per forward.")] = 4
     steps: int = 8  # timed decode steps after a context of each length
     chat: Annotated[bool, Option(help="Ask in the model's chat template.")] = False
-    attend: Annotated[bool, Option(help="Attend to latents instead of reconstructing keys and values.")] = False
+    attend: Annotated[bool, Option(help="Attend to latents, or reconstruct keys and values.")] = True
     seed: Annotated[int, Option(help="Of look-ups, needles and tasks.")] = 0
 
     def __post_init__(self):
@@ -105,8 +105,7 @@ def evaluate(
     with tqdm(total=sum(tokens for *_, tokens, _ in pending), unit=" tokens", unit_scale=True) as bar:
         for entry, keys, tokens, measure in pending:
             bar.set_description(entry.name)
-            with entry.attention(model, settings.attend):
-                measured = measure(entry)
+            measured = measure(replace(entry, make=partial(entry.make, settings.attend)))
             for key, facts in zip(keys, measured, strict=True):
                 named = {name: value for name, value in zip(_KEY, key, strict=True) if value is not None}
                 known[entry.name][key] = {"cache": entry.name, **named, **facts}

@@ -53,7 +53,7 @@ class LowRankLM(HFLM):
         compression_ratio, residual_length and the other ``OPTIONS`` and ``SIZES``: Of ``LowRankCache``. A context no
             longer than the sizes keep exactly measures nothing, so they are smaller than the library's defaults.
         chunk: Tokens per forward; each sees its own tokens exactly and all others as cached.
-        attend: Attend to latents instead of reconstructing keys and values.
+        attend: Attend to latents; False reconstructs keys and values.
 
     Raises:
         ValueError: If the cache cannot be made, ``chunk`` is below 1 or ``batch_size`` is not a number.
@@ -61,7 +61,7 @@ class LowRankLM(HFLM):
 
     def __init__(
         self, pretrained, cache: str = "lowrank", projections: str | Projections | None = None, chunk: int = 32,
-        attend: bool = False, **arguments,
+        attend: bool = True, **arguments,
     ):  # fmt: skip
         if cache != "lowrank" and cache not in BASELINES:
             raise ValueError(f"cache must be 'lowrank' or one of {list(BASELINES)}, got {cache!r}")
@@ -127,7 +127,7 @@ class LowRankLM(HFLM):
     def _reading(self) -> Iterator[None]:
         dtype = self.mixed_precision_dtype
         precision = torch.autocast(device_type=self.device.type, dtype=dtype, enabled=dtype is not None)
-        with self.entry.attention(self.model, self.attend), precision:
+        with precision:
             yield
 
     @torch.no_grad()
@@ -136,7 +136,7 @@ class LowRankLM(HFLM):
         if generation_kwargs.get("num_beams", 1) != 1 or generation_kwargs.get("num_return_sequences", 1) != 1:
             raise NotImplementedError("hf-lowrank generates one sequence a context without beams, got other settings")
         mask = generation_kwargs.pop("attention_mask", torch.ones_like(context))
-        cache = self.entry.make()
+        cache = self.entry.make(self.attend)
         self._warn_if_exact([int(mask.sum(1).max())])
         with self._reading():
             fill(self.model, cache, context[:, :-1], mask[:, :-1], chunk=self.chunk)

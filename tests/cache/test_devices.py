@@ -59,22 +59,21 @@ def test_the_fake_refuses_what_gpus_refuse(devices):
     assert devices.moved_bytes == {("privateuseone:1", "privateuseone:0"): 8, ("privateuseone:0", "cpu"): 12}
 
 
-@pytest.mark.parametrize("family, group, first_layers, latent", [
-    ("llama", 1, 1, True), ("llama", 3, 1, False), ("llama", 3, 2, True), ("deepseek-v3", 3, 1, False)
+@pytest.mark.parametrize("family, group, first_layers, attend", [
+    ("llama", 1, 1, "auto"), ("llama", 3, 1, "reconstruct"), ("llama", 3, 2, "auto"),
+    ("deepseek-v3", 3, 1, "reconstruct"),
 ])  # fmt: skip
-def test_tokens_are_those_of_one_device(devices, family, group, first_layers, latent):
+def test_tokens_are_those_of_one_device(devices, family, group, first_layers, attend):
     projections = full_rank_projections(family, 4, group)
     whole = tiny_model(family)
-    with latent_attention(whole) if latent else contextlib.nullcontext():
-        expected = generate(whole, LowRankCache(whole, projections, **OPTIONS))
+    expected = generate(whole, LowRankCache(whole, projections, attend=attend, **OPTIONS))
     model = spread(family, first_layers)
     crossing = any(
         len({layer < first_layers for layer in basis.layers}) > 1 for basis in projections.bases
     )  # fmt: skip
     with pytest.warns(UserWarning, match="cross devices") if crossing else warnings.catch_warnings():
-        cache = LowRankCache(model, projections, **OPTIONS)
-    with latent_attention(model) if latent else contextlib.nullcontext():
-        assert torch.equal(generate(model, cache, FIRST), expected)
+        cache = LowRankCache(model, projections, attend=attend, **OPTIONS)
+    assert torch.equal(generate(model, cache, FIRST), expected)
     places = zip(cache.groups(), devices_of_windows(cache), devices_of_latents(cache), strict=True)
     for group, windows, latents in places:
         assert len(set(windows)) == 1 + (len({layer < first_layers for layer, _ in group.members}) > 1)
@@ -87,7 +86,7 @@ def test_latents_of_a_crossing_group_are_copied_packed(devices):
     with pytest.warns(UserWarning, match=r"1 layer group.s. cross devices, the first being layers \[0, 1, 2\] on"):
         cache = LowRankCache(model, full_rank_projections("llama", 4, 3), **OPTIONS)
     tokens = random_tokens(1, 122)
-    with latent_attention(model), torch.no_grad():
+    with torch.no_grad():
         model(tokens[:, :120].to(FIRST), past_key_values=cache)
         model(tokens[:, 120:121].to(FIRST), past_key_values=cache)
         devices.moved_bytes.clear()
@@ -148,12 +147,11 @@ def test_xkv_saved_under_one_device_map_is_refused_under_another(devices, tmp_pa
 
 
 @pytest.mark.parametrize("place", ["cpu", "disk"])
-@pytest.mark.parametrize("latent", [False, True])
-def test_offloaded_weights(tmp_path, place, latent):
+@pytest.mark.parametrize("attend", ["reconstruct", "auto"])
+def test_offloaded_weights(tmp_path, place, attend):
     whole = tiny_model("llama")
     projections = full_rank_projections("llama", 4, 3)
-    with latent_attention(whole) if latent else contextlib.nullcontext():
-        expected = generate(whole, LowRankCache(whole, projections, **OPTIONS))
+    expected = generate(whole, LowRankCache(whole, projections, attend=attend, **OPTIONS))
     model = tiny_model("llama")
     if place == "disk":
         places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
@@ -165,9 +163,8 @@ def test_offloaded_weights(tmp_path, place, latent):
     assert set(layer_devices(model).values()) == {torch.device("cpu")}
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # all layers compute on one device
-        cache = LowRankCache(model, projections, **OPTIONS)
-    with latent_attention(model) if latent else contextlib.nullcontext():
-        assert torch.equal(generate(model, cache), expected)
+        cache = LowRankCache(model, projections, attend=attend, **OPTIONS)
+    assert torch.equal(generate(model, cache), expected)
 
 
 def test_caches_inside_one_layer_lie_where_it_does():
@@ -250,23 +247,19 @@ def test_models_split_over_processes_are_refused_when_the_cache_is_made():
     assert model_shape(model).layers
 
 
-@pytest.mark.parametrize("latent", [False, True])
-def test_two_replicas_with_one_projections_share_no_matrices(devices, latent):
+@pytest.mark.parametrize("attend", ["reconstruct", "auto"])
+def test_two_replicas_with_one_projections_share_no_matrices(devices, attend):
     """Each device has matrices of its own: nothing moves between them, whichever replica runs."""
     projections = full_rank_projections("llama", 4, 3)
     whole = tiny_model("llama")
-    expected = generate(whole, LowRankCache(whole, projections, **OPTIONS))
+    expected = generate(whole, LowRankCache(whole, projections, attend=attend, **OPTIONS))
     models = [tiny_model("llama").to(device) for device in (FIRST, SECOND)]
     devices.moved_bytes.clear()
-    with contextlib.ExitStack() as stack:
-        if latent:
-            for model in models:
-                stack.enter_context(latent_attention(model))
-        caches = [LowRankCache(model, projections, **OPTIONS) for model in models]
-        for _ in range(2):
-            for model, cache, device in zip(models, caches, (FIRST, SECOND), strict=True):
-                assert torch.equal(generate(model, cache, device), expected)
-                cache.reset()
+    caches = [LowRankCache(model, projections, attend=attend, **OPTIONS) for model in models]
+    for _ in range(2):
+        for model, cache, device in zip(models, caches, (FIRST, SECOND), strict=True):
+            assert torch.equal(generate(model, cache, device), expected)
+            cache.reset()
     between = {route for route in devices.moved_bytes if "cpu" not in route}
     assert not between, f"bytes moved between the devices: {devices.moved_bytes}"
     held = [base_tensors(cache) for cache in caches]

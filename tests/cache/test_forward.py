@@ -26,7 +26,7 @@ import lowrank_cache
 from lowrank_cache import LowRankCache, latent_attention
 from lowrank_cache.calibration import calibrate
 from lowrank_cache.probe import model_shape
-from tests.cache.test_attention import registered
+from tests.oracle.inside import wrapped_attention
 from tests.oracle.memory import held_bytes
 from tests.oracle.models import SMALL_SIZES, exact_cache, full_rank_projections, random_tokens, tiny_model
 
@@ -75,8 +75,12 @@ def joint(model, **options):
     return LowRankCache(model, full_rank_projections("llama", 4, 3), compression_ratio=3, **SMALL_SIZES, **options)
 
 
+def reconstructed(model):
+    return joint(model, attend="reconstruct")
+
+
 def apart(model):
-    return LowRankCache(model, full_rank_projections("llama", 1, 1, False), bits=4, **SMALL_SIZES)
+    return LowRankCache(model, full_rank_projections("llama", 1, 1, False), bits=4, attend="reconstruct", **SMALL_SIZES)
 
 
 def sliding(model):
@@ -88,11 +92,11 @@ def of_prompts(model):
 
 
 CASES = {
-    "joint": ("llama", joint, False),
-    "apart": ("llama", apart, False),
-    "attended": ("llama", joint, True),
-    "xkv": ("llama", of_prompts, False),
-    "sliding": ("gemma3", sliding, False),
+    "joint": ("llama", reconstructed),
+    "apart": ("llama", apart),
+    "attended": ("llama", joint),
+    "xkv": ("llama", of_prompts),
+    "sliding": ("gemma3", sliding),
 }
 
 
@@ -122,33 +126,32 @@ def go_on(model, cache, pads: int, tokens: int, seed: int = 1) -> torch.Tensor:
 @pytest.mark.parametrize("past, tokens", [(0, 12), (17, 7)])
 @pytest.mark.parametrize("case", CASES)
 def test_an_interrupted_forward_is_undone_or_done(case, past, tokens):
-    family, make, attend = CASES[case]
+    family, make = CASES[case]
     model = tiny_model(family)
-    with latent_attention(model) if attend else contextlib.nullcontext():
-        before, pads = filled(model, make, past), min(past, 1)
-        done = copy.deepcopy(before)
-        count = lines_of(lambda: go_on(model, done, pads, tokens))
-        expected = {
-            past: go_on(model, copy.deepcopy(before), pads, 3, 2),
-            past + tokens: go_on(model, done, pads, 3, 2),
-        }
-        outcomes = set()
-        for at in some_lines(count):
-            cache = copy.deepcopy(before)
-            with _Interrupt(at) as interrupt, contextlib.suppress(KeyboardInterrupt):
-                go_on(model, cache, pads, tokens)
-            length = cache.get_seq_length()
-            assert length in expected, interrupt.where
-            try:
-                logits = go_on(model, cache, pads, 3, 2)
-            except ValueError as error:
-                assert case == "sliding" and "cannot be rolled back; call cache.reset()" in str(error), interrupt.where
-                outcomes.add("refused")
-                continue
-            outcomes.add(length)
-            assert torch.equal(logits, expected[length]), interrupt.where
-            assert cache.stored_bytes() == held_bytes(cache), interrupt.where
-        assert past in outcomes or case == "sliding", "no trial came before the end: nothing was tested"
+    before, pads = filled(model, make, past), min(past, 1)
+    done = copy.deepcopy(before)
+    count = lines_of(lambda: go_on(model, done, pads, tokens))
+    expected = {
+        past: go_on(model, copy.deepcopy(before), pads, 3, 2),
+        past + tokens: go_on(model, done, pads, 3, 2),
+    }
+    outcomes = set()
+    for at in some_lines(count):
+        cache = copy.deepcopy(before)
+        with _Interrupt(at) as interrupt, contextlib.suppress(KeyboardInterrupt):
+            go_on(model, cache, pads, tokens)
+        length = cache.get_seq_length()
+        assert length in expected, interrupt.where
+        try:
+            logits = go_on(model, cache, pads, 3, 2)
+        except ValueError as error:
+            assert case == "sliding" and "cannot be rolled back; call cache.reset()" in str(error), interrupt.where
+            outcomes.add("refused")
+            continue
+        outcomes.add(length)
+        assert torch.equal(logits, expected[length]), interrupt.where
+        assert cache.stored_bytes() == held_bytes(cache), interrupt.where
+    assert past in outcomes or case == "sliding", "no trial came before the end: nothing was tested"
 
 
 CHANGES = {
@@ -163,7 +166,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("case", ["joint", "apart", "xkv"])
 def test_an_interrupted_change_is_undone_done_or_known(case, change):
-    family, make, _ = CASES[case]
+    family, make = CASES[case]
     model = tiny_model(family)
     mask, text = torch.ones(2, 24, dtype=torch.long), random_tokens(2, 24)
 
@@ -258,9 +261,9 @@ def _signalled(model, before, ready: int, trials: int) -> None:
 
 @pytest.mark.parametrize("case", ["joint", "attended"])
 def test_real_signals(case):
-    family, make, attend = CASES[case]
+    family, make = CASES[case]
     model, trials = tiny_model(family), 6
-    with torch.no_grad(), latent_attention(model) if attend else contextlib.nullcontext():
+    with torch.no_grad():
         before = make(model)
         model(random_tokens(1, 12), past_key_values=before)
         reader, writer = os.pipe()
@@ -431,7 +434,7 @@ def generated(model, cache, seed):
 
 
 @often
-@pytest.mark.parametrize("attend", [False, True])
+@pytest.mark.parametrize("attend", ["reconstruct", "auto", "handle"])
 def test_two_models_in_two_threads(attend):
     families = ("llama", "qwen2")
     models = [tiny_model(family) for family in families]
@@ -441,8 +444,9 @@ def test_two_models_in_two_threads(attend):
     def work(model, family):
         results = []
         for seed in range(3):
-            handle = latent_attention(model) if attend else None  # the other thread registers and unregisters too
-            results.append(generated(model, lossy(model, family), seed))
+            handle = latent_attention(model) if attend == "handle" else None  # the other thread comes and goes too
+            option = "auto" if attend == "handle" else attend
+            results.append(generated(model, lossy(model, family, attend=option), seed))
             if handle is not None:
                 handle.remove()
         return torch.stack(results)
@@ -451,8 +455,8 @@ def test_two_models_in_two_threads(attend):
     together = at_once(*(lambda m=model, f=family: work(m, f) for model, family in zip(models, families, strict=True)))
     for one, other in zip(alone, together, strict=True):
         assert torch.equal(one, other)
-    assert not registered()
     gc.collect()
+    assert not wrapped_attention()
     assert not any(model.model._forward_pre_hooks for model in models)
 
 
@@ -477,7 +481,7 @@ def test_caches_come_and_go_in_many_threads():
     kept = exact_cache(model, projections)
     at_once(*[come_and_go] * 4)
     gc.collect()
-    assert len(model.model._forward_pre_hooks) == 1
+    assert len(model.model._forward_pre_hooks) == len(model.model._forward_hooks) == 1
     assert torch.isfinite(model(random_tokens(1, 9), past_key_values=kept).logits).all()
 
 
@@ -544,11 +548,10 @@ class InAnotherThread:
 
 
 @often
-@pytest.mark.parametrize("attend", [False, True])
+@pytest.mark.parametrize("attend", ["reconstruct", "auto"])
 def test_a_second_forward_at_the_same_time_is_refused_and_harms_nothing(attend):
     model = tiny_model("llama")
-    handle = latent_attention(model) if attend else None
-    cache, twin = lossy(model, "llama"), lossy(model, "llama")
+    cache, twin = lossy(model, "llama", attend=attend), lossy(model, "llama", attend=attend)
     for each in (cache, twin):
         model(random_tokens(2, 12), past_key_values=each)
     with InAnotherThread(model, cache) as other:
@@ -561,8 +564,6 @@ def test_a_second_forward_at_the_same_time_is_refused_and_harms_nothing(attend):
     for each in (cache, twin):
         each.last = model(random_tokens(2, 3, 7), past_key_values=each).logits
     assert torch.equal(cache.last, twin.last)
-    if handle is not None:
-        handle.remove()
 
 
 @often

@@ -17,7 +17,8 @@ from transformers import (
     TextStreamer,
 )
 
-from lowrank_cache import LowRankCache, latent_attention
+from lowrank_cache import LowRankCache
+from tests.oracle.inside import wrapped_attention
 from tests.oracle.models import SMALL_SIZES, VOCAB, exact_cache, full_rank_projections, random_tokens, tiny_model
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
@@ -84,8 +85,8 @@ def test_iterator_streamer_in_a_thread(model, tokenizer, cache):
     assert words == tokenizer.decode(expected[0, 22:]).split()
 
 
-@pytest.mark.parametrize("latent", [False, True])
-def test_chat_over_many_turns_with_one_cache(model, tokenizer, latent):
+@pytest.mark.parametrize("attend", ["reconstruct", "auto"])
+def test_chat_over_many_turns_with_one_cache(model, tokenizer, attend):
     """Each turn sends the whole conversation; only what is new runs through the model."""
     seen = []
     handle = model.model.register_forward_pre_hook(
@@ -94,10 +95,9 @@ def test_chat_over_many_turns_with_one_cache(model, tokenizer, latent):
     conversations = {}
     for name, cache in (
         ("full", DynamicCache(config=model.config)),
-        ("latents", exact_cache(model, full_rank_projections("llama", 4, 3))),
+        ("latents", exact_cache(model, full_rank_projections("llama", 4, 3), attend=attend)),
     ):
         messages = []
-        attention = latent_attention(model) if latent and name == "latents" else None
         for turn in range(4):
             messages.append({"role": "user", "content": " ".join(f"w{20 + 5 * turn + word}" for word in range(7))})
             inputs = tokenizer.apply_chat_template(
@@ -112,8 +112,6 @@ def test_chat_over_many_turns_with_one_cache(model, tokenizer, latent):
             # The user's words, two roles, and the last word of the reply before, which was never fed in.
             assert seen == [9 if turn == 0 else 10] + [1] * 7
         conversations[name] = messages
-        if attention:
-            attention.remove()
     handle.remove()
     assert conversations["latents"] == conversations["full"]
 
@@ -163,8 +161,8 @@ def test_peft_adapters():
         cache = exact_cache(adapted, projections)
         outputs[name] = adapted.generate(tokens, past_key_values=cache, **GREEDY)
         assert torch.equal(outputs[name], expected)
-        with latent_attention(adapted):
-            again = adapted.generate(tokens, past_key_values=exact_cache(adapted, projections), **GREEDY)
+        reconstructed = exact_cache(adapted, projections, attend="reconstruct")
+        again = adapted.generate(tokens, past_key_values=reconstructed, **GREEDY)
         assert torch.equal(again, expected)
     assert not torch.equal(outputs["one"], outputs["two"]), "adapters must matter for this test to mean something"
     # Switched in mid-conversation, the other adapter reads what the first one wrote, as with any cache.
@@ -206,7 +204,7 @@ def test_custom_generate_from_a_folder(model, modules_cache):
         assert torch.equal(made.sequences, expected)
         assert isinstance(made.past_key_values, LowRankCache) and made.past_key_values.target_compression_ratio == 4
     options = {"custom_generate": str(RECIPE), "trust_remote_code": True, **GREEDY}
-    xkv = model.generate(tokens, method="xkv", attend_to_latents=True, compression_ratio=2, **options)
+    xkv = model.generate(tokens, method="xkv", compression_ratio=2, **options)
     assert xkv.shape == (2, 26)
     assert model.config._attn_implementation == "sdpa", "attention must be as it was"
     for arguments, message in (
@@ -221,6 +219,9 @@ def test_custom_generate_from_a_folder(model, modules_cache):
 
 
 def test_continuous_batching_says_that_it_takes_no_cache(model, cache):
+    twin = copy.deepcopy(cache)  # which attends to latents, and has its wrappers installed
+    model.generate(random_tokens(1, 14), past_key_values=twin, **GREEDY)
+    assert wrapped_attention()
     prompts = [random_tokens(1, length, seed=length)[0].tolist() for length in (12, 9)]
     config = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
     small = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64, use_cuda_graph=False)

@@ -89,12 +89,16 @@ def append_token(model, cache, token):
     """What a forward of one token does to a cache, without the model's own work."""
     if isinstance(cache, LowRankCache):
         cache.begin_forward(model.model, {"input_ids": torch.zeros(1, 1, dtype=torch.long)})
+        states = cache.update(token, token, 0)
+        cache.end_forward(model.model, {})
+        return states
     return cache.update(token, token, 0)
 
 
 def make_cache(model):
     projections = calibrate(model, [random_tokens(4, 32)], progress=False)
-    return LowRankCache(model, projections, compression_ratio=4.0, residual_length=32, block_size=16)
+    sizes = {"residual_length": 32, "block_size": 16}
+    return LowRankCache(model, projections, compression_ratio=4.0, attend="reconstruct", **sizes)
 
 
 def test_bytes_moved_by_appending_do_not_grow_with_the_context(monkeypatch):

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import warnings
 
 import pytest
 import torch
@@ -192,7 +193,9 @@ class TestRows:
     def test_attention_over_latents_leaves_rows_with_bases_of_their_own_to_reconstruction(self, model):
         logits = []
         for switch in (contextlib.nullcontext(), latent_attention(model)):
-            cache = xkv(model, layer_group_size=2)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                cache = xkv(model, layer_group_size=2)
             with switch:
                 for chunk in random_tokens(2, 60).split([50, 1, 9], dim=1):
                     step = model(chunk, past_key_values=cache).logits
@@ -357,6 +360,7 @@ class TestPaper:
         states = torch.zeros(1, 1, 1, 1, dtype=torch.bfloat16).expand(1, 8, tokens, 128)
         for layer in range(8):
             cache.update(states, states, layer)
+        cache.end_forward(model.model, {})
         assert [group.tokens for group in cache.groups()] == [tokens] * 4
         assert cache.full_bytes() == tokens * 8 * 2048 * 2
         assert cache.compression_ratio() == pytest.approx(ratio, abs=0.02)

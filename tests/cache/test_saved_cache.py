@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicIndexedLayer
 
-from lowrank_cache import LowRankCache, Projections, latent_attention
+from lowrank_cache import LowRankCache, Projections
 from lowrank_cache.artefact import config_digest
 from lowrank_cache.saved_cache import ARTEFACT
 from tests.cache.test_projections import mutate, mutations
-from tests.oracle.inside import first_real
+from tests.oracle.inside import first_real, forbid_reconstruction
 from tests.oracle.models import SMALL_SIZES, full_rank_projections, random_tokens, tiny_model
 from tests.oracle.states import saved_facts, saved_tensors
 
@@ -114,15 +114,18 @@ def test_every_setting_is_kept(tmp_path, options, dtype):
     assert_goes_on_alike((model, cache), loaded, tokens, mask)
 
 
-def test_attends_to_latents_after_loading(tmp_path):
+def test_attends_to_latents_after_loading_unless_told_otherwise(tmp_path, monkeypatch):
     model = tiny_model("llama")
     cache = make(model, "llama")
     tokens, mask = prompt()
     tokens, _ = read(model, cache, tokens, mask)
     cache.save_pretrained(tmp_path)
     other = load(tmp_path, "llama")
-    with latent_attention(model), latent_attention(other[0]):
-        assert_goes_on_alike((model, cache), other, tokens, mask)
+    reconstructed = LowRankCache.from_pretrained(tmp_path, model, projections_of("llama"), attend="reconstruct")
+    forbid_reconstruction(monkeypatch)
+    assert_goes_on_alike((model, cache), other, tokens, mask)
+    with pytest.raises(TypeError, match="not callable"):
+        read(model, reconstructed, tokens, mask)
 
 
 @pytest.mark.parametrize("change", [

@@ -28,7 +28,7 @@ def caches_of(model):
         "xkv:4": (None, {**options, "method": "xkv", "layer_group_size": 3}),
     }
     made = [cache_entry(name, *found, model, SETTINGS.sizes()) for name, found in configurations.items()]
-    return [*made, CacheEntry(WEIGHTS_ALONE, lambda: DynamicCache(config=model.config), None, 0)]
+    return [*made, CacheEntry(WEIGHTS_ALONE, lambda attend=True: DynamicCache(config=model.config), None, 0)]
 
 
 def test_every_entry_is_measured_beside_the_full_cache_and_resumed(tmp_path):

@@ -195,7 +195,7 @@ def test_from_a_model_and_a_text_to_a_report(folder, tmp_path):
     assert again.exit_code == 0 and (out / "report.md").read_text() == report
     (made,) = (path for path in (out / "projections").iterdir() if path.name.startswith("fisher"))
     ready = run(
-        *options[:2], tmp_path / "ready", *options[3:], "--projections", made, "--cache", "fisher:3", "--attend"
+        *options[:2], tmp_path / "ready", *options[3:], "--projections", made, "--cache", "fisher:3", "--no-attend"
     )
     assert ready.exit_code == 0, ready.output
     assert not (tmp_path / "ready" / "moments.safetensors").exists()

@@ -6,13 +6,15 @@ Each function says why no public way will do. ``tests/project/test_private_state
 import contextlib
 import copy
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface
 
-from lowrank_cache import LowRankCache, probe, prompt_svd, store
+from lowrank_cache import LowRankCache, attention, probe, prompt_svd, store
 from lowrank_cache.budget import GroupPlan
 from lowrank_cache.coder import CalibratedCoder
 from lowrank_cache.kernels.packed import pack_latents
@@ -35,10 +37,12 @@ __all__ = [
     "plant_frequencies",
     "plant_shape",
     "prompt_bases",
+    "reconstructing",
     "shift_positions",
     "skip_products_of_prompts",
     "watch_encoding",
     "without_reading",
+    "wrapped_attention",
 ]
 
 # Objects that hold calibrated bases: memory that a cache shares with others, and that `stored_bytes` leaves out.
@@ -165,6 +169,23 @@ def encode_and_reconstruct(plan: GroupPlan, members: list, dtype: torch.dtype, s
 def forbid_reconstruction(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let anything fail that makes states of latents: shapes alone would miss what is made in pieces."""
     monkeypatch.setattr(store, "reconstruct", None)
+
+
+def reconstructing(cache: LowRankCache) -> LowRankCache:
+    """A copy that reconstructs keys and values: only a new cache can be told so, and would be an empty one."""
+    copied = copy.deepcopy(cache)
+    copied._forward._attends = False
+    return copied
+
+
+def wrapped_attention() -> set[str]:
+    """Where functions of ours stand among transformers' own: its tables, and all modeling files that are loaded."""
+    found = dict(AttentionInterface._global_mapping)
+    for name, module in list(sys.modules.items()):
+        if ".modeling_" in name and hasattr(module, "eager_attention_forward"):
+            found[name] = module.eager_attention_forward
+    code = {name: getattr(function, "__code__", None) for name, function in found.items()}
+    return {name for name, each in code.items() if each is not None and each.co_filename == attention.__file__}
 
 
 def without_reading(monkeypatch: pytest.MonkeyPatch) -> None:

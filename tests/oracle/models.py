@@ -394,8 +394,8 @@ def full_rank_projections(
 
 def exact_cache(model: nn.Module, projections: Projections, **sizes) -> LowRankCache:
     """A cache that keeps every channel in the model's dtype, so small that latents are in use after 9 tokens."""
-    options = {**SMALL_SIZES, **sizes}
-    return LowRankCache(model, projections, compression_ratio=1, latent_dtype=None, **options)
+    options = {"latent_dtype": None, **SMALL_SIZES, **sizes}
+    return LowRankCache(model, projections, compression_ratio=1, **options)
 
 
 def wide_llama() -> PreTrainedModel:

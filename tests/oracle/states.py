@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from lowrank_cache import LowRankCache
 from lowrank_cache.kernels.rope import angle_tables, rotate
+from tests.oracle.inside import reconstructing
 from tests.oracle.memory import reachable_tensors
 from tests.oracle.models import exact_cache, full_rank_projections, random_tokens
 
@@ -29,7 +30,7 @@ def past_states(model: PreTrainedModel, cache: LowRankCache, batch: int, mask: T
     Args:
         mask: ``[batch, slots]``, zero for padding; None if there is none.
     """
-    copied, slots, returned = copy.deepcopy(cache), cache.get_seq_length(), {}
+    copied, slots, returned = reconstructing(cache), cache.get_seq_length(), {}
     mask = torch.ones(batch, slots, dtype=torch.long) if mask is None else mask
 
     def update(key_states, value_states, layer_idx, *args, **kwargs):

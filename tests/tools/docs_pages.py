@@ -85,17 +85,23 @@ def _close(one: str, other: str) -> bool:
     return abs(a - b) <= max(TOLERANCE * max(a, b), 1.01 * digit)
 
 
+_folders: list[str] = []
+
+
 def _enter(namespace: dict) -> None:
     """A folder of its own for each page: hard links, which what saves by renaming leaves alone."""
-    folder = tempfile.mkdtemp(prefix="page-", dir=WORKPLACE.parent)
-    shutil.copytree(WORKPLACE, folder, copy_function=os.link, dirs_exist_ok=True)
-    os.chdir(folder)
+    if not WORKPLACE.exists():
+        raise FileNotFoundError(f"{WORKPLACE} is not there: python -m tests.tools.docs_workplace makes it")
+    _folders.append(tempfile.mkdtemp(prefix="page-", dir=WORKPLACE.parent))
+    shutil.copytree(WORKPLACE, _folders[-1], copy_function=os.link, dirs_exist_ok=True)
+    os.chdir(_folders[-1])
 
 
 def _leave(namespace: dict) -> None:
-    folder = os.getcwd()
+    """Also called if ``_enter`` failed: only what that made is removed, never whatever folder is current."""
     os.chdir(ROOT)
-    shutil.rmtree(folder)
+    while _folders:
+        shutil.rmtree(_folders.pop())
 
 
 PARSERS = [

@@ -18,12 +18,12 @@ PACKAGE = "lowrank_cache"
 ALLOWED = {
     "lowrank_cache/__init__.py": {"attention", "cache", "projections"},
     "lowrank_cache/cache.py": {
-        *("artefact", "coder", "forward", "latent_view", "layers", "positions", "probe", "projections", "prompt_svd"),
-        *("saved_cache", "shapes", "store"),
+        *("artefact", "attention", "coder", "forward", "latent_view", "layers", "positions", "probe", "projections"),
+        *("prompt_svd", "saved_cache", "shapes", "store"),
     },
     "lowrank_cache/layers.py": {"latent_view", "shapes", "store"},
     "lowrank_cache/attention.py": {"kernels.api", "latent_view", "probe"},
-    "lowrank_cache/forward.py": {"latent_view", "positions", "probe", "store"},
+    "lowrank_cache/forward.py": {"attention", "positions", "probe", "store"},
     "lowrank_cache/saved_cache.py": {"artefact", "positions", "probe", "shapes", "store"},
     "lowrank_cache/store.py": {
         *("artefact", "coder", "kernels.api", "kernels.packed", "latent_view", "latents", "positions"),

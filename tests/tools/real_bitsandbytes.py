@@ -4,16 +4,16 @@
 first, from the whole model. Not part of the tests, which use tiny models (``test_bitsandbytes.py``): it takes minutes.
 """
 
+import functools
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Cache, DynamicCache, PreTrainedModel
 
-from lowrank_cache import LowRankCache, Projections, latent_attention
+from lowrank_cache import LowRankCache, Projections
 from lowrank_cache.calibration import calibrate
 from lowrank_cache.calibration.text import bundled_text, mixed_batches
 from lowrank_cache.evaluation.demo import demo_model
@@ -48,18 +48,18 @@ def main() -> None:
 def compare(model: PreTrainedModel, projections: Projections, windows: torch.Tensor) -> None:
     """Print losses and seconds; raise if an exact cache is not the full cache, or 8x is far from it."""
     exact = {"compression_ratio": 1, "latent_dtype": torch.float32}
-    makers: dict[str, tuple[Callable[[], Cache], bool]] = {
-        "DynamicCache": (lambda: DynamicCache(config=model.config), False),
-        "full rank": (lambda: LowRankCache(model, projections, **exact, **SIZES), False),
-        "full rank, latent attention": (lambda: LowRankCache(model, projections, **exact, **SIZES), True),
-        "8x": (lambda: LowRankCache(model, projections, compression_ratio=8, **SIZES), False),
-        "8x, latent attention": (lambda: LowRankCache(model, projections, compression_ratio=8, **SIZES), True),
+    made = functools.partial(LowRankCache, model, projections, **SIZES)
+    makers: dict[str, Callable[[], Cache]] = {
+        "DynamicCache": lambda: DynamicCache(config=model.config),
+        "full rank, reconstructed": functools.partial(made, attend="reconstruct", **exact),
+        "full rank": functools.partial(made, **exact),
+        "8x, reconstructed": functools.partial(made, attend="reconstruct", compression_ratio=8),
+        "8x": functools.partial(made, compression_ratio=8),
     }
     losses = {}
-    for label, (make, latent) in makers.items():
+    for label, make in makers.items():
         began = time.perf_counter()
-        with latent_attention(model) if latent else nullcontext():
-            losses[label] = float(stream(model, windows, make, chunk=CHUNK).mean())
+        losses[label] = float(stream(model, windows, make, chunk=CHUNK).mean())
         print(f"  {label:28s} {losses[label]:.4f} nats a token, {time.perf_counter() - began:.1f} s")
     full = losses["DynamicCache"]
     for label, loss in losses.items():

@@ -30,10 +30,11 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
-from lowrank_cache import LowRankCache, latent_attention
+from lowrank_cache import LowRankCache
 from lowrank_cache.cache import LowRankLayer
 from lowrank_cache.probe import decoder_of
-from tests.cache.test_attention import RECONSTRUCTED, registered
+from tests.cache.test_attention import RECONSTRUCTED
+from tests.oracle.inside import wrapped_attention
 from tests.oracle.memory import held_bytes, live_tensors
 from tests.oracle.models import FAMILIES, MORE_FAMILIES, exact_cache, full_rank_projections, random_tokens, tiny_model
 from tests.oracle.tolerance import REFERENCE_FACTOR, rounding_band
@@ -125,19 +126,20 @@ def allowed_error(family: str, bases: tuple) -> float:
     return REFERENCE_FACTOR * (2 * error + rounding_band(family, *bases))
 
 
-def make_cache(call: Call, model: PreTrainedModel) -> LowRankCache:
+def make_cache(call: Call, model: PreTrainedModel, attend: str | None = None) -> LowRankCache:
+    attend = attend or ("auto" if call.attend else "reconstruct")
     if call.bases is None:
         options = {"method": "xkv", "layer_group_size": 2, "ranks": 6, **call.sizes}
         return LowRankCache(model, bits=call.lossy["bits"], **options)
     projections = full_rank_projections(call.family, *call.bases)
     if call.exact:
-        return exact_cache(model, projections, **call.sizes)
+        return exact_cache(model, projections, attend=attend, **call.sizes)
     try:
-        return LowRankCache(model, projections, **call.sizes, **call.lossy)
+        return LowRankCache(model, projections, attend=attend, **call.sizes, **call.lossy)
     except ValueError as error:
         if "largest reachable ratio" not in str(error):
             raise
-        return LowRankCache(model, projections, compression_ratio=1.0, **call.sizes)
+        return LowRankCache(model, projections, compression_ratio=1.0, attend=attend, **call.sizes)
 
 
 def all_compressed(cache: Cache) -> bool:
@@ -258,17 +260,16 @@ def check(call: Call) -> str:
     """Make one call, and raise AssertionError if anything about it is wrong; returns what it came to."""
     model = model_of(call.family)
     plain = all_compressed(make_cache(call, model))
-    with latent_attention(model) if call.attend else contextlib.nullcontext():
-        first = run(call, functools.partial(make_cache, call), plain)
-        first.cache = None
-        left = after_all()
-        second = run(call, functools.partial(make_cache, call), plain)
-        assert_same(first, second)
-        assert_bytes(second)
-        del first
-        second.cache = None
-        assert after_all() == left, f"tensors left by the call: {left} before, {after_all()} after"
-    assert not registered() and not decoder_of(model)._forward_pre_hooks
+    first = run(call, functools.partial(make_cache, call), plain)
+    first.cache = None
+    left = after_all()
+    second = run(call, functools.partial(make_cache, call), plain)
+    assert_same(first, second)
+    assert_bytes(second)
+    del first
+    second.cache = None
+    assert after_all() == left, f"tensors left by the call: {left} before, {after_all()} after"
+    assert not wrapped_attention() and not decoder_of(model)._forward_pre_hooks
     if call.exact:
         return compare(call, second, run(call, lambda model: DynamicCache(config=model.config), plain))
     if second.refusal is not None:
@@ -277,7 +278,8 @@ def check(call: Call) -> str:
         return "refused"
     assert all(bool(torch.isfinite(step).all()) for step in second.logits), "logits must be finite"
     if call.attend and call.mode == "forwards":
-        assert_close_bulk(second.logits, run(call, functools.partial(make_cache, call), plain).logits)
+        other = run(call, functools.partial(make_cache, call, attend="reconstruct"), plain)
+        assert_close_bulk(second.logits, other.logits)
     return "lossy"
 
 

@@ -5,7 +5,7 @@ from collections import Counter
 from transformers import PreTrainedModel
 
 from lowrank_cache import latent_attention
-from lowrank_cache.latent_view import attended_by
+from lowrank_cache.attention import attended_layers
 from lowrank_cache.probe import decoder_of, model_shape
 from lowrank_cache.shapes import LayerShape, ModelShape, RopeShape
 from tests.cache.test_generation import MODES, MORE_MODES, stock_refusals
@@ -23,8 +23,8 @@ The models are tiny random ones of each family, so the tables speak of structure
 With full-rank projections, tokens equal those of `DynamicCache` and logits agree to rounding
 (`tests/cache/test_generation.py`). For the first table, encoded keys are proven to be the keys before the model's
 rotary function (`tests/cache/test_probe.py`). "Attend to latents" counts the compressed layers that
-[`latent_attention`](cache_contract.md#attending-to-latents) serves in the same modes
-(`tests/cache/test_attention.py`). It raises where there are none, and the cache works without it.
+[do so](cache_contract.md#attending-to-latents) in the same modes (`tests/cache/test_attention.py`). The others are
+reconstructed.
 """
 
 _FOOT = """\
@@ -98,10 +98,10 @@ def _structure(family: str) -> list[str]:
 
 
 def _attending(model: PreTrainedModel) -> str:
-    """How many of the compressed layers ``latent_attention`` serves."""
+    """How many of the compressed layers attend to latents."""
     try:
         with latent_attention(model):
-            layers = attended_by(decoder_of(model)).layers
+            layers = attended_layers(decoder_of(model))
     except NotImplementedError:
         return "none"
     compressed = len(model_shape(model).layers)

@@ -1,9 +1,8 @@
 """``model.generate(custom_generate=...)`` with a compressed cache; the work is done by the package lowrank-cache."""
 
 import os
-from contextlib import nullcontext
 
-from lowrank_cache import LowRankCache, Projections, latent_attention
+from lowrank_cache import LowRankCache, Projections
 
 
 def generate(
@@ -12,7 +11,6 @@ def generate(
     projections=None,
     method=None,
     compression_ratio=8.0,
-    attend_to_latents=False,
     cache_options=None,
     past_key_values=None,
     cache=None,
@@ -24,7 +22,6 @@ def generate(
         projections: ``Projections``, or the folder or repository that holds them.
         method: ``"xkv"`` instead of projections.
         compression_ratio: Bytes per token of the full cache over those of the latents, at least 1.
-        attend_to_latents: Whether the model attends to latents, see ``lowrank_cache.latent_attention``.
         cache_options: More arguments of ``LowRankCache``.
         arguments: Everything that ``generate`` takes.
 
@@ -45,5 +42,4 @@ def generate(
     cache = LowRankCache(
         model, projections, method=method, compression_ratio=compression_ratio, **(cache_options or {})
     )
-    with latent_attention(model) if attend_to_latents else nullcontext():
-        return model.generate(past_key_values=cache, **arguments)
+    return model.generate(past_key_values=cache, **arguments)
