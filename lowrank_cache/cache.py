@@ -57,7 +57,8 @@ class LowRankCache(Cache):
 
     Args:
         model: The decoder-only transformers model whose ``generate`` or ``forward`` will use the cache.
-        projections: Bases calibrated on this model (or on the same model in other weights, e.g. 4-bit).
+        projections: Bases calibrated on this model (or on the same model in other weights, e.g. 4-bit), or the folder
+            or hub repository that holds them. Load them once where you make many caches.
         compression_ratio: Bytes per token of the full cache at 16 bits, over bytes per token of the
             latents; at least 1.
         ranks: Channels to keep instead of a ratio: one number for every basis (at most its width), or
@@ -90,7 +91,7 @@ class LowRankCache(Cache):
     def __init__(
         self,
         model: PreTrainedModel,
-        projections: Projections | None = None,
+        projections: Projections | str | Path | None = None,
         *,
         method: str | None = None,
         compression_ratio: float = 8.0,
@@ -128,8 +129,7 @@ class LowRankCache(Cache):
         budget = layer_devices(model), compression_ratio, ranks, bits, latent_dtype
         coders: Sequence[Coder]
         if projections is not None:
-            if not isinstance(projections, Projections):
-                raise TypeError(f"projections must be Projections, got {type(projections).__name__}")
+            projections = _loaded(projections)
             projections.check_model(shape)
             if layer_group_size is not None or new_tokens is not None:
                 raise ValueError("layer_group_size and new_tokens belong to method 'xkv'; projections hold their own")
@@ -275,7 +275,7 @@ class LowRankCache(Cache):
         cls,
         name_or_path: str | Path,
         model: PreTrainedModel,
-        projections: Projections | None = None,
+        projections: Projections | str | Path | None = None,
         *,
         attend: str = "auto",
         **download: Any,
@@ -295,8 +295,7 @@ class LowRankCache(Cache):
                 other projections.
             TypeError: If ``projections`` are something else.
         """
-        if projections is not None and not isinstance(projections, Projections):
-            raise TypeError(f"projections must be Projections, got {type(projections).__name__}")
+        projections = None if projections is None else _loaded(projections)
         with saved_cache.reading(name_or_path, **download) as saved:
             saved.check_owner(saved_cache.owner_facts(model.config, model_shape(model)), projections)
             cache = cls(model, projections, attend=attend, **saved.settings)
@@ -373,3 +372,11 @@ class LowRankCache(Cache):
         """Keys and values of the attention layers that are not compressed."""
         tensors = [getattr(layer, name, None) for layer in self._others().values() for name in ("keys", "values")]
         return [tensor for tensor in tensors if isinstance(tensor, Tensor)]
+
+
+def _loaded(projections: Projections | str | Path) -> Projections:
+    if isinstance(projections, str | Path):
+        return Projections.from_pretrained(projections)
+    if not isinstance(projections, Projections):
+        raise TypeError(f"projections must be Projections, a folder or a repository, got {type(projections).__name__}")
+    return projections

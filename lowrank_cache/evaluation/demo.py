@@ -203,8 +203,8 @@ def run_demo(out: str | Path, text: tuple[str, str], ratio: float = 8.0) -> None
         table.add_row(*cells)
     console.print(table)
     console.print(f"The projections are in {Path(out).resolve()}; see 'lowrank-cache inspect {out}'.\n")
-    paces = [pace for _, _, pace in runs]
-    console.print(_bars(tensor_bytes(full), small.stored_bytes(), small.projection_bytes(), *paces, alone))
+    sizes = tensor_bytes(full), small.stored_bytes(), small.projection_bytes()
+    console.print(_bars(*sizes, runs[0][2], runs[1][2], alone))
     console.print(f"In bfloat16 on {processor()}, {torch.get_num_threads()} threads.")
 
 

@@ -61,8 +61,14 @@ class TestProjectionsOfAnotherModel:
             LowRankCache(model, edited)
 
     def test_not_projections(self, model):
-        with pytest.raises(TypeError, match="projections must be Projections, got dict"):
+        with pytest.raises(TypeError, match="projections must be Projections, a folder or a repository, got dict"):
             LowRankCache(model, {})
+
+    def test_a_folder_in_their_place(self, model, projections, tmp_path):
+        projections.save_pretrained(tmp_path / "bases")
+        given, named = (LowRankCache(model, bases) for bases in (projections, tmp_path / "bases"))
+        assert named.groups() == given.groups()
+        assert LowRankCache(model, str(tmp_path / "bases")).groups() == given.groups()
 
     def test_not_a_model(self, projections):
         with pytest.raises(TypeError, match="model must be a transformers PreTrainedModel, got Linear"):

@@ -275,8 +275,8 @@ def test_other_projections(saved, other):
 def test_projections_where_none_belong_and_none_where_they_do(saved, tmp_path):
     with pytest.raises(ValueError, match="projections must be those that made this cache, got None"):
         LowRankCache.from_pretrained(saved.folder, saved.model)
-    with pytest.raises(TypeError, match="projections must be Projections, got str"):
-        LowRankCache.from_pretrained(saved.folder, saved.model, "somewhere")
+    with pytest.raises(TypeError, match="projections must be Projections, a folder or a repository, got int"):
+        LowRankCache.from_pretrained(saved.folder, saved.model, 5)
     cache = make(saved.model, "llama", "xkv")
     read(saved.model, cache, *prompt())
     cache.save_pretrained(tmp_path)
