@@ -27,7 +27,7 @@ windows = windows_of(torch.tensor(tokenizer(text)["input_ids"]), 768, count=2)
 # The window of exact tokens is 32.
 
 # %%
-smallest = Projections.from_pretrained("my-projections")
+default = Projections.from_pretrained("my-projections")
 fastest = projections_from_moments(Moments.load("my-moments.safetensors"), **PRESETS["fastest"])
 
 
@@ -37,7 +37,7 @@ def low_rank(projections, ratio):
 
 makers = {"full": lambda: BASELINES["full"](model, 32)}
 makers["quantized, fp8"] = lambda: BASELINES["quantized-fp8"](model, 32)
-makers |= {f"smallest, {ratio}x": low_rank(smallest, ratio) for ratio in (5, 10, 20)}
+makers |= {f"default, {ratio}x": low_rank(default, ratio) for ratio in (5, 10, 20)}
 makers |= {f"fastest, {ratio}x": low_rank(fastest, ratio) for ratio in (4, 8)}
 
 losses, stored = {}, {}
@@ -50,7 +50,7 @@ for label, make in makers.items():
 
 # %%
 figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
-for family, marker in (("quantized", "s"), ("smallest", "o"), ("fastest", "^")):
+for family, marker in (("quantized", "s"), ("default", "o"), ("fastest", "^")):
     members = [label for label in makers if label.startswith(family)]
     sizes = [100 * stored[label] / stored["full"] for label in members]
     ratios = [float((losses[label].mean() - losses["full"].mean()).exp()) for label in members]
@@ -78,7 +78,7 @@ plt.show()
 
 # %%
 figure, axis = plt.subplots(figsize=(8, 3.5), layout="constrained")
-for label in ("smallest, 10x", "smallest, 20x", "fastest, 8x"):
+for label in ("default, 10x", "default, 20x", "fastest, 8x"):
     difference = (losses[label] - losses["full"]).mean(0)
     parts = [float(part.mean()) for part in difference.tensor_split(8)]
     axis.plot([(index + 0.5) * 96 for index in range(8)], parts, marker="o", label=label)

@@ -28,7 +28,7 @@ text = open("my.txt", encoding="utf-8").read()[-60_000:]
 ids = tokenizer(text, return_tensors="pt")["input_ids"]
 moments = Moments.load("my-moments.safetensors")
 presets = {
-    "smallest": Projections.from_pretrained("my-projections"),
+    "default": Projections.from_pretrained("my-projections"),
     "fastest": projections_from_moments(moments, **PRESETS["fastest"]),
 }
 
@@ -81,9 +81,8 @@ for axis in (speed, size):
 plt.show()
 
 # %% [markdown]
-# `smallest` reconstructs keys from five layers' latent for every layer, so its time grows fastest. `fastest` starts
-# above the full cache, for the many small operations of a step. Whether it overtakes in longer contexts depends on
-# the processor.
+# Both presets attend to latents as they are stored. In each layer `default` reads the latent that five layers share,
+# `fastest` only its own. How that compares with the full cache depends on the processor.
 #
 # ## What the bytes are
 #
