@@ -269,3 +269,46 @@ def test_seconds_of_a_token_are_those_after_the_first(monkeypatch):
     monkeypatch.setattr(demo, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
     _, *seconds = demo.generate_timed(model, inputs, DynamicCache(config=model.config), 5)
     assert seconds == [2, 1]  # the prompt is handed over first
+
+
+def test_the_demo_ends_with_bytes_and_times_as_bars(monkeypatch, tmp_path, capsys):
+    """With a tiny model in place of the real one: all that it prints is measured, and the bases are counted."""
+    made = []
+
+    def model_of(report, dtype="float32"):
+        made.append(dtype)
+        return tiny_model("llama", getattr(torch, dtype)), Letters(), "a tiny model"
+
+    monkeypatch.setattr(demo, "demo_model", model_of)
+    monkeypatch.setattr(demo, "CALIBRATION_TOKENS", 1024)
+    monkeypatch.setattr(demo, "PROMPT_TOKENS", 400)
+    monkeypatch.setattr(demo, "NEW_TOKENS", 6)
+    monkeypatch.setenv("COLUMNS", "160")
+    demo.run_demo(tmp_path, ("It was a dark and stormy night. " * 400, "a story"), 4.0)
+    said = capsys.readouterr().out
+    assert made == ["float32", "bfloat16"] and (tmp_path / "projections.json").exists()
+    for words in ("full cache", "low-rank cache with its bases", "weights alone, the limit", "In bfloat16 on"):
+        assert words in said
+    assert said.count("ms: ") == 3 and said.count("MB: ") == 3
+
+
+class Letters:
+    """A tokenizer of letters with a chat template that adds nothing."""
+
+    def __call__(self, text):
+        return {"input_ids": [ord(letter) % 90 for letter in text]}
+
+    def decode(self, ids):
+        return "".join(chr(token + 32) for token in ids)
+
+    def apply_chat_template(self, messages, **options):
+        ids = torch.tensor(self(messages[0]["content"])["input_ids"])[None]
+        return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+    def batch_decode(self, rows, skip_special_tokens):
+        return [self.decode(row) for row in rows]
+
+
+@pytest.mark.parametrize("full, other, said", [(10, 5, "2.0x less"), (10, 10, "1.0x less"), (10, 15, "1.5x more")])
+def test_ratios_say_which_way(full, other, said):
+    assert demo._ratio(full, other) == said
