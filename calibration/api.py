@@ -22,8 +22,6 @@ from lowrank_cache.probe import model_shape
 from lowrank_cache.projections import Projections
 from lowrank_cache.shapes import BOTH, SIDES, Group, ModelShape, layer_groups
 
-__all__ = ["METHODS", "Method", "auto_group_size", "calibrate", "projections_for", "projections_from_moments"]
-
 MAX_GROUP_LAYERS = 5
 MAX_GROUP_WIDTH = 4096
 

@@ -20,8 +20,6 @@ from lowrank_cache.probe import cache_argument, decoder_of, input_device, model_
 from lowrank_cache.projections import Projections
 from lowrank_cache.shapes import SIDES, Group, ModelShape, layer_groups, rope_buffer
 
-__all__ = ["NoGradientError", "Recorder", "collect_moments", "refit_values"]
-
 Recorded = dict[str, dict[int, Tensor]]  # by side and layer
 
 

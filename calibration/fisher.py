@@ -13,8 +13,6 @@ from lowrank_cache.calibration.api import Method, auto_group_size
 from lowrank_cache.calibration.moments import Moments
 from lowrank_cache.shapes import Group
 
-__all__ = ["FISHER", "SENSITIVITY_FLOOR", "fisher_bases", "unit_variance", "weighted_basis"]
-
 # Relative floors. Directions without measured gradient still get a small weight, so that the basis is
 # complete; channels that never varied in calibration still get a scale, so that no latent explodes.
 SENSITIVITY_FLOOR = 1e-5

@@ -20,8 +20,6 @@ from lowrank_cache.artefact import damage_named, write_files
 from lowrank_cache.kernels.rope import angle_tables, rotate
 from lowrank_cache.shapes import SIDES, Group, ModelShape, RopeShape, SideShape
 
-__all__ = ["SKIPPED_TOKENS", "Moments", "UsableTokens", "rotation_average"]
-
 SKIPPED_TOKENS = 4  # a sequence's first real tokens are attention sinks with outlier keys; the cache keeps them exact
 _COUNTS = ("tokens", "sequences", "loss", "predicted", "sensitivity_kind")
 

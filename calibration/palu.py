@@ -15,8 +15,6 @@ from lowrank_cache.calibration.fisher import unit_variance
 from lowrank_cache.calibration.moments import Moments
 from lowrank_cache.shapes import SIDES, Group, SideShape
 
-__all__ = ["PALU", "check_head_group_size", "head_groups", "head_rows", "palu_bases", "principal_bases", "rank_weight"]
-
 
 def head_groups(heads: int, size: int) -> list[tuple[int, ...]]:
     """Consecutive KV heads in groups of ``size``; the last group may be smaller."""

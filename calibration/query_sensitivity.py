@@ -20,8 +20,6 @@ from lowrank_cache.calibration.moments import Moments, UsableTokens, rotation_av
 from lowrank_cache.probe import execution_device
 from lowrank_cache.shapes import SideShape
 
-__all__ = ["QuerySensitivity", "output_gram", "record_queries"]
-
 _OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
 Seen = tuple[Tensor, nn.Module, float]  # of a layer: queries, its attention module, the scaling of scores
 

@@ -19,8 +19,6 @@ from lowrank_cache.calibration.moments import Moments
 from lowrank_cache.calibration.palu import check_head_group_size, head_groups, principal_bases
 from lowrank_cache.shapes import Group
 
-__all__ = ["RECALKV", "group_similar_heads", "head_similarity", "recalkv_bases"]
-
 
 def recalkv_bases(
     moments: Moments,

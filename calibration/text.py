@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["bundled_text", "lookup_text", "mixed_batches"]
-
 _FIRST = (
     "amber birch cobalt dusty eager faint golden hollow ivory jolly keen lunar misty noble olive pale "
     "quiet rusty silver tidal umber vivid wild young"

@@ -18,11 +18,6 @@ from lowrank_cache.kernels import native, reference, torch_ops
 from lowrank_cache.kernels.packed import LatentSide, PackedTier, RotaryFrames, StoredSide, tiles
 from lowrank_cache.kernels.segments import attend, merge
 
-__all__ = [
-    "CHECKED_CARDS", "IMPLEMENTATIONS", "MAX_KERNEL_QUERIES", "attend_stored", "encode", "latent_attention",
-    "reconstruct",
-]  # fmt: skip
-
 IMPLEMENTATIONS = ("auto", "native", "torch", "triton", "reference")
 MAX_KERNEL_QUERIES = 16  # longer queries reconstruct keys and values tile by tile, where dense products are best
 CHECKED_CARDS: frozenset[str] = frozenset()  # classes of GPUs on which the Triton kernels have passed their tests

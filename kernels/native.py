@@ -25,8 +25,6 @@ from torch import Tensor
 from lowrank_cache.artefact import user_cache
 from lowrank_cache.kernels.packed import LatentSide, StoredSide
 
-__all__ = ["Native", "attend", "build", "compiler", "load", "serves"]
-
 _SOURCE = Path(__file__).with_name("native.c")
 _LEAST_FRAME = 16  # shorter ones absorb queries so often that reconstructing is faster
 _TILE = 256

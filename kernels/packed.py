@@ -14,12 +14,6 @@ from torch.nn.functional import pad
 
 from lowrank_cache.kernels.rope import rotate, spread_tables
 
-__all__ = [
-    "BIT_WIDTHS", "QUANTIZED_BITS", "ROW_BYTES", "STEP_BYTES", "STEP_FRACTIONS", "LatentSide", "PackedTier",
-    "RotaryFrames", "StoredSide", "dequantize", "pack", "pack_latents", "padded_channels", "quantize", "read_latents",
-    "row_length", "tier_bytes", "tiles", "unpack",
-]  # fmt: skip
-
 BIT_WIDTHS = (16, 8, 4, 2)
 QUANTIZED_BITS = BIT_WIDTHS[1:]
 STEP_BYTES = 2  # one float16 step per token and quantized tier

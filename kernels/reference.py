@@ -12,8 +12,6 @@ from lowrank_cache.kernels.packed import LatentSide, PackedTier, RotaryFrames, p
 from lowrank_cache.kernels.rope import rotate
 from lowrank_cache.kernels.segments import attend
 
-__all__ = ["encode", "latent_attention", "reconstruct"]
-
 
 def encode(
     states: list[Tensor],

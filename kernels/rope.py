@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["LAYOUTS", "angle_tables", "rotate", "spread_tables", "swap_pairs"]
-
 LAYOUTS = ("half", "interleaved")
 
 

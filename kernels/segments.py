@@ -8,8 +8,6 @@ of them. Plain torch in the dtype of the queries, at least float32, on every dev
 import torch
 from torch import Tensor
 
-__all__ = ["attend", "merge", "softmax"]
-
 
 def attend(
     query: Tensor,

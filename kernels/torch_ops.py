@@ -13,8 +13,6 @@ from lowrank_cache.kernels.packed import LatentSide, PackedTier, RotaryFrames, p
 from lowrank_cache.kernels.rope import swap_pairs
 from lowrank_cache.kernels.segments import merge, softmax
 
-__all__ = ["encode", "latent_attention", "reconstruct"]
-
 _ENCODE_TOKENS = 1024  # encoded at a time: their float32 copies stay smaller than the states of a long prompt
 # Numbers (latents, reconstructed states or scores) in one tile: a few MB, which stays in a core's caches.
 _TILE_NUMBERS = 2**22

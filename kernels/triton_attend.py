@@ -11,8 +11,6 @@ import triton.language as tl
 from lowrank_cache.kernels.triton_reconstruct import RECONSTRUCT_INTEGERS, pair_columns, reconstruct_pair
 from lowrank_cache.kernels.triton_tiers import all_chunks, channel_of, chunk_count, half_steps, load_levels
 
-__all__ = ["absorb", "absorbed_scores", "combine", "project", "reconstructed_scores", "weigh"]
-
 _ABSORB_INTEGERS = ["head_rows", "heads", "frames", "first_frame", "cos_batch", "up_rank", "up_head", "chunks", "steps"]
 _SLOT_INTEGERS = ["rows", "tokens", "first_frame", "frame_length", "frame_tiles", "tiles"]
 _MASK_INTEGERS = ["mask_batch", "mask_query", "mask_token"]

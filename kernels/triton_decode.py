@@ -34,8 +34,6 @@ from lowrank_cache.kernels.triton_tiers import (
     warps,
 )
 
-__all__ = ["latent_attention"]
-
 _CHUNK = 128  # positions of a latent that are unpacked at once
 _SMALL_CHUNK = 64  # where a tile of the up-projection has to lie beside it
 _BLOCK = 64  # slots that are weighed at once

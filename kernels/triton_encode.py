@@ -26,8 +26,6 @@ from lowrank_cache.kernels.packed import (
 from lowrank_cache.kernels.triton_reconstruct import pair_columns
 from lowrank_cache.kernels.triton_tiers import block, plain, precision, rotary_arguments, unspecialised, warps
 
-__all__ = ["encode"]
-
 _ALIGNMENT = 16  # channels of the buffer of latents; every tier starts on a multiple of it
 _BEYOND = 2**29  # a channel that no latent has
 

@@ -27,8 +27,6 @@ from lowrank_cache.kernels.triton_tiers import (
     warps,
 )
 
-__all__ = ["RECONSTRUCT_INTEGERS", "pair_columns", "reconstruct", "reconstruct_pair"]
-
 # Arguments of kernels that reconstruct which Triton must not specialise on.
 RECONSTRUCT_INTEGERS = ["heads", "tokens", "frame_length", "cos_batch", "up_rank", "up_head"]
 

@@ -22,12 +22,6 @@ from torch import Tensor
 
 from lowrank_cache.kernels.packed import BIT_WIDTHS, ROW_BYTES, LatentSide, PackedTier, RotaryFrames
 
-__all__ = [
-    "Tier", "TierArguments", "all_chunks", "block", "channel_of", "check_side", "chunk_count", "dot_dtype",
-    "half_steps", "interpreted", "load_levels", "local_channel", "plain", "precision", "rotary_arguments",
-    "tier_arguments", "unspecialised", "up_proj_arguments", "warps",
-]  # fmt: skip
-
 
 def unspecialised(number: int) -> int:
     """``number`` as kernels take it inside a tuple; ``plain`` leads back.

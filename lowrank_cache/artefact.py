@@ -21,8 +21,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-__all__ = ["Artefact", "SavedTensors", "config_digest", "damage_named", "integer", "user_cache", "write_files"]
-
 # What wrong types and sizes in a file may raise where they are used.
 DAMAGE: tuple[type[Exception], ...] = (KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError)
 DAMAGE += (SafetensorError,)

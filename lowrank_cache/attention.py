@@ -24,8 +24,6 @@ from lowrank_cache.kernels.api import IMPLEMENTATIONS
 from lowrank_cache.latent_view import CURE, LatentView, as_bool, attach_view, view_of
 from lowrank_cache.probe import SpyCache, decoder_of, model_shape, one_token_forward
 
-__all__ = ["LatentAttention", "attended_layers", "impl_of", "join", "latent_attention", "make_attending"]
-
 _OUTSIDE = "it does not attend through transformers' attention interface"
 _INTERFACE, _EAGER = "ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"  # as modeling files call them
 

@@ -8,8 +8,6 @@ from torch import Tensor
 
 from lowrank_cache.shapes import BOTH, SIDES
 
-__all__ = ["TENSORS", "Basis", "basis_name"]
-
 TENSORS = ("down_proj", "up_proj", "offset", "loss", "constant")  # in the order in which they are saved
 
 

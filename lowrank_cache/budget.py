@@ -18,11 +18,6 @@ from lowrank_cache.basis import Basis
 from lowrank_cache.kernels.packed import BIT_WIDTHS, ROW_BYTES, STEP_BYTES, tier_bytes
 from lowrank_cache.shapes import BOTH, SIDES, Group, ModelShape
 
-__all__ = [
-    "DISTORTION", "GroupPlan", "Ranks", "Tiers", "check_compression_ratio", "full_bytes_per_token", "plan_groups",
-    "prompt_ranks", "spend", "tier_bytes", "tiers_loss",
-]  # fmt: skip
-
 Ranks = int | Mapping[int, tuple[int, int]]
 Tiers = tuple[tuple[int, int], ...]  # (bits, channels) of the tiers in use, most bits first, channels by importance
 

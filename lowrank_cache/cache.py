@@ -30,8 +30,6 @@ from lowrank_cache.prompt_svd import prompt_coders
 from lowrank_cache.shapes import SIDES
 from lowrank_cache.store import LatentStore, StoreOptions
 
-__all__ = ["CachedGroup", "LowRankCache"]
-
 
 class CachedGroup(NamedTuple):
     """What a ``LowRankCache`` stores together.

@@ -31,8 +31,6 @@ from lowrank_cache.evaluation.streaming import processor
 from lowrank_cache.evaluation.tasks import TASKS
 from lowrank_cache.kernels import native
 
-__all__ = ["app"]
-
 
 class _Commands(TyperGroup):
     """Print what is wrong with an input or the machine as one message; let a bug keep its traceback."""

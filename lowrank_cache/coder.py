@@ -21,8 +21,6 @@ from lowrank_cache.kernels.packed import QUANTIZED_BITS, RotaryFrames
 from lowrank_cache.projections import Projections
 from lowrank_cache.shapes import BOTH, Member
 
-__all__ = ["CalibratedCoder", "Coder", "EncodingMatrices", "ReadingMatrices", "calibrated_coders"]
-
 
 class EncodingMatrices(NamedTuple):
     """What ``kernels.api.encode`` takes of a coder, on the device where latents lie."""

@@ -24,8 +24,6 @@ from lowrank_cache.positions import PositionTrack
 from lowrank_cache.probe import CACHE_ARGUMENTS
 from lowrank_cache.store import LatentStore
 
-__all__ = ["Forward", "Turn", "watch"]
-
 
 @dataclass
 class _SharedHooks:

@@ -9,8 +9,6 @@ Mathematics: docs/method.md, "Uniform bits".
 import torch
 from torch import Tensor
 
-__all__ = ["channel_mixing", "hadamard_blocks", "mixed_rotation"]
-
 SCALE_FLOOR = 1e-4  # of the largest channel: what hardly varies is stored, but not blown up on reading
 
 

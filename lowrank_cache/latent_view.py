@@ -15,8 +15,6 @@ from torch import Tensor
 from lowrank_cache.kernels.api import attend_stored
 from lowrank_cache.kernels.packed import StoredSide
 
-__all__ = ["CURE", "LatentView", "as_bool", "attach_view", "view_of"]
-
 CURE = "make the cache with attend='reconstruct'"
 
 

@@ -6,8 +6,6 @@ from torch import Tensor
 from lowrank_cache.artefact import SavedTensors
 from lowrank_cache.kernels.packed import PackedTier, row_length
 
-__all__ = ["GrowingTensor", "PackedLatents", "is_read_only"]
-
 
 class GrowingTensor:
     """A tensor appended to along ``axis``, held in a buffer with some unused room.

@@ -10,8 +10,6 @@ from lowrank_cache.latent_view import LatentView
 from lowrank_cache.shapes import LayerShape, ModelShape
 from lowrank_cache.store import LatentStore
 
-__all__ = ["LowRankLayer", "make_layers"]
-
 
 class LowRankLayer(CacheLayerMixin):
     """One compressed layer: its place in the stores that hold its keys and its values."""

@@ -18,8 +18,6 @@ from lowrank_cache.kernels.rope import angle_tables
 from lowrank_cache.latents import GrowingTensor
 from lowrank_cache.shapes import RopeShape, rope_buffer
 
-__all__ = ["PositionTrack"]
-
 PADDING = -1  # position recorded for a padding slot; its keys are masked, only finiteness matters
 
 

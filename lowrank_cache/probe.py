@@ -22,11 +22,6 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 from lowrank_cache.kernels.rope import LAYOUTS, angle_tables, rotate
 from lowrank_cache.shapes import SIDES, LayerShape, ModelShape, RopeShape, SideShape, rope_buffer
 
-__all__ = [
-    "CACHE_ARGUMENTS", "SpyCache", "cache_argument", "decoder_of", "execution_device", "input_device", "layer_devices",
-    "model_shape", "one_token_cache", "one_token_forward",
-]  # fmt: skip
-
 # Small, so that a dynamic or long-context rotary embedding does not leave its short-context state.
 PROBE_POSITION = 3
 TOLERANCE = 0.02  # bfloat16 rounding of keys and tables stays below 0.01; a wrong layout is above 0.5

@@ -17,8 +17,6 @@ from lowrank_cache.basis import TENSORS, Basis, basis_name
 from lowrank_cache.budget import GroupPlan, Ranks, plan_groups
 from lowrank_cache.shapes import SIDES, ModelShape, sides_of
 
-__all__ = ["ARTEFACT", "Projections"]
-
 ARTEFACT = Artefact(
     name="projections",
     damaged="damaged projections",

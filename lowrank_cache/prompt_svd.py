@@ -20,8 +20,6 @@ from lowrank_cache.hadamard import mixed_rotation
 from lowrank_cache.kernels.packed import RotaryFrames
 from lowrank_cache.shapes import BOTH, SIDES, Member, ModelShape, layer_groups
 
-__all__ = ["NEW_TOKENS", "PromptCoder", "leading_directions", "prompt_coders"]
-
 NEW_TOKENS = ("encode", "exact")
 _FIT_TOKENS = 1024  # take a long prompt in pieces: its float32 copies stay small
 _ITERATIONS = 4  # of the subspace iteration, each of which squares singular values

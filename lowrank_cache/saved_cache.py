@@ -22,8 +22,6 @@ from lowrank_cache.probe import input_device, one_token_cache
 from lowrank_cache.shapes import ModelShape
 from lowrank_cache.store import LatentStore
 
-__all__ = ["ARTEFACT", "SavedCache", "gather", "owner_facts", "push", "reading"]
-
 ARTEFACT = Artefact(
     name="saved cache",
     damaged="a damaged cache",

@@ -13,11 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = [
-    "BOTH", "SIDES", "Group", "LayerShape", "Member", "ModelShape", "RopeShape", "SideShape", "layer_groups",
-    "rope_buffer", "sides_of",
-]  # fmt: skip
-
 SIDES = ("key", "value")
 BOTH = "both"  # keys and values of the same layers in one latent
 Group = tuple[int, ...]  # adjacent compressible layers

@@ -21,8 +21,6 @@ from lowrank_cache.latent_view import StoredSide
 from lowrank_cache.latents import GrowingTensor, PackedLatents, is_read_only
 from lowrank_cache.positions import PositionTrack
 
-__all__ = ["LatentStore", "StoreOptions"]
-
 
 @dataclass(frozen=True)
 class StoreOptions:

@@ -23,10 +23,6 @@ from lowrank_cache.evaluation.report import Table, check_installed
 from lowrank_cache.evaluation.streaming import now, processor
 from lowrank_cache.probe import cache_argument
 
-__all__ = [
-    "WEIGHTS_ALONE", "BenchEntry", "BenchSettings", "bench", "bench_table", "run_bench", "watch_allocated",
-]  # fmt: skip
-
 WEIGHTS_ALONE = "weights-alone"  # a cache of one token: the floor of a decode step
 _RECONSTRUCTED = ",attend=0"
 

@@ -14,8 +14,6 @@ from lowrank_cache.evaluation.report import check_installed
 from lowrank_cache.projections import Projections
 from lowrank_cache.shapes import BOTH
 
-__all__ = ["Inspection", "inspect_projections", "plot_projections"]
-
 _CURVE_RATIOS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24)
 
 

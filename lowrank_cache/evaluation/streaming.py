@@ -21,8 +21,6 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from lowrank_cache import LowRankCache
 from lowrank_cache.probe import cache_argument
 
-__all__ = ["feed", "fill", "force_answers", "greedy_answer", "now", "processor", "stream", "windows_of"]
-
 
 def windows_of(token_ids: Tensor, tokens: int, count: int | None = None) -> Tensor:
     """Cut ``[n]`` token ids into non-overlapping windows, ``count`` of them evenly spaced (None: all)."""
