@@ -183,8 +183,7 @@ def _make(command: list[str], options: list[str], folder: Path) -> Path:
 
 
 def _run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_COMPILE_SECONDS)
-    return done.stdout
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=_COMPILE_SECONDS).stdout
 
 
 def _digest(path: Path) -> str:
@@ -208,15 +207,8 @@ def serves(query: Tensor, key: StoredSide, value: StoredSide) -> bool:
 
 def _plain(side: LatentSide) -> bool:
     widths = [tier.bits for tier in side.tiers]
-    return (
-        side.scale is None
-        and side.up_proj.dim() == 3
-        and side.up_proj.dtype in _TYPES
-        and side.constant.dim() == 2
-        and bool(widths)
-        and 16 not in widths
-        and len(widths) <= 3
-    )
+    one_basis = side.scale is None and side.up_proj.dim() == 3 and side.constant.dim() == 2
+    return one_basis and side.up_proj.dtype in _TYPES and bool(widths) and 16 not in widths
 
 
 _SCRATCH = threading.local()  # a step's working memory, kept for the next layer

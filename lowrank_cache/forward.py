@@ -87,9 +87,7 @@ class _Hook:
             if method is not None:
                 method(decoder, arguments)
                 return
-        if (
-            type(arguments.get("cache")).__name__ == "PagedAttentionCache"
-        ):  # transformers drops what it was given instead
+        if type(arguments.get("cache")).__name__ == "PagedAttentionCache":  # transformers drops what it was given
             warnings.warn(
                 "continuous batching keeps pages of its own: the LowRankCache that was made for this model is not used",
                 stacklevel=2,

@@ -216,10 +216,7 @@ def _comparison(tokenizer, runs: list[tuple], full: DynamicCache, small: LowRank
         ["text", *(text.strip() for text in tokenizer.batch_decode([answer, other], skip_special_tokens=True))],
         ["tokens as with the full cache", "", f"the first {alike} of {min(len(answer), len(other))}"],
         ["tokens in the cache", *(f"{cache.get_seq_length():,}" for cache in (full, small))],
-        ["bytes of its tensors", f"{tensor_bytes(full):,}", f"{small.stored_bytes():,}"],
-        ["bytes of the bases, once for all caches", "", f"{small.projection_bytes():,}"],
         ["prefill, first token included", *(f"{seconds:.2f} s" for _, seconds, _ in runs)],
-        ["decode, per token", *(f"{1000 * seconds:.0f} ms" for _, _, seconds in runs)],
     ]
 
 

@@ -268,14 +268,14 @@ def _svg(figure, title: str) -> str:
     return re.sub(left_out, "", buffer.getvalue(), flags=re.DOTALL).replace("xlink:href", "href")
 
 
-def _figure(height: float, rows: int = 1):
-    """A figure and its axes, two a row."""
+def _figure(height: float, panels: int = 2):
+    """A figure and its axes, at most two a row."""
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context({"axes.grid": True, "grid.alpha": 0.3, "axes.formatter.useoffset": False}):
         figure = Figure(figsize=(10, height), layout="constrained")
-        return figure, figure.subplots(rows, 2, squeeze=False).flatten()
+        return figure, figure.subplots(-(-panels // 2), min(panels, 2), squeeze=False).flatten()
 
 
 def _style(index: int) -> dict[str, Any]:
@@ -293,8 +293,7 @@ def _pareto(metrics: Metrics):
     panels = [(lengths[-1], "perplexity to the full cache", -1)]  # -1: less is better
     panels += [(length, "mean score of the tasks", 1) for length in lengths
                if any(_at(entry, "lengths", length, "tasks") for entry in metrics.values())]  # fmt: skip
-    rows = -(-len(panels) // 2)
-    figure, axes = _figure(3.6 * rows + 0.25 * (len(metrics) / 3 + 1), rows)
+    figure, axes = _figure(3.6 * -(-len(panels) // 2) + 0.25 * (len(metrics) / 3 + 1), len(panels))
     for axis, (length, label, sign) in zip(axes, panels, strict=False):
         points = []
         for index, (name, entry) in enumerate(metrics.items()):
