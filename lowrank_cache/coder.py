@@ -200,12 +200,9 @@ class CalibratedCoder(Coder):
 
 def _rows(members: Sequence[Member], heads: Tensor) -> Tensor:
     """Where ``heads`` stand in the states of all members side by side."""
-    rows, start = [], 0
-    for member in members:
-        numbers = torch.arange(member.shape.width).view(member.shape.heads, -1)[heads]
-        rows.append(start + numbers.flatten())
-        start += member.shape.width
-    return torch.cat(rows)
+    widths = [member.shape.width for member in members]
+    rows = zip(members, torch.arange(sum(widths)).split(widths), strict=True)
+    return torch.cat([own.view(member.shape.heads, -1)[heads].flatten() for member, own in rows])
 
 
 def _narrow(matrix: Tensor, dtype: torch.dtype) -> Tensor:
