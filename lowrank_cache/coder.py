@@ -19,7 +19,7 @@ from lowrank_cache.budget import GroupPlan, Ranks
 from lowrank_cache.hadamard import channel_mixing
 from lowrank_cache.kernels.packed import QUANTIZED_BITS, RotaryFrames
 from lowrank_cache.projections import Projections
-from lowrank_cache.shapes import BOTH, Member
+from lowrank_cache.shapes import BOTH, Member, head_rows
 
 __all__ = ["CalibratedCoder", "Coder", "EncodingMatrices", "ReadingMatrices", "calibrated_coders"]
 
@@ -151,7 +151,8 @@ class CalibratedCoder(Coder):
             widths = [len(heads) * member.shape.head_dim for member in members]
             matrices = [_narrow(matrix, dtype) for matrix in (down, *up.split(widths, dim=1))]
             dtypes.append(tuple(matrix.dtype for matrix in matrices))
-            down_proj[_rows(members, heads)[:, None], places] = matrices[0].float()
+            rows = head_rows([member.shape for member in members], basis.heads)
+            down_proj[rows[:, None], places] = matrices[0].float()
             mean = (basis.constant + basis.offset @ basis.up_proj).split(widths)
             for constant, up_proj, part, matrix in zip(constants, up_projs, mean, matrices[1:], strict=True):
                 constant[heads] = part.unflatten(0, (len(heads), -1))
@@ -196,13 +197,6 @@ class CalibratedCoder(Coder):
 
     def __deepcopy__(self, memo) -> "CalibratedCoder":
         return self
-
-
-def _rows(members: Sequence[Member], heads: Tensor) -> Tensor:
-    """Where ``heads`` stand in the states of all members side by side."""
-    widths = [member.shape.width for member in members]
-    rows = zip(members, torch.arange(sum(widths)).split(widths), strict=True)
-    return torch.cat([own.view(member.shape.heads, -1)[heads].flatten() for member, own in rows])
 
 
 def _narrow(matrix: Tensor, dtype: torch.dtype) -> Tensor:

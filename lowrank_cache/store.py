@@ -106,13 +106,10 @@ class LatentStore:
         latents = self._latent_side(member, states.device)
         self._take_in(member, states)
         pending, window, sinks = self.pending[member], self.windows[member], self.sinks[member]
-        if pending is not None:
-            tail = pending
-        else:
-            tail = window.view() if window.length else states[:, :, :0]
+        exact = window.view() if window.length else states[:, :, :0]
         kept = states[:, :, :0] if sinks is None else sinks[:, :, : self.lengths[member]]
         self._encode_if_last(member)
-        return StoredSide(kept, latents, tail)
+        return StoredSide(kept, latents, exact if pending is None else pending)
 
     def sink_slots(self, device: torch.device) -> Tensor | None:
         """``[batch, num_sink_tokens]``, the slots of each sequence's sinks; None if they are all first ones."""
