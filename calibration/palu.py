@@ -13,7 +13,7 @@ from lowrank_cache.basis import Basis
 from lowrank_cache.calibration.api import Method
 from lowrank_cache.calibration.fisher import unit_variance
 from lowrank_cache.calibration.moments import Moments
-from lowrank_cache.shapes import SIDES, Group, SideShape
+from lowrank_cache.shapes import SIDES, Group, SideShape, head_rows
 
 
 def head_groups(heads: int, size: int) -> list[tuple[int, ...]]:
@@ -33,11 +33,6 @@ def palu_bases(
     return bases
 
 
-def head_rows(shape: SideShape, members: int, heads: tuple[int, ...]) -> Tensor:
-    """Where some heads stand in the states of ``members`` layers, in the order of a basis' rows."""
-    return torch.arange(members * shape.width).view(members, shape.heads, -1)[:, list(heads)].flatten()
-
-
 def rank_weight(sensitivity: Tensor) -> float:
     """Share of a projection's numbers in the rank budget: the mean root of the Fisher information.
 
@@ -54,7 +49,7 @@ def principal_bases(
     second, mean, sensitivity = statistics
     weight, bases = rank_weight(sensitivity), []
     for heads in head_sets:
-        rows = head_rows(shape, len(group), heads)
+        rows = head_rows([shape] * len(group), heads)
         part, centre = second[rows][:, rows], mean[rows]
         _, components = torch.linalg.eigh(part)
         arrays = unit_variance(components, components.T, part, centre)

@@ -5,7 +5,7 @@ A token's latent is a row of channels sorted into tiers by bit width. The 16-bit
 Everything here is eager torch on any device. Mathematics: docs/method.md, "The quantizer".
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -85,9 +85,11 @@ class PackedTier:
 
     def to(self, device: torch.device) -> "PackedTier":
         """The same tier on ``device``; itself if it lies there."""
-        if self.codes.device == device:
-            return self
-        return replace(self, codes=self.codes.to(device), steps=None if self.steps is None else self.steps.to(device))
+        return self if self.codes.device == device else self.mapped(lambda tensor: tensor.to(device))
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> "PackedTier":
+        """The same tier with ``function`` of its codes and of its steps."""
+        return replace(self, codes=function(self.codes), steps=None if self.steps is None else function(self.steps))
 
 
 @dataclass(frozen=True)
@@ -166,12 +168,7 @@ class LatentSide:
 
     def between(self, start: int, stop: int) -> "LatentSide":
         """A view of tokens ``start`` to ``stop``; ``start`` must be the first of a frame."""
-        tiers = tuple(
-            replace(
-                tier, codes=tier.codes[:, start:stop], steps=None if tier.steps is None else tier.steps[:, start:stop]
-            )
-            for tier in self.tiers
-        )
+        tiers = tuple(tier.mapped(lambda tensor: tensor[:, start:stop]) for tier in self.tiers)
         rope = self.rope
         if rope is not None:
             frames = slice(start // rope.frame_length, -(-stop // rope.frame_length))
@@ -237,17 +234,15 @@ def pack_latents(
     """
     if not bool(torch.isfinite(latents).all()):
         raise ValueError("states must be finite, got NaN or infinity: the forward overflowed")
-    packed, start = [], 0
-    for bits, channels in tiers:
-        tier = latents[..., start : start + channels]
+    packed, sizes = [], [channels for _, channels in tiers]
+    for (bits, channels), tier, cost in zip(tiers, latents.split(sizes, -1), weight.split(sizes), strict=True):
         padding = (0, padded_channels(bits, channels) - channels)
         if bits == 16:
             limit = min(torch.finfo(latent_dtype).max, torch.finfo(tier.dtype).max)
             packed.append(PackedTier(bits, channels, pad(tier.clamp(-limit, limit).to(latent_dtype), padding), None))
         else:
-            levels, steps = quantize(tier, bits, weight[start : start + channels])
+            levels, steps = quantize(tier, bits, cost)
             packed.append(PackedTier(bits, channels, pack(pad(levels, padding), bits), steps))
-        start += channels
     return tuple(packed)
 
 

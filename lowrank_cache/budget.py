@@ -30,11 +30,9 @@ _PROMPT_WEIGHTS = (1.0, 1.5)  # of key and value ranks of xKV, as in its paper
 
 def tiers_loss(loss: np.ndarray, tiers: Tiers) -> float:
     """Predicted loss per token of storing these tiers of a latent and nothing else; ``loss`` as ``spend`` takes it."""
-    total, start = 0.0, 0
-    for bits, channels in tiers:
-        total += DISTORTION[bits] * float(loss[start : start + channels].sum())
-        start += channels
-    return total + float(loss[start:].sum())
+    counts = [channels for _, channels in tiers]
+    factors = [DISTORTION[bits] for bits, _ in (*tiers, (0, 0))]
+    return float(loss @ np.repeat(factors, [*counts, len(loss) - sum(counts)]))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from lowrank_cache.budget import GroupPlan, Ranks
 from lowrank_cache.hadamard import channel_mixing
 from lowrank_cache.kernels.packed import QUANTIZED_BITS, RotaryFrames
 from lowrank_cache.projections import Projections
-from lowrank_cache.shapes import BOTH, Member
+from lowrank_cache.shapes import BOTH, Member, head_rows
 
 
 class EncodingMatrices(NamedTuple):
@@ -149,7 +149,8 @@ class CalibratedCoder(Coder):
             widths = [len(heads) * member.shape.head_dim for member in members]
             matrices = [_narrow(matrix, dtype) for matrix in (down, *up.split(widths, dim=1))]
             dtypes.append(tuple(matrix.dtype for matrix in matrices))
-            down_proj[_rows(members, heads)[:, None], places] = matrices[0].float()
+            rows = head_rows([member.shape for member in members], basis.heads)
+            down_proj[rows[:, None], places] = matrices[0].float()
             mean = (basis.constant + basis.offset @ basis.up_proj).split(widths)
             for constant, up_proj, part, matrix in zip(constants, up_projs, mean, matrices[1:], strict=True):
                 constant[heads] = part.unflatten(0, (len(heads), -1))
@@ -194,16 +195,6 @@ class CalibratedCoder(Coder):
 
     def __deepcopy__(self, memo) -> "CalibratedCoder":
         return self
-
-
-def _rows(members: Sequence[Member], heads: Tensor) -> Tensor:
-    """Where ``heads`` stand in the states of all members side by side."""
-    rows, start = [], 0
-    for member in members:
-        numbers = torch.arange(member.shape.width).view(member.shape.heads, -1)[heads]
-        rows.append(start + numbers.flatten())
-        start += member.shape.width
-    return torch.cat(rows)
 
 
 def _narrow(matrix: Tensor, dtype: torch.dtype) -> Tensor:

@@ -6,6 +6,8 @@ each of them over many channels of equal size. It is folded into the bases and c
 Mathematics: docs/method.md, "Uniform bits".
 """
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -51,7 +53,5 @@ def mixed_rotation(rank: int) -> Tensor:
 
 def _hadamard(block: int) -> Tensor:
     """Sylvester's matrix, orthogonal and symmetric."""
-    matrix = torch.ones(1, 1)
-    while len(matrix) < block:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)
-    return matrix / block**0.5
+    factors = [torch.tensor([[1.0, 1.0], [1.0, -1.0]])] * (block.bit_length() - 1)
+    return reduce(torch.kron, factors, torch.ones(1, 1)) / block**0.5

@@ -220,12 +220,11 @@ class PositionTrack:
                 (start, saved.take(f"frequencies.{source}.{nth}", (widths[source],), torch.float32, device))
                 for nth, start in enumerate(starts)
             ]
+        self._mark_first_real(real)
         self._positions.adopt(positions)
         last = positions.max(1).values.long()
         self._next = torch.where(last == PADDING, last, last + 1)
         self.all_alike = bool((positions == positions[:1]).all())
-        if not bool(real[:, 0].all()):
-            self.first_real = torch.where(real.any(1), real.int().argmax(1), slots)
 
     def map_batch(self, function) -> None:
         """Apply a change of the batch axis, e.g. ``lambda states: states[indices]``."""

@@ -89,14 +89,9 @@ class PromptCoder(Coder):
                 parts.append(dense.transpose(1, 2).flatten(2))
             rows = torch.cat(parts, dim=2)
             real = used[:, start : start + _FIT_TOKENS].to(rows.device)[..., None].float()
-            unused = bool((real == 0).any())
-            if unused:
-                rows.mul_(real)
             if shift is None:  # near the mean: a large constant would drown the variation in rounding
-                shift = rows.sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp(min=1)
-            rows.sub_(shift)
-            if unused:
-                rows.mul_(real)
+                shift = (rows * real).sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp(min=1)
+            rows.sub_(shift).mul_(real)
             for begin in range(0, width, block):  # at and below the diagonal: the rest is its mirror image
                 second[:, begin:, begin : begin + block].baddbmm_(
                     rows[..., begin:].mT, rows[..., begin : begin + block]

@@ -5,7 +5,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import NamedTuple
@@ -125,6 +125,13 @@ def layer_groups(
         run = tuple(layer.layer_idx for layer in alike)
         groups += [run[start : start + size] for start in range(0, len(run), size)]
     return groups
+
+
+def head_rows(sides: Sequence[SideShape], heads: Sequence[int]) -> Tensor:
+    """Where ``heads`` of each of ``sides`` stand in their states side by side, in the order of a basis' rows."""
+    widths = [side.width for side in sides]
+    rows = zip(sides, torch.arange(sum(widths)).split(widths), strict=True)
+    return torch.cat([own.view(side.heads, -1)[list(heads)].flatten() for side, own in rows])
 
 
 def rope_buffer(decoder: nn.Module, source: str) -> Tensor:

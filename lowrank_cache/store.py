@@ -33,9 +33,7 @@ class StoreOptions:
 
     def __post_init__(self):
         for name, least in (("residual_length", 0), ("num_sink_tokens", 0), ("block_size", 1)):
-            size = getattr(self, name)
-            if not isinstance(size, int) or isinstance(size, bool) or size < least:
-                raise ValueError(f"{name} must be an integer of at least {least}, got {size!r}")
+            integer(getattr(self, name), name, least)
         dtype = self.latent_dtype
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ValueError(f"latent_dtype must be a floating torch.dtype or None, got {dtype!r}")
@@ -106,13 +104,10 @@ class LatentStore:
         latents = self._latent_side(member, states.device)
         self._take_in(member, states)
         pending, window, sinks = self.pending[member], self.windows[member], self.sinks[member]
-        if pending is not None:
-            tail = pending
-        else:
-            tail = window.view() if window.length else states[:, :, :0]
+        exact = window.view() if window.length else states[:, :, :0]
         kept = states[:, :, :0] if sinks is None else sinks[:, :, : self.lengths[member]]
         self._encode_if_last(member)
-        return StoredSide(kept, latents, tail)
+        return StoredSide(kept, latents, exact if pending is None else pending)
 
     def sink_slots(self, device: torch.device) -> Tensor | None:
         """``[batch, num_sink_tokens]``, the slots of each sequence's sinks; None if they are all first ones."""
@@ -152,7 +147,8 @@ class LatentStore:
         start, stop = self.encoded_end, self.encoded_end + encoded
         if not self.coder.fitted:
             used = self.track.real_after_sinks(start, start + waiting, options.num_sink_tokens)
-            self.coder.fit(pending, self._frames(start, start + waiting, home), used)
+            frames = [self._frames(member, start, start + waiting, home) for member in range(len(pending))]
+            self.coder.fit(pending, frames, used)
         if self.latents is None:
             dtype = options.latent_dtype or pending[0].dtype
             self.latents = PackedLatents(self.coder.tiers, dtype, options.block_size)
@@ -161,7 +157,7 @@ class LatentStore:
             tiers = encode(
                 [dense[:, :, :encoded] for dense in pending],
                 matrices.constants,
-                self._frames(start, stop, home),
+                [self._frames(member, start, stop, home) for member in range(len(pending))],
                 matrices.down_proj,
                 self.coder.tiers,
                 matrices.weight,
@@ -180,10 +176,10 @@ class LatentStore:
                 self.windows[member].append(dense[:, :, encoded:])
         self.pending = [None] * len(self.pending)
 
-    def _frames(self, start: int, stop: int, device: torch.device) -> list[RotaryFrames | None]:
-        """By member, how slots ``start`` to ``stop`` are rotated."""
-        ropes = [member.shape.rope for member in self.coder.members]
-        return [None if rope is None else self.track.frames(rope, start, stop, device) for rope in ropes]
+    def _frames(self, member: int, start: int, stop: int, device: torch.device) -> RotaryFrames | None:
+        """How slots ``start`` to ``stop`` of one member are rotated."""
+        rope = self.coder.members[member].shape.rope
+        return None if rope is None else self.track.frames(rope, start, stop, device)
 
     def _latent_side(self, member: int, device: torch.device) -> LatentSide | None:
         """The latents and what reads one member of them, on the device of that member's layer; None without latents."""
@@ -192,10 +188,7 @@ class LatentStore:
         if device not in self._views:
             self._views[device] = tuple(tier.to(device) for tier in self.latents.views()), {}
         tiers, shared = self._views[device]
-        rope = self.coder.members[member].shape.rope
-        frames = None
-        if rope is not None:
-            frames = self.track.frames(rope, self.options.num_sink_tokens, self.encoded_end, device)
+        frames = self._frames(member, self.options.num_sink_tokens, self.encoded_end, device)
         up_proj, constant, scale = self.coder.reading(member, device)
         return LatentSide(tiers, up_proj, constant, frames, scale, (self.track.batch or 0, self.latents.tokens), shared)
 
@@ -350,11 +343,7 @@ class LatentStore:
     @property
     def nbytes(self) -> int:
         """Bytes of latents, sinks, windows and bases of the cache's own, unused room included."""
-        sinks = sum(sink.numel() * sink.element_size() for sink in self.sinks if sink is not None)
-        held = {id(window): window for window in self.windows}
+        held: list[Any] = [*self.sinks, *self.windows, *self.pending, self.latents, self.coder]
         if self._before is not None:  # inside a forward, or after one that failed
-            held.update((id(window), window) for window, _ in self._before[3])
-        windows = sum(window.nbytes for window in held.values())
-        pending = sum(dense.numel() * dense.element_size() for dense in self.pending if dense is not None)
-        latents = 0 if self.latents is None else self.latents.nbytes
-        return sinks + windows + pending + latents + self.coder.nbytes
+            held += [window for window, _ in self._before[3]]
+        return sum({id(part): part.nbytes for part in held if part is not None}.values())

@@ -34,14 +34,14 @@ from lowrank_cache import LowRankCache
 from lowrank_cache.calibration.api import projections_from_moments
 from lowrank_cache.calibration.collect import collect_moments, refit_values
 from lowrank_cache.calibration.moments import Moments
-from lowrank_cache.calibration.palu import head_groups, head_rows
+from lowrank_cache.calibration.palu import head_groups
 from lowrank_cache.calibration.recalkv import group_similar_heads, head_similarity
 from lowrank_cache.evaluation.inputs import load_text
 from lowrank_cache.evaluation.report import paired_interval
 from lowrank_cache.evaluation.streaming import stream, windows_of
 from lowrank_cache.probe import model_shape
 from lowrank_cache.projections import Projections
-from lowrank_cache.shapes import SIDES, SideShape, layer_groups
+from lowrank_cache.shapes import SIDES, SideShape, head_rows, layer_groups
 
 __all__ = ["byte_tokens", "calibrate_once", "check_papers", "main", "mla_config", "multi_head_config", "trained"]
 
@@ -193,7 +193,7 @@ def _energy_lost(second: Tensor, shape: SideShape, groups: list[tuple[int, ...]]
     """``second``: ``[width, width]``; principal components of each group, of equal rank for equal groups."""
     lost = 0.0
     for heads in groups:
-        rows = head_rows(shape, 1, heads)
+        rows = head_rows([shape], heads)
         energies = torch.linalg.eigvalsh(second[rows][:, rows])
         lost += float(energies[: round(len(rows) * removed / 100)].sum())
     return lost / float(second.trace())

@@ -32,7 +32,6 @@ from lowrank_cache.shapes import BOTH, layer_groups
 CALIBRATION_TOKENS = 20_480
 MOMENTS_FILE = "moments.safetensors"
 WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1")
-# Modules with long docstrings; each adds prose that the language reference's topics do not have.
 Report = Callable[[str], object]
 TEXTS = (
     "a UTF-8 file or dataset:NAME[,config=C][,split=S][,column=T]; by default WikiText-2, or Python's own "

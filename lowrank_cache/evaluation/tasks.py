@@ -91,8 +91,8 @@ def _facts(draw: random.Random, kind: str, count: int) -> tuple[dict[str, str], 
     return codes, [_WORDING[kind]["fact"].format(name=name, code=code) for name, code in codes.items()]
 
 
-def _ids(tokenizer, text: str) -> Tensor:
-    return torch.tensor(tokenizer(text)["input_ids"])
+def _ids(tokenizer, text: str, **options: bool) -> Tensor:
+    return torch.tensor(tokenizer(text, **options)["input_ids"])
 
 
 def _questions(tokenizer, kind: str, codes: dict[str, str]) -> tuple[tuple[Tensor, Tensor], ...]:
@@ -273,11 +273,8 @@ class Prompter:
 
     def context(self, text: str) -> Tensor:
         """``[tokens]`` ids of what is read first; a chat template has written the special ones itself."""
-        return self._ids(self._before + text, special=not self._chat)
+        return _ids(self.tokenizer, self._before + text, add_special_tokens=not self._chat)
 
     def question(self, text: str, prefix: str) -> Tensor:
         """``[tokens]`` ids of a question about what was read, and of how its answer begins."""
-        return self._ids(text + self._after + prefix)
-
-    def _ids(self, text: str, special: bool = False) -> Tensor:
-        return torch.tensor(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+        return _ids(self.tokenizer, text + self._after + prefix, add_special_tokens=False)
