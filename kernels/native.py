@@ -35,15 +35,10 @@ _COMPILE_SECONDS = 120
 
 
 class Native(NamedTuple):
-    """The compiled library, or why there is none.
-
-    Attributes:
-        library: Loaded; None if it could not be made.
-        description: Instruction set and compiler, or the reason.
-    """
+    """The compiled library, or why there is none."""
 
     library: ctypes.CDLL | None
-    description: str
+    description: str  # instruction set and compiler, or the reason
 
 
 class _Tier(Structure):

@@ -43,24 +43,14 @@ def tier_bytes(bits: int, channels: int, latent_dtype: torch.dtype = torch.float
 
 @dataclass(frozen=True)
 class PackedTier:
-    """The channels of a latent that have the same width, for a range of tokens.
+    """The channels of a latent that have the same width, for a range of tokens; ValueError unless all is as below."""
 
-    Attributes:
-        bits: 16, 8, 4 or 2.
-        channels: In use; a row may be longer, padded to 16 bytes.
-        codes: ``[batch, tokens, row]``: uint8 as ``pack`` lays them out, or floating at 16 bits. Rows are
-            contiguous; batch and tokens may be strided (a view of a growing buffer).
-        steps: ``[batch, tokens]`` float16, one a token; None at 16 bits.
-
-    Raises:
-        ValueError: If the width is unknown, or the tensors are not as above: a row too short for its channels,
-            another dtype, steps of other tokens.
-    """
-
-    bits: int
-    channels: int
+    bits: int  # 16, 8, 4 or 2
+    channels: int  # in use; a row may be longer, padded to 16 bytes
+    # [batch, tokens, row], uint8 as `pack` lays them out, or floating at 16 bits. Rows are contiguous; batch and tokens
+    # may be strided (a view of a growing buffer).
     codes: Tensor
-    steps: Tensor | None
+    steps: Tensor | None  # [batch, tokens] float16, one a token; None at 16 bits
 
     def __post_init__(self):
         if self.bits not in BIT_WIDTHS:
@@ -94,19 +84,12 @@ class PackedTier:
 
 @dataclass(frozen=True)
 class RotaryFrames:
-    """How stored keys are rotated: consecutive tokens in frames, each with the rotation of its first slot.
+    """How stored keys are rotated: consecutive tokens in frames, each with the rotation of its first slot."""
 
-    Attributes:
-        cos, sin: ``[1 or batch, frames, rotary_dim / 2]`` float32, of each frame's first position.
-        frame_length: Tokens per frame; token ``t`` of the latents lies in frame ``t // frame_length``. The last
-            frame may be shorter.
-        layout: ``"half"`` or ``"interleaved"``, see ``rope.rotate``.
-    """
-
-    cos: Tensor
+    cos: Tensor  # [1 or batch, frames, rotary_dim / 2] float32, of each frame's first position; so is `sin`
     sin: Tensor
-    frame_length: int
-    layout: str
+    frame_length: int  # token t of the latents lies in frame t // frame_length; the last frame may be shorter
+    layout: str  # "half" or "interleaved", see `rope.rotate`
     _made: dict[str | int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
 
     def spread(self, head_dim: int) -> tuple[Tensor, Tensor]:
@@ -145,25 +128,16 @@ class RotaryFrames:
 
 @dataclass(frozen=True)
 class LatentSide:
-    """One layer's keys or values as they are stored: ``x = latent @ up_proj + constant``, keys in their frames.
+    """One layer's keys or values as they are stored: ``x = latent @ up_proj + constant``, keys in their frames."""
 
-    Attributes:
-        tiers: The latent's channels in order. Keys and values that share a latent hold the same tiers.
-        up_proj: ``[rank, heads, head_dim]``, float32 or half precision; ``[batch, rank, heads, head_dim]`` where every
-            batch element has a basis of its own.
-        constant: ``[heads, head_dim]`` or ``[batch, heads, head_dim]`` float32, the mean of the states.
-        rope: None for values and for keys without a rotary embedding.
-        scale: ``[batch, 1, 1]`` float32: what latents are multiplied with; None for 1.
-        size: Batch elements and tokens, where no channel is stored and ``tiers`` cannot tell.
-        shared: What reading the tiers gave, kept for the other sides that are given the same dict.
-    """
-
-    tiers: tuple[PackedTier, ...]
+    tiers: tuple[PackedTier, ...]  # channels in order; keys and values that share a latent hold the same
+    # [rank, heads, head_dim], float32 or half precision; with a batch axis before where each element has its own basis
     up_proj: Tensor
-    constant: Tensor
-    rope: RotaryFrames | None = None
-    scale: Tensor | None = None
-    size: tuple[int, int] = (0, 0)
+    constant: Tensor  # [heads, head_dim] or [batch, heads, head_dim] float32, the mean of the states
+    rope: RotaryFrames | None = None  # None for values and for keys without a rotary embedding
+    scale: Tensor | None = None  # [batch, 1, 1] float32: what latents are multiplied with; None for 1
+    size: tuple[int, int] = (0, 0)  # batch elements and tokens, where no channel is stored and `tiers` cannot tell
+    # What reading the tiers gave, kept for the other sides that are given the same dict.
     shared: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def between(self, start: int, stop: int) -> "LatentSide":
@@ -195,17 +169,11 @@ class LatentSide:
 
 @dataclass(frozen=True)
 class StoredSide:
-    """One layer's keys or values, at the time of its update.
+    """One layer's keys or values, at the time of its update."""
 
-    Attributes:
-        sinks: ``[batch, heads, sinks, head_dim]`` exact.
-        latents: The tokens between sinks and tail; None while there are none.
-        tail: ``[batch, heads, tokens, head_dim]`` exact: the window and the forward's own tokens.
-    """
-
-    sinks: Tensor
-    latents: LatentSide | None
-    tail: Tensor
+    sinks: Tensor  # [batch, heads, sinks, head_dim] exact
+    latents: LatentSide | None  # the tokens between sinks and tail; None while there are none
+    tail: Tensor  # [batch, heads, tokens, head_dim] exact: the window and the forward's own tokens
 
 
 def tiles(

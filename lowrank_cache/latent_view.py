@@ -20,25 +20,17 @@ CURE = "make the cache with attend='reconstruct'"
 
 @dataclass(frozen=True)
 class LatentView:
-    """Keys and values of one layer, and where their segments stand among the slots.
-
-    Attributes:
-        key, value: What is stored.
-        slots: Tokens in all, those of the forward included.
-        encoded_end: First slot of the tail; latents stand before it.
-        sink_slots: ``[batch, sinks]``, the slot of each sequence's sinks, ``slots`` or more where one has not come yet;
-            None if they are the first slots of all.
-        impl: Kernels that read the latents, see ``kernels.api``.
-        note_read: Called when they are attended to.
-    """
+    """Keys and values of one layer, and where their segments stand among the slots."""
 
     key: StoredSide
     value: StoredSide
-    slots: int
-    encoded_end: int
+    slots: int  # tokens in all, those of the forward included
+    encoded_end: int  # first slot of the tail; latents stand before it
+    # [batch, sinks], the slot of each sequence's sinks, `slots` or more where one has not come yet; None if they are
+    # the first slots of all.
     sink_slots: Tensor | None
-    impl: str
-    note_read: Callable[[], object]
+    impl: str  # who reads the latents, see `kernels.api`
+    note_read: Callable[[], object]  # called when they are attended to
 
     def attend(
         self,
