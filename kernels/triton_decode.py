@@ -12,6 +12,7 @@ kernels".
 """
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -115,7 +116,7 @@ def latent_attention(
         exact=exact,
         scaling=scaling * _LOG2E if softcap is None else scaling / softcap,
     )
-    with torch.cuda.device_of(query):
+    with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
         _attend(step, output, lse)
     return output, lse
 

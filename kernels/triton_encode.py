@@ -6,6 +6,7 @@ Products are those of float32 operands: for half-precision states on NVIDIA in t
 is near that of float32.
 """
 
+from contextlib import nullcontext
 from itertools import accumulate
 
 import torch
@@ -198,7 +199,7 @@ def encode(
                 f"constants must be [{member.shape[1]}, {member.shape[3]}] like heads and head_dim of their states, "
                 f'the same for all batch elements, got {list(constant.shape)}; impl="torch" takes one for each'
             )
-    with torch.cuda.device_of(states[0]):
+    with torch.cuda.device(states[0].device) if states[0].is_cuda else nullcontext():
         latents = _latents(states, constants, frames, down_proj, tiers)
         costs = weight.split([channels for _, channels in tiers])
         packed: list[PackedTier] = []

@@ -4,6 +4,8 @@
 Numbers of a head that rotate together are kept in two tiles, so that rotating is elementwise.
 """
 
+from contextlib import nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -147,7 +149,7 @@ def reconstruct(side: LatentSide, dtype: torch.dtype = torch.float32) -> Tensor:
         return states.to(dtype)
     exact = dtype == torch.float32
     tile = block(tokens, 16, 128 if up["HEAD_DIM"] <= 128 else 64)
-    with torch.cuda.device_of(states):
+    with torch.cuda.device(states.device) if states.is_cuda else nullcontext():
         _reconstruct[(triton.cdiv(tokens, tile), up["heads"], batch)](
             out=states,
             tiers=tiers,

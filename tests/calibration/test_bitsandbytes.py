@@ -56,7 +56,8 @@ def check_cache(model: PreTrainedModel, projections: Projections) -> None:
     prompt, options = random_tokens(2, 14), {"max_new_tokens": 10, "do_sample": False}
     expected = model.generate(prompt, **options)
     # Latents in float32 carry a bfloat16 state so well that rounding the reconstruction restores every bit.
-    exact = LowRankCache(model, projections, compression_ratio=1, latent_dtype=torch.float32, **SMALL_SIZES)
+    options_of_cache = {"latent_dtype": torch.float32, "attend": "reconstruct", **SMALL_SIZES}
+    exact = LowRankCache(model, projections, compression_ratio=1, **options_of_cache)
     assert torch.equal(model.generate(prompt, past_key_values=exact, **options), expected)
     cache = LowRankCache(model, projections, compression_ratio=4, **SMALL_SIZES)
     assert model.generate(prompt, past_key_values=cache, **options).shape == (2, 24)

@@ -261,7 +261,7 @@ def test_stream_is_what_a_cache_reads_back(family, frame_length):
     usable = UsableTokens.of(torch.ones_like(tokens))
     recorder, exact = (Recorder(model, moments.shape, usable, by) for by in (made.truncate(3.0), None))
     sizes = {"num_sink_tokens": SKIPPED, "residual_length": 4, "block_size": 4}
-    cache = LowRankCache(model, made, compression_ratio=3.0, latent_dtype=None, **sizes)
+    cache = LowRankCache(model, made, compression_ratio=3.0, latent_dtype=None, attend="reconstruct", **sizes)
     model(tokens, past_key_values=recorder)
     model(tokens, past_key_values=exact)
     expected, stored = states_read(model, cache, tokens)[0], slice(20)  # what the first layer is given has not drifted

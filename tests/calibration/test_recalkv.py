@@ -91,8 +91,9 @@ class TestReordering:
         errors = {}
         for reorder in (True, False):
             made = projections_from_moments(moments, method="recalkv", reorder=reorder)
-            cache = LowRankCache(model, made, ranks=16, latent_dtype=None, **SMALL_SIZES)
-            exact = LowRankCache(model, made, compression_ratio=1, latent_dtype=None, **SMALL_SIZES)
+            options = {"latent_dtype": None, "attend": "reconstruct", **SMALL_SIZES}
+            cache = LowRankCache(model, made, ranks=16, **options)
+            exact = LowRankCache(model, made, compression_ratio=1, **options)
             read = [keys_read(model, each, tokens) for each in (cache, exact)]
             errors[reorder] = float((read[0] - read[1]).square().mean())
         assert errors[True] < 0.8 * errors[False]
@@ -115,8 +116,9 @@ class TestReordering:
         moments = moments_of(model, batches())
         made = projections_from_moments(moments, method="recalkv")
         ranks = {layer: (1, 1) for layer in range(3)}
-        cache = LowRankCache(model, made, ranks=ranks, latent_dtype=None, **SMALL_SIZES)
-        exact = LowRankCache(model, made, compression_ratio=1, latent_dtype=None, **SMALL_SIZES)
+        options = {"latent_dtype": None, "attend": "reconstruct", **SMALL_SIZES}
+        cache = LowRankCache(model, made, ranks=ranks, **options)
+        exact = LowRankCache(model, made, compression_ratio=1, **options)
         latent = slice(2, 50)  # neither sinks nor window
         read, states = (keys_read(model, each, tokens)[:, :, latent] for each in (cache, exact))
         for basis in (basis for basis in made.bases if basis.side == "key"):
