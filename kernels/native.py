@@ -25,7 +25,7 @@ from torch import Tensor
 from lowrank_cache.artefact import user_cache
 from lowrank_cache.kernels.packed import LatentSide, StoredSide
 
-_SOURCE = Path(__file__).with_name("native.c")
+SOURCE = Path(__file__).with_name("native.c")
 _LEAST_FRAME = 16  # shorter ones absorb queries so often that reconstructing is faster
 _TILE = 256
 _MAX_DIM = 256
@@ -143,7 +143,7 @@ def load(command: list[str], flags: list[str], folder: Path) -> Native:
     options = [*flags, "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-w", *extra]
     # All that the preprocessor knows: compiler, version, and the processor's features.
     facts = _run([*command, *flags, "-dM", "-E", "-x", "c", os.devnull])
-    name = hashlib.sha256("\0".join([_SOURCE.read_text(encoding="utf-8"), facts, *options]).encode()).hexdigest()[:32]
+    name = hashlib.sha256("\0".join([SOURCE.read_text(encoding="utf-8"), facts, *options]).encode()).hexdigest()[:32]
     path, note = folder / f"{name}.so", folder / f"{name}.sha256"
     if not (path.exists() and note.exists() and note.read_text() == _digest(path)):
         with tempfile.TemporaryDirectory(dir=folder) as aside:
@@ -167,7 +167,7 @@ def _make(command: list[str], options: list[str], folder: Path) -> Path:
     # Linked without a library of its own, GOMP_parallel is found in torch's: one pool of threads, not two that fight.
     for threads, libraries in (["-fopenmp"], []), (["-fopenmp"], ["-fopenmp"]), ([], []):
         try:
-            _run([*command, *options, *threads, "-c", str(_SOURCE), "-o", str(compiled)])
+            _run([*command, *options, *threads, "-c", str(SOURCE), "-o", str(compiled)])
             _run([*command, *options, "-shared", str(compiled), "-o", str(linked), *libraries, "-lm"])
             ctypes.CDLL(str(linked), mode=os.RTLD_NOW)
             return linked

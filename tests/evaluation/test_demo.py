@@ -307,8 +307,3 @@ class Letters:
 
     def batch_decode(self, rows, skip_special_tokens):
         return [self.decode(row) for row in rows]
-
-
-@pytest.mark.parametrize("full, other, said", [(10, 5, "2.0x less"), (10, 10, "1.0x less"), (10, 15, "1.5x more")])
-def test_ratios_say_which_way(full, other, said):
-    assert demo._ratio(full, other) == said

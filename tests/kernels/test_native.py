@@ -279,7 +279,7 @@ def test_a_tampered_library_is_compiled_again(tmp_path):
 def test_a_failed_compile_leaves_nothing(tmp_path, monkeypatch):
     broken = tmp_path / "native.c"
     broken.write_text("this is not C")
-    monkeypatch.setattr(native, "_SOURCE", broken)
+    monkeypatch.setattr(native, "SOURCE", broken)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     found = native.build.__wrapped__()
     assert found.library is None and "error" in found.description
