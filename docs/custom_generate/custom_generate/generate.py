@@ -11,6 +11,7 @@ def generate(
     projections=None,
     method=None,
     compression_ratio=8.0,
+    attend_to_latents=True,
     cache_options=None,
     past_key_values=None,
     cache=None,
@@ -22,6 +23,7 @@ def generate(
         projections: ``Projections``, or the folder or repository that holds them.
         method: ``"xkv"`` instead of projections.
         compression_ratio: Bytes per token of the full cache over those of the latents, at least 1.
+        attend_to_latents: Attend to latents where the model can; False reconstructs keys and values.
         cache_options: More arguments of ``LowRankCache``.
         arguments: Everything that ``generate`` takes.
 
@@ -39,7 +41,6 @@ def generate(
         )
     if isinstance(projections, (str, os.PathLike)):
         projections = Projections.from_pretrained(projections, compression_ratio=compression_ratio)
-    cache = LowRankCache(
-        model, projections, method=method, compression_ratio=compression_ratio, **(cache_options or {})
-    )
+    options = {"attend": "auto" if attend_to_latents else "reconstruct", **(cache_options or {})}
+    cache = LowRankCache(model, projections, method=method, compression_ratio=compression_ratio, **options)
     return model.generate(past_key_values=cache, **arguments)
