@@ -30,7 +30,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
-from lowrank_cache import LowRankCache
+from lowrank_cache import LowRankCache, latent_attention
 from lowrank_cache.cache import LowRankLayer
 from lowrank_cache.probe import decoder_of
 from tests.cache.test_attention import RECONSTRUCTED
@@ -279,7 +279,13 @@ def check(call: Call) -> str:
     assert all(bool(torch.isfinite(step).all()) for step in second.logits), "logits must be finite"
     if call.attend and call.mode == "forwards":
         other = run(call, functools.partial(make_cache, call, attend="reconstruct"), plain)
-        assert_close_bulk(second.logits, other.logits)
+        with latent_attention(model, impl="torch"):
+            attended = run(call, functools.partial(make_cache, call), plain)
+        assert_close_bulk(attended.logits, other.logits)
+        # Compiled attention rounds queries and weights to 8 bits, which moves a score by a few thousandths.
+        one, other_one = torch.cat(second.logits), torch.cat(attended.logits)
+        moved = float((one - other_one).norm() / other_one.norm())
+        assert moved <= 5e-2, f"compiled attention moved logits by {moved:.3g} of their size"
     return "lossy"
 
 
