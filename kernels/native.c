@@ -28,12 +28,12 @@ typedef struct {  // mirrored in native.py, as all structs are
   const uint8_t *codes;
   const _Float16 *steps;
   int64_t batch, token, step_batch, step_token;  // strides
-  int32_t bits, channels, row, unused;           // row: bytes of a token
+  int32_t bits, channels, row;                   // row: bytes of a token
 } Tier;
 
 typedef struct {
   Tier tiers[3];
-  int64_t count, rank;  // tiers, channels in all
+  int64_t count;        // of tiers
   const void *up_proj;  // [rank, kv_heads, dim]
   int64_t up_type;
   const float *constant;  // [kv_heads, dim]

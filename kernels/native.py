@@ -45,7 +45,7 @@ class _Tier(Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("codes", "steps")),
         *((name, c_int64) for name in ("batch", "token", "step_batch", "step_token")),
-        *((name, c_int32) for name in ("bits", "channels", "row", "unused")),
+        *((name, c_int32) for name in ("bits", "channels", "row")),
     ]
 
 
@@ -53,7 +53,6 @@ class _Side(Structure):
     _fields_ = [
         ("tiers", _Tier * 3),
         ("count", c_int64),
-        ("rank", c_int64),
         ("up_proj", c_void_p),
         ("up_type", c_int64),
         ("constant", c_void_p),
@@ -283,7 +282,7 @@ def _set_mask(part: _Exact | _Step, mask: Tensor | None, q_tokens: int) -> list[
 
 def _set_side(side: _Side, latents: LatentSide) -> list[Tensor]:
     up_proj, constant = latents.up_proj.contiguous(), latents.constant.contiguous()
-    side.count, side.rank = len(latents.tiers), up_proj.shape[0]
+    side.count = len(latents.tiers)
     side.up_proj, side.up_type, side.constant = up_proj.data_ptr(), _TYPES[up_proj.dtype], constant.data_ptr()
     for to, tier in zip(side.tiers, latents.tiers, strict=False):
         codes, steps = tier.codes, tier.steps
