@@ -2,6 +2,7 @@
 # make test    run the tests
 # make check   make test, and every slower gate
 # make docs    the site, into build/site
+# make gpu     check and time the kernels on this machine's GPU, into build/gpu
 # make lint    ruff and mypy only
 # make release-check   what must hold before a release: builds, installs, and tests other versions of transformers
 # make clean   remove everything that was built, .venv included
@@ -38,7 +39,7 @@ $(shell [ "$$(cat $(STAMP))" = "$(CURDIR)" ] && $(BIN)/python -I -c \
 	'import importlib.metadata as m; m.version("lowrank-cache"); m.version("torch")' 2>/dev/null || rm -f $(STAMP))
 endif
 
-.PHONY: help demo test check gates lint docs pages release-check clean
+.PHONY: help demo test check gates gpu lint docs pages release-check clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -61,6 +62,9 @@ demo: $(STAMP)
 # One thread a worker: with more, the workers fight over the cores and every test takes longer.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -n 2 $(PYTEST_ARGS)
+
+gpu: $(STAMP)
+	$(BIN)/lowrank-cache gpu-check --out build/gpu
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -90,6 +94,7 @@ pages: $(PREPARED)
 gates: lint
 	$(BIN)/python -m tests.tools.sanitize
 	$(BIN)/python -P tests/tools/aot_gates.py --jobs 2
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.tools.sweep --sample 60
 	$(MAKE) pages
 	$(MAKE) docs
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.tools.soak --calls 2000 --seed 0

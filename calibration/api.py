@@ -18,6 +18,7 @@ from lowrank_cache.basis import Basis
 from lowrank_cache.calibration.collect import collect_moments, refit_values
 from lowrank_cache.calibration.moments import Moments
 from lowrank_cache.calibration.text import bundled_text, mixed_batches
+from lowrank_cache.kernels.ambient import without_autocast
 from lowrank_cache.probe import model_shape
 from lowrank_cache.projections import Projections
 from lowrank_cache.shapes import BOTH, SIDES, Group, ModelShape, layer_groups
@@ -205,6 +206,27 @@ def _weights_digest(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
+def check_groups(
+    moments: Moments,
+    *,
+    method: str = "fisher",
+    frame_length: int | None = None,
+    layer_group_size: int | tuple[int, int] | str = "auto",
+    joint: bool | None = None,
+) -> None:
+    """Raise ValueError unless ``projections_from_moments`` with these options can do with what ``moments`` record.
+
+    These may be empty: it is asked before a pass over the model.
+    """
+    found, own = _with_options(method, {}, passes=1)
+    frame_length = found.frame_length if frame_length is None else frame_length
+    groups = _checked_groups(moments.shape, method, frame_length, layer_group_size, joint, **own)
+    for side, of_side in groups.items():
+        for group in of_side:
+            moments.rows_of(side, group)
+
+
+@without_autocast
 def projections_from_moments(
     moments: Moments,
     *,
@@ -240,7 +262,9 @@ def projections_from_moments(
     elif refitted is not None:
         raise ValueError(f"refitted belongs to method {_names_with('refit')}, got method {method!r}")
     bases = found.bases(moments, groups, frame_length, **own)
-    return Projections(bases, moments.shape, method=method, frame_length=frame_length, provenance=facts)
+    return Projections(
+        bases, moments.shape, method=method, frame_length=frame_length, provenance=facts, probe=moments.probe
+    )
 
 
 def _names_with(attribute: str) -> str:

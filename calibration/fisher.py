@@ -61,7 +61,7 @@ def unit_variance(down: Tensor, up: Tensor, second: Tensor, mean: Tensor) -> dic
         "up_proj": up.float(),
         "offset": offset.float(),
         "loss": scale.square().float(),
-        "constant": torch.zeros(len(mean)),
+        "constant": mean.new_zeros(len(mean), dtype=torch.float32),
     }
 
 

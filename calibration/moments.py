@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lowrank_cache.artefact import damage_named, write_files
+from lowrank_cache.kernels.ambient import without_autocast
 from lowrank_cache.kernels.rope import angle_tables, rotate
 from lowrank_cache.shapes import SIDES, Group, ModelShape, RopeShape, SideShape
 
@@ -58,6 +59,7 @@ class Moments:
         inv_freq: Inverse frequencies per rope source.
         loss: Summed next-token loss over ``predicted`` tokens, in nats.
         sensitivity_kind: ``"gradient"`` or ``"query"``.
+        probe: See ``Projections``.
     """
 
     shape: ModelShape
@@ -71,7 +73,9 @@ class Moments:
     loss: float = 0.0
     predicted: int = 0
     sensitivity_kind: str = "gradient"
+    probe: Tensor | None = None
 
+    @without_autocast
     def add(self, states: dict[str, dict[int, Tensor]], gradients: dict[str, dict[int, Tensor]]) -> None:
         """Add the tokens of one batch: per side and layer ``[tokens, layer_width]``, pre-RoPE."""
         for side, groups in self.groups.items():
@@ -98,7 +102,7 @@ class Moments:
         members = self.shape.members(side, group)
         sensitivity = torch.block_diag(*(self.sensitivity[name, layer] / self.tokens for layer, name, _ in members))
         if frame_length > 1:
-            shapes, offsets = [shape for _, _, shape in members], torch.arange(frame_length)
+            shapes, offsets = [shape for _, _, shape in members], torch.arange(frame_length, device="cpu")
             second = rotation_average(second, shapes, self.inv_freq, offsets)
             sensitivity = rotation_average(sensitivity, shapes, self.inv_freq, offsets)
             mean = rotation_average(mean[:, None], shapes, self.inv_freq, offsets)[:, 0]
@@ -111,7 +115,7 @@ class Moments:
             for recorded in groups:
                 places, start = {}, 0
                 for layer, name, shape in self.shape.members(recorded_side, recorded):
-                    places[layer, name] = torch.arange(start, start + shape.width)
+                    places[layer, name] = torch.arange(start, start + shape.width, device="cpu")
                     start += shape.width
                 if set(wanted) <= set(places):
                     return torch.cat([places[member] for member in wanted]), (recorded_side, recorded)
@@ -134,6 +138,7 @@ class Moments:
         tensors |= {f"total.{side}.{group[0]}": sums for (side, group), sums in self.total.items()}
         tensors |= {f"sensitivity.{side}.{layer}": sums for (side, layer), sums in self.sensitivity.items()}
         tensors |= {f"inv_freq.{source}": table.contiguous() for source, table in self.inv_freq.items()}
+        tensors |= {} if self.probe is None else {"probe": self.probe}
         try:
             write_files({Path(path): lambda part: save_file(tensors, part, metadata=metadata)})
         except SafetensorError as error:
@@ -159,6 +164,7 @@ class Moments:
             for layer in moments.shape.layers:
                 for side in SIDES:
                     moments.sensitivity[side, layer.layer_idx] = tensors.pop(f"sensitivity.{side}.{layer.layer_idx}")
+            moments.probe = tensors.pop("probe", None)
             moments.inv_freq = {name.removeprefix("inv_freq."): table for name, table in tensors.items()}
             return moments
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lowrank_cache.calibration.moments import Moments, UsableTokens, rotation_average
+from lowrank_cache.kernels.ambient import without_autocast
 from lowrank_cache.probe import execution_device
 from lowrank_cache.shapes import SideShape
 
@@ -34,6 +35,7 @@ class QuerySensitivity:
         self.residual: dict[int, float] = {}  # sum of squared norms of the residual stream
         self.context = 0  # tokens of the longest sequence
 
+    @without_autocast
     def add(
         self, moments: Moments, tokens: UsableTokens, seen: dict[int, Seen], hidden_states: tuple[Tensor, ...]
     ) -> None:
@@ -60,6 +62,7 @@ class QuerySensitivity:
             self.residual[index] = self.residual.get(index, 0.0) + norms.sum().item()
         self.context = max(self.context, tokens.usable.shape[1])
 
+    @without_autocast
     def finish(self, moments: Moments) -> None:
         """Put the sensitivities of all keys and values into ``moments``, which hold the same tokens."""
         for layer in moments.shape.layers:
@@ -73,7 +76,10 @@ class QuerySensitivity:
             value_spread = float((value * spread).sum()) * residual / (layer.key.heads * queries_per_head)
             outer = self.outer[index] / moments.tokens
             if rope is not None:  # their mean over the distances in the context, at most 256 of them
-                distances = torch.linspace(0, self.context - 1, min(self.context, 256)).round()
+                distances = torch.linspace(
+                    0, self.context - 1, min(self.context, 256), dtype=torch.float32, device="cpu"
+                )
+                distances = distances.round()
                 outer = rotation_average(outer, [SideShape(1, layer.key.head_dim, rope)], moments.inv_freq, distances)
             key = torch.block_diag(*outer) * (self.scaling[index] ** 2 * value_spread / residual)
             moments.sensitivity["value", index] = value * moments.tokens

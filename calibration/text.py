@@ -77,6 +77,18 @@ def _value(draw: random.Random) -> str:
     return f"{draw.choice(_FIRST)} {draw.choice(_SECOND)}"
 
 
+def opening_of(tokenizer: Callable[[str], Mapping]) -> list[int]:
+    """The ids that ``tokenizer`` puts before a text, ``<bos>`` or none: some models lose much without them."""
+    bos, ids = getattr(tokenizer, "bos_token_id", None), list(tokenizer("a")["input_ids"])
+    return [bos] if bos is not None and ids[:1] == [bos] else []
+
+
+def ids_within(tokenizer: Callable[[str], Mapping], text: str) -> list[int]:
+    """Ids of ``text`` as it stands inside a longer one, without ``opening_of``."""
+    ids, opening = list(tokenizer(text)["input_ids"]), opening_of(tokenizer)
+    return ids[len(opening) :] if opening and ids[: len(opening)] == opening else ids
+
+
 def mixed_batches(
     tokenizer: Callable[[str], Mapping],
     text: str,
@@ -86,7 +98,7 @@ def mixed_batches(
     recall_share: float = 0.5,
     seed: int = 0,
 ) -> Iterator[Tensor]:
-    """Calibration sequences: windows of ``text`` and generated look-ups, interleaved.
+    """Calibration sequences: windows of ``text`` and generated look-ups, interleaved, each after ``opening_of``.
 
     Args:
         tokenizer: Called as ``tokenizer(text)["input_ids"]``.
@@ -108,26 +120,30 @@ def mixed_batches(
     if sequences == 0:
         raise ValueError(f"tokens must be at least one window of {window}, got {tokens}")
     lookups = round(sequences * recall_share)
-    prose_ids = torch.tensor(tokenizer(text)["input_ids"]) if lookups < sequences else torch.empty(0, dtype=torch.long)
+    opening = opening_of(tokenizer)
+    prose_ids = ids_within(tokenizer, text) if lookups < sequences else []
+    inner = window - len(opening)
     available = len(prose_ids) // window
     if available < sequences - lookups:
         raise ValueError(f"text must hold at least {(sequences - lookups) * window} tokens, got {len(prose_ids)}")
-    starts = torch.linspace(0, len(prose_ids) - window, sequences - lookups).long().tolist()
+    last, count = len(prose_ids) - inner, sequences - lookups
+    starts = torch.linspace(0, last, count, dtype=torch.float32, device="cpu").long().tolist()
     done = 0  # look-ups so far
     for index in range(sequences):
         if done < round((index + 1) * lookups / sequences):
-            yield _lookup_window(tokenizer, window, seed * 1_000_003 + done)
+            ids = _lookup_window(tokenizer, inner, seed * 1_000_003 + done)
             done += 1
         else:
             start = starts.pop(0)
-            yield prose_ids[None, start : start + window]
+            ids = prose_ids[start : start + inner]
+        yield torch.tensor([opening + ids], dtype=torch.long, device="cpu")
 
 
-def _lookup_window(tokenizer, window: int, seed: int) -> Tensor:
+def _lookup_window(tokenizer, window: int, seed: int) -> list[int]:
     """A list short enough that its questions fit into the window, more lists if there is room."""
     draw = random.Random(seed)
     ids: list[int] = []
     while len(ids) < window:
         pairs = max(4, (window - len(ids)) // 32)
-        ids += tokenizer(lookup_text(draw.randrange(2**31), pairs, max(2, pairs)))["input_ids"]
-    return torch.tensor(ids[:window])[None]
+        ids += ids_within(tokenizer, lookup_text(draw.randrange(2**31), pairs, max(2, pairs)))
+    return ids[:window]

@@ -8,27 +8,27 @@ latents with its exact tokens; on CPUs ``native`` computes it in one call.
 import os
 import warnings
 from functools import cache
-from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowrank_cache.kernels import native, reference, torch_ops
+from lowrank_cache.kernels import native, reference, torch_ops, trust
+from lowrank_cache.kernels.ambient import without_autocast
 from lowrank_cache.kernels.packed import LatentSide, PackedTier, RotaryFrames, StoredSide, tiles
 from lowrank_cache.kernels.segments import attend, merge
 
 IMPLEMENTATIONS = ("auto", "native", "torch", "triton", "reference")
 MAX_KERNEL_QUERIES = 16  # longer queries reconstruct keys and values tile by tile, where dense products are best
-CHECKED_CARDS: frozenset[str] = frozenset()  # classes of GPUs on which the Triton kernels have passed their tests
 _TILE_TOKENS = 4096
 
 
 def _operations(impl: str, device: torch.device, *head_dims: int) -> ModuleType | SimpleNamespace:
     """Who computes for heads of these sizes on this device: what has the three operations as attributes.
 
-    ``"auto"`` takes Triton on a GPU of ``CHECKED_CARDS`` where it is installed and every head_dim is a multiple of 16
-    up to 256, and torch elsewhere; ``"triton"`` takes it on any device (on a CPU it needs ``TRITON_INTERPRET=1``).
+    ``"auto"`` takes Triton on a GPU that ``trust`` trusts, if every head_dim is a multiple of 16 up to 256, and torch
+    elsewhere; ``"triton"`` takes it on any device, come what may (on a CPU it needs ``TRITON_INTERPRET=1``).
     Here ``"native"`` is torch: compiled code has ``attend_stored`` only.
 
     Raises:
@@ -36,8 +36,9 @@ def _operations(impl: str, device: torch.device, *head_dims: int) -> ModuleType 
     """
     impl = _chosen(impl)
     if impl == "auto":
-        serves = device.type == "cuda" and all(map(_fits, head_dims)) and _triton_serves(device)
-        impl = "triton" if serves else "torch"
+        if device.type == "cuda" and all(map(_fits, head_dims)) and trust.serves(device):
+            return _guarded_triton()
+        impl = "torch"
     return {"torch": torch_ops, "native": torch_ops, "reference": reference}.get(impl) or _triton()
 
 
@@ -54,28 +55,6 @@ def _fits(head_dim: int) -> bool:
 
 
 @cache
-def _triton_serves(device: torch.device) -> bool:
-    """Whether ``"auto"`` means Triton on a GPU; asked once for each."""
-    if find_spec("triton") is None:
-        return False
-    card = card_class(device)
-    if card not in CHECKED_CARDS:
-        warnings.warn(
-            f"the Triton kernels have not been checked on a GPU of class {card}, so plain torch computes there; "
-            "latent_attention(model, impl='triton') takes them all the same",
-            stacklevel=2,
-        )
-    return card in CHECKED_CARDS
-
-
-def card_class(device: torch.device) -> str:
-    """What GPUs of one instruction set have in common: ``"sm_90"``, ``"gfx942"``."""
-    if torch.version.hip:
-        return str(torch.cuda.get_device_properties(device).gcnArchName).partition(":")[0]
-    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-
-
-@cache
 def _triton() -> SimpleNamespace:
     from lowrank_cache.kernels import triton_decode, triton_encode, triton_reconstruct  # CPU installations lack triton
 
@@ -83,9 +62,18 @@ def _triton() -> SimpleNamespace:
         encode=triton_encode.encode,
         reconstruct=triton_reconstruct.reconstruct,
         latent_attention=triton_decode.latent_attention,
+        attend_stored=triton_decode.attend_stored,
     )
 
 
+@cache
+def _guarded_triton() -> SimpleNamespace:
+    names = "encode", "reconstruct", "latent_attention"
+    fallback = SimpleNamespace(**{name: getattr(torch_ops, name) for name in names}, attend_stored=_attend_segments)
+    return trust.guarded(_triton(), fallback)
+
+
+@without_autocast
 def encode(
     states: list[Tensor],
     constants: list[Tensor],
@@ -105,6 +93,7 @@ def encode(
     return operations.encode(states, constants, frames, down_proj, tiers, weight, latent_dtype)
 
 
+@without_autocast
 def reconstruct(side: LatentSide, dtype: torch.dtype, *, impl: str = "auto") -> Tensor:
     """See ``reference.reconstruct``; ``impl`` is one of ``IMPLEMENTATIONS``."""
     impl = _chosen(impl)
@@ -113,6 +102,7 @@ def reconstruct(side: LatentSide, dtype: torch.dtype, *, impl: str = "auto") -> 
     return _operations(impl, side.up_proj.device, side.up_proj.shape[-1]).reconstruct(side, dtype)
 
 
+@without_autocast
 def latent_attention(
     query: Tensor,
     key: LatentSide,
@@ -136,6 +126,7 @@ def latent_attention(
     return merge(parts)
 
 
+@without_autocast
 def attend_stored(
     query: Tensor,
     key: StoredSide,
@@ -161,8 +152,29 @@ def attend_stored(
         ``[batch, q_heads, q_tokens, value_dim]``, dtype of ``query`` or float32.
     """
     impl = _chosen(impl)
+    options: dict[str, Any] = {"scaling": scaling, "masks": masks, "softcap": softcap, "sink_logits": sink_logits}
     if impl in ("auto", "native") and native.serves(query, key, value) and _native_works(impl):
-        return native.attend(query, key, value, scaling=scaling, masks=masks, softcap=softcap, sink_logits=sink_logits)
+        return native.attend(query, key, value, **options)
+    if key.latents is not None and value.latents is not None and query.shape[2] <= MAX_KERNEL_QUERIES:
+        operations = _operations(impl, query.device, key.latents.up_proj.shape[-1], value.latents.up_proj.shape[-1])
+        together = getattr(operations, "attend_stored", None)
+        if together is not None:
+            return together(query, key, value, **options)
+    return _attend_segments(query, key, value, impl=impl, **options)
+
+
+def _attend_segments(
+    query: Tensor,
+    key: StoredSide,
+    value: StoredSide,
+    *,
+    scaling: float,
+    masks: tuple[Tensor | None, Tensor | None, Tensor | None],
+    softcap: float | None,
+    sink_logits: Tensor | None,
+    impl: str = "torch",
+) -> Tensor:
+    """``attend_stored``, segment by segment."""
     sinks, seen, tail = masks
     mask = None if sinks is None or tail is None else torch.cat([sinks.expand(tail.shape[0], -1, -1, -1), tail], dim=3)
     keys, values = (torch.cat([side.sinks, side.tail], dim=2) for side in (key, value))

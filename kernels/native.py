@@ -259,7 +259,7 @@ def attend(
     needed = library.lowrank_scratch(byref(step))
     scratch = getattr(_SCRATCH, "memory", None)
     if scratch is None or scratch.numel() < needed:
-        _SCRATCH.memory = scratch = torch.empty(needed + needed // 8, dtype=torch.uint8)
+        _SCRATCH.memory = scratch = torch.empty(needed + needed // 8, dtype=torch.uint8, device="cpu")
     step.scratch, step.scratch_bytes = scratch.data_ptr(), scratch.numel()
     if library.lowrank_attend(byref(step)):
         raise RuntimeError(f"native attention needs {needed} bytes of scratch, got {scratch.numel()}")

@@ -7,6 +7,7 @@ Everything here is eager torch on any device. Mathematics: docs/method.md, "The 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,6 +109,10 @@ class RotaryFrames:
             self._made["token"] = cos, sin
         return self._made["token"]
 
+    def forget_tokens(self) -> None:
+        """Drop what ``by_token`` made, as large as one head's dense keys."""
+        self._made.pop("token", None)
+
     def rotated_into(self, states: Tensor, start: int = 0) -> Tensor:
         """``states`` of tokens from ``start`` on, rotated from their positions into their frames.
 
@@ -139,6 +144,8 @@ class LatentSide:
     size: tuple[int, int] = (0, 0)  # batch elements and tokens, where no channel is stored and `tiers` cannot tell
     # What reading the tiers gave, kept for the other sides that are given the same dict.
     shared: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    # What an implementation laid out for calls with this very side, by kind of call.
+    plans: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def between(self, start: int, stop: int) -> "LatentSide":
         """A view of tokens ``start`` to ``stop``; ``start`` must be the first of a frame."""
@@ -147,7 +154,7 @@ class LatentSide:
         if rope is not None:
             frames = slice(start // rope.frame_length, -(-stop // rope.frame_length))
             rope = RotaryFrames(rope.cos[:, frames], rope.sin[:, frames], rope.frame_length, rope.layout)
-        return replace(self, tiers=tiers, rope=rope, size=(self.size[0], stop - start), shared={})
+        return replace(self, tiers=tiers, rope=rope, size=(self.size[0], stop - start), shared={}, plans={})
 
     @property
     def tokens(self) -> int:

@@ -12,14 +12,20 @@ from torch.nn.functional import pad
 LAYOUTS = ("half", "interleaved")
 
 
-def angle_tables(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
+def angle_tables(positions: Tensor, inv_freq: Tensor, axes: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Cosine and sine of ``positions * inv_freq``, computed as transformers' rotary modules do.
 
-    ``positions`` are ``[..., tokens]`` of any dtype, ``inv_freq`` ``[rotary_dim / 2]`` radians per position, the tables
-    ``[..., tokens, rotary_dim / 2]`` in float32 (float64 if ``inv_freq`` is).
+    Args:
+        positions: ``[..., tokens]`` of any dtype; with ``axes`` ``[..., tokens, several]``.
+        inv_freq: ``[rotary_dim / 2]`` radians per position.
+        axes: ``[rotary_dim / 2]`` long, which of a token's positions turns each pair (M-RoPE); None if it has one.
+
+    Returns:
+        Tables ``[..., tokens, rotary_dim / 2]`` in float32 (float64 if ``inv_freq`` is).
     """
     dtype = torch.promote_types(inv_freq.dtype, torch.float32)
-    angles = positions[..., None].to(dtype) * inv_freq.to(positions.device, dtype)
+    by_pair = positions[..., None] if axes is None else positions[..., axes]
+    angles = by_pair.to(dtype) * inv_freq.to(positions.device, dtype)
     return angles.cos(), angles.sin()
 
 
@@ -50,15 +56,16 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor, layout: str, *, inverse: bo
     if inverse:
         sin = -sin
     rotated = torch.empty_like(states)
-    first, second = _pair_views(states, half, layout)
-    out_first, out_second = _pair_views(rotated, half, layout)
+    first, second = pair_views(states, half, layout)
+    out_first, out_second = pair_views(rotated, half, layout)
     torch.mul(first, cos, out=out_first).sub_(second * sin)
     torch.mul(second, cos, out=out_second).add_(first * sin)
     rotated[..., 2 * half :] = states[..., 2 * half :]
     return rotated
 
 
-def _pair_views(states: Tensor, half: int, layout: str) -> tuple[Tensor, Tensor]:
+def pair_views(states: Tensor, half: int, layout: str) -> tuple[Tensor, Tensor]:
+    """The first and the second numbers of all pairs that rotate together, ``[..., half]`` each."""
     if layout == "half":
         return states[..., :half], states[..., half : 2 * half]
     return states[..., 0 : 2 * half : 2], states[..., 1 : 2 * half : 2]

@@ -13,9 +13,12 @@ from lowrank_cache.kernels.packed import LatentSide, PackedTier, RotaryFrames, p
 from lowrank_cache.kernels.rope import swap_pairs
 from lowrank_cache.kernels.segments import merge, softmax
 
-_ENCODE_TOKENS = 1024  # encoded at a time: their float32 copies stay smaller than the states of a long prompt
+# Encoded at a time: their float32 copies stay smaller than the states of a long prompt.
+_ENCODE_TOKENS = 1024
+_GPU_ENCODE_TOKENS = 8192  # more cores to fill
 # Numbers (latents, reconstructed states or scores) in one tile: a few MB, which stays in a core's caches.
 _TILE_NUMBERS = 2**22
+_TILE_SHARE = 256  # of a GPU's bytes of memory one number: few launches, and tiles that fit beside a model
 
 
 def encode(
@@ -29,9 +32,9 @@ def encode(
 ) -> tuple[PackedTier, ...]:
     """See ``reference.encode``: same arguments, same results, a piece of the tokens at a time."""
     down_proj, tokens = down_proj.float(), states[0].shape[2]
-    pieces = []
-    for start in range(0, tokens, _ENCODE_TOKENS):
-        stop = min(start + _ENCODE_TOKENS, tokens)
+    pieces, length = [], _GPU_ENCODE_TOKENS if down_proj.is_cuda else _ENCODE_TOKENS
+    for start in range(0, tokens, length):
+        stop = min(start + length, tokens)
         parts = []
         for member, constant, rope in zip(states, constants, frames, strict=True):
             part = member[:, :, start:stop].to(down_proj.device, torch.float32)
@@ -101,9 +104,15 @@ def _tile_tokens(query: Tensor, key: LatentSide, value: LatentSide) -> int:
     """Tokens per tile, a whole number of frames."""
     batch, q_heads, q_tokens, _ = query.shape
     widest = max(side.up_proj.shape[0] + side.constant.numel() * _reconstructs(query, side) for side in (key, value))
-    tokens = _TILE_NUMBERS // (batch * max(widest, q_heads * q_tokens))
+    tokens = _tile_numbers(query.device) // (batch * max(widest, q_heads * q_tokens))
     frame = 1 if key.rope is None else key.rope.frame_length
     return max(frame, 64 // frame * frame, tokens // frame * frame)
+
+
+def _tile_numbers(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _TILE_NUMBERS
+    return torch.cuda.get_device_properties(device).total_memory // _TILE_SHARE
 
 
 def _reconstructs(query: Tensor, side: LatentSide) -> bool:

@@ -19,8 +19,9 @@ from lowrank_cache.kernels.triton_tiers import (
     dot_dtype,
     half_steps,
     interpreted,
-    load_levels,
-    local_channel,
+    load_codes,
+    plane_channels,
+    plane_levels,
     precision,
     tier_arguments,
     up_proj_arguments,
@@ -55,7 +56,7 @@ def pair_columns(start, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, INTERLEAVED:
 def reconstruct_pair(
     tiers, batch, token, valid, up_proj, up_rank, constant, cos, sin, frame_length,
     HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
-    TILE: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    TILE: tl.constexpr, COLUMNS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One head's states of some tokens, rotated: two tiles ``[TILE, PAIRS]`` float32, in columns of ``pair_columns``.
 
@@ -64,26 +65,28 @@ def reconstruct_pair(
     first, second, in_pairs = pair_columns(0, HEAD_DIM, HALF, INTERLEAVED, PAIRS)
     one, two = tl.zeros((TILE, PAIRS), tl.float32), tl.zeros((TILE, PAIRS), tl.float32)
     for number in tl.static_range(len(tiers)):
-        chunks = chunk_count(tiers[number], CHUNK)
+        chunks = chunk_count(tiers[number], COLUMNS)
         if chunks > 0:
             if tiers[number].bits < 16:
                 scale = half_steps(tiers[number], batch, token, valid)
                 one, two = one / scale[:, None], two / scale[:, None]
             for chunk in tl.range(0, chunks):
-                levels = load_levels(tiers[number], batch, token, valid, chunk, TILE, CHUNK, DOT)
-                channel = local_channel(chunk * CHUNK + tl.arange(0, CHUNK), 0, tiers[number], CHUNK)
-                stored = (channel >= 0)[:, None]
-                at = up_proj + channel.to(tl.int64)[:, None] * (up_rank * 8)
-                if INTERLEAVED:
-                    # One contiguous load that is split in registers.
-                    dims = tl.arange(0, 2 * PAIRS)
-                    up = tl.load(at + dims[None, :], mask=stored & (dims < HEAD_DIM)[None, :], other=0.0).to(DOT)
-                    up_one, up_two = tl.split(tl.reshape(up, (CHUNK, PAIRS, 2)))
-                else:
-                    up_one = tl.load(at + first[None, :], mask=stored & in_pairs[None, :], other=0.0).to(DOT)
-                    up_two = tl.load(at + second[None, :], mask=stored & in_pairs[None, :], other=0.0).to(DOT)
-                one = tl.dot(levels, up_one, one, input_precision=PRECISION)
-                two = tl.dot(levels, up_two, two, input_precision=PRECISION)
+                codes = load_codes(tiers[number], batch, token, valid, chunk, COLUMNS)
+                for plane in tl.static_range(tiers[number].planes):
+                    levels = plane_levels(tiers[number], codes, plane, DOT)
+                    channel = plane_channels(tiers[number], chunk, plane, COLUMNS)
+                    stored = (channel >= 0)[:, None]
+                    at = up_proj + channel.to(tl.int64)[:, None] * (up_rank * 8)
+                    if INTERLEAVED:
+                        # One contiguous load that is split in registers.
+                        dims = tl.arange(0, 2 * PAIRS)
+                        up = tl.load(at + dims[None, :], mask=stored & (dims < HEAD_DIM)[None, :], other=0.0).to(DOT)
+                        up_one, up_two = tl.split(tl.reshape(up, (COLUMNS, PAIRS, 2)))
+                    else:
+                        up_one = tl.load(at + first[None, :], mask=stored & in_pairs[None, :], other=0.0).to(DOT)
+                        up_two = tl.load(at + second[None, :], mask=stored & in_pairs[None, :], other=0.0).to(DOT)
+                    one = tl.dot(levels, up_one, one, input_precision=PRECISION)
+                    two = tl.dot(levels, up_two, two, input_precision=PRECISION)
             if tiers[number].bits < 16:
                 one, two = one * scale[:, None], two * scale[:, None]
     one += tl.load(constant + first, mask=in_pairs, other=0.0)[None, :]
@@ -108,7 +111,7 @@ def _reconstruct(
     cos_batch,
     up_rank, up_head,  # strides in units of 8 elements
     HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
-    TILE: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    TILE: tl.constexpr, COLUMNS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One head's states of one tile of tokens."""
     tile, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -118,7 +121,7 @@ def _reconstruct(
         tiers, batch, token, valid,
         up_proj + head.to(tl.int64) * (up_head * 8), up_rank, constant + head * HEAD_DIM,
         cos + batch * cos_batch, sin + batch * cos_batch, frame_length,
-        HEAD_DIM, PAIRS, HALF, INTERLEAVED, TILE, CHUNK, DOT, PRECISION,
+        HEAD_DIM, PAIRS, HALF, INTERLEAVED, TILE, COLUMNS, DOT, PRECISION,
     )  # fmt: skip
     line = (batch * heads + head) * tokens + token
     if INTERLEAVED:
@@ -157,10 +160,10 @@ def reconstruct(side: LatentSide, dtype: torch.dtype = torch.float32) -> Tensor:
             frame_length=1 if side.rope is None else side.rope.frame_length,
             PAIRS=block(up["HEAD_DIM"] // 2, 16, 128),
             TILE=tile,
-            CHUNK=32 if exact and up["HEAD_DIM"] > 128 else 64,  # float32 tiles take twice the shared memory
+            COLUMNS=16 if up["HEAD_DIM"] > 128 else 32,  # for the 64 KiB of shared memory on AMD's cards
             DOT=tl.float32 if exact else dot_dtype(up["up_proj"].dtype),
             PRECISION=precision(exact),
-            num_warps=warps(128 if up["HEAD_DIM"] <= 64 else 256),
+            num_warps=warps(256),
             num_stages=2,
             **up,
         )

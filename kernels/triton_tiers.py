@@ -1,10 +1,11 @@
 """How Triton kernels take packed tiers as arguments, unpack them in registers, and number their channels.
 
-Kernels walk a latent in chunks of ``CHUNK`` positions. A chunk is the same run of bytes of every token's row of one
-tier, with all planes of these bytes: byte ``j`` and plane ``p`` stand at column ``j * planes + p`` of the chunk and
-hold the tier's channel ``p * row_bytes + j``. Tiers follow one another from 16 bits down to 2, whatever the order of
-the channels, each padded to whole chunks. Latent vectors that only kernels see (absorbed queries, values under
-accumulation) are stored by position, so every access to them is aligned and contiguous; ``channel_of`` leads back.
+Kernels walk a latent in chunks. A chunk is the same ``COLUMNS`` bytes of every token's row of one tier (numbers at 16
+bits), with all planes of these bytes, one after another: plane ``p`` of byte ``j`` of a row is the tier's channel
+``p * row_bytes + j``. Planes are multiplied apart, so that unpacking moves nothing between lanes. Tiers follow one
+another from 16 bits down to 2, whatever the order of the channels, each padded to whole chunks. Latent vectors that
+only kernels see (absorbed queries, values under accumulation) are stored by position, so every access to them is
+aligned and contiguous; ``channel_of`` leads back.
 
 Kernels take all tiers of a latent as one argument, a tuple of ``Tier``. Their integers are run-time values that Triton
 must not specialise on, see ``unspecialised``: one compiled kernel serves all layers. Rows are given in units of 16
@@ -21,6 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lowrank_cache.kernels.packed import BIT_WIDTHS, ROW_BYTES, LatentSide, PackedTier, RotaryFrames
+
+COLUMNS = 64  # of a chunk: every token's bytes are loaded 16 at a time by four threads
 
 
 def unspecialised(number: int) -> int:
@@ -45,6 +48,7 @@ class Tier(NamedTuple):
     start: Any  # the tier's first channel in the latent
     channels: Any  # how many it has
     bits: tl.constexpr  # their width
+    planes: tl.constexpr  # channels of a byte; 1 at 16 bits
 
 
 @dataclass(frozen=True)
@@ -52,11 +56,8 @@ class TierArguments:
     """What kernels are given of a latent."""
 
     tiers: tuple[Tier, ...]  # by ``BIT_WIDTHS``
-    positions: tuple[int, ...]  # that each of them takes before it is padded to whole chunks
-
-    def chunks(self, chunk: int) -> int:
-        """Chunks of ``chunk`` positions that all tiers take."""
-        return sum(triton.cdiv(positions, chunk) for positions in self.positions)
+    chunks: int  # of all tiers
+    position_blocks: int  # of ``COLUMNS`` positions, that they take
 
 
 def tier_arguments(tiers: tuple[PackedTier, ...]) -> TierArguments:
@@ -82,7 +83,7 @@ def tier_arguments(tiers: tuple[PackedTier, ...]) -> TierArguments:
             )
     # An absent tier has rows of no length; its pointers are any that are aligned and of the right type.
     anything = tiers[0].codes
-    arguments, positions = [], []
+    arguments, chunks, position_blocks = [], 0, 0
     for bits in BIT_WIDTHS:
         found = by_bits.get(bits)
         codes = anything.view(torch.float16 if bits == 16 else torch.uint8) if found is None else found.codes
@@ -91,9 +92,12 @@ def tier_arguments(tiers: tuple[PackedTier, ...]) -> TierArguments:
         row = 0 if found is None else codes.shape[2] // unit
         strides = codes.stride(0) // unit, codes.stride(1) // unit, steps.stride(0), steps.stride(1)
         numbers = row, *strides, starts.get(bits, 0), 0 if found is None else found.channels
-        arguments.append(Tier._make((codes, steps, *map(unspecialised, numbers), tl.constexpr(bits))))
-        positions.append(row * unit * max(1, 8 // bits))
-    return TierArguments(tuple(arguments), tuple(positions))
+        planes = max(1, 8 // bits)
+        widths = tl.constexpr(bits), tl.constexpr(planes)
+        arguments.append(Tier._make((codes, steps, *map(unspecialised, numbers), *widths)))
+        own = -(-row * unit // COLUMNS)
+        chunks, position_blocks = chunks + own, position_blocks + own * planes
+    return TierArguments(tuple(arguments), chunks, position_blocks)
 
 
 def check_side(name: str, side: LatentSide) -> None:
@@ -183,20 +187,19 @@ def plain(number):
 
 
 @triton.jit
-def chunk_count(tier, CHUNK: tl.constexpr):
+def chunk_count(tier, COLUMNS: tl.constexpr):
     """Chunks of a tier."""
-    COLUMNS: tl.constexpr = CHUNK * tier.bits // 8 if tier.bits < 16 else CHUNK
     UNIT: tl.constexpr = 128 // tier.codes.dtype.element_ty.primitive_bitwidth
     return tl.cdiv(plain(tier.row) * UNIT, COLUMNS)
 
 
 @triton.jit
-def all_chunks(tiers, CHUNK: tl.constexpr):
-    """Chunks of all tiers."""
+def all_positions(tiers, COLUMNS: tl.constexpr):
+    """Positions of all tiers."""
     count = 0
     for number in tl.static_range(len(tiers)):
-        count += chunk_count(tiers[number], CHUNK)
-    return count
+        count += chunk_count(tiers[number], COLUMNS) * tiers[number].planes
+    return count * COLUMNS
 
 
 @triton.jit
@@ -207,30 +210,32 @@ def half_steps(tier, batch, token, valid):
 
 
 @triton.jit
-def load_levels(tier, batch, token, valid, chunk, TILE: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr):
-    """One chunk of a tier for some tokens as ``[TILE, CHUNK]``: 16-bit latents as they are, else twice the levels.
-
-    Twice a level is an odd integer of at most 8 bits: exact in every type. Columns that hold no channel are finite.
-    """
-    BITS: tl.constexpr = tier.bits
-    PLANES: tl.constexpr = 8 // BITS if BITS < 16 else 1
-    COLUMNS: tl.constexpr = CHUNK // PLANES
+def load_codes(tier, batch, token, valid, chunk, COLUMNS: tl.constexpr):
+    """One chunk of a tier for some tokens, ``[TILE, COLUMNS]``: bytes, or numbers at 16 bits. All are finite."""
     UNIT: tl.constexpr = 128 // tier.codes.dtype.element_ty.primitive_bitwidth
     codes = tier.codes + batch * plain(tier.codes_batch) * UNIT
     column = chunk * COLUMNS + tl.arange(0, COLUMNS)
     offset = token.to(tl.int64) * (plain(tier.codes_token) * UNIT)
     inside = valid[:, None] & (column < plain(tier.row) * UNIT)[None, :]
     loaded = tl.load(codes + offset[:, None] + column[None, :], mask=inside, other=0)
-    if BITS == 16:
-        used = tl.where((column < plain(tier.channels))[None, :], loaded, 0.0)
-        if DOT == tl.float16 and codes.dtype.element_ty != tl.float16:
-            used = tl.clamp(used.to(tl.float32), -65504.0, 65504.0)
-        return used.to(DOT)
+    if tier.bits == 16:
+        loaded = tl.where((column < plain(tier.channels))[None, :], loaded, 0.0)
+    return loaded
+
+
+@triton.jit
+def plane_levels(tier, codes, plane: tl.constexpr, DOT: tl.constexpr):
+    """One plane of what ``load_codes`` loaded: 16-bit latents as they are, else twice the levels.
+
+    Twice a level is an odd integer of at most 8 bits: exact in every type.
+    """
+    if tier.bits == 16:
+        if DOT == tl.float16 and codes.dtype != tl.float16:
+            codes = tl.clamp(codes.to(tl.float32), -65504.0, 65504.0)
+        return codes.to(DOT)
     else:
-        TOP: tl.constexpr = 2**BITS - 1
-        planes = (tl.arange(0, PLANES) * BITS).to(tl.uint16)
-        doubled = ((loaded.to(tl.uint16)[:, :, None] << 1) >> planes[None, None, :]) & (2 * TOP)
-        doubled = tl.reshape(doubled, (TILE, CHUNK))
+        TOP: tl.constexpr = 2**tier.bits - 1
+        doubled = ((codes.to(tl.uint16) << 1) >> (plane * tier.bits)) & (2 * TOP)
         if DOT == tl.float32:
             return doubled.to(tl.float32) - TOP
         else:
@@ -240,26 +245,33 @@ def load_levels(tier, batch, token, valid, chunk, TILE: tl.constexpr, CHUNK: tl.
 
 
 @triton.jit
-def local_channel(position, first, tier, CHUNK: tl.constexpr):
+def plane_channels(tier, chunk, plane: tl.constexpr, COLUMNS: tl.constexpr):
+    """The channels of one plane of a chunk: the latent's ``[COLUMNS]``, -1 where it has none."""
+    UNIT: tl.constexpr = 128 // tier.codes.dtype.element_ty.primitive_bitwidth
+    row = plain(tier.row) * UNIT
+    column = chunk * COLUMNS + tl.arange(0, COLUMNS)
+    channel = plane * row + column
+    return tl.where((column < row) & (channel < plain(tier.channels)), plain(tier.start) + channel, -1)
+
+
+@triton.jit
+def _channel_of_tier(position, first, tier, COLUMNS: tl.constexpr):
     """The channels at some positions of a latent in which ``tier`` begins at ``first``, -1 where it has none."""
-    BITS: tl.constexpr = tier.bits
-    PLANES: tl.constexpr = 8 // BITS if BITS < 16 else 1
-    COLUMNS: tl.constexpr = CHUNK // PLANES
     UNIT: tl.constexpr = 128 // tier.codes.dtype.element_ty.primitive_bitwidth
     local, row = position - first, plain(tier.row) * UNIT
-    column = local // CHUNK * COLUMNS + local % CHUNK // PLANES
-    channel = local % PLANES * row + column
+    column = local // (COLUMNS * tier.planes) * COLUMNS + local % COLUMNS
+    channel = local // COLUMNS % tier.planes * row + column
     stored = (local >= 0) & (column < row) & (channel < plain(tier.channels))
     return tl.where(stored, plain(tier.start) + channel, -1)
 
 
 @triton.jit
-def channel_of(position, tiers, CHUNK: tl.constexpr):
+def channel_of(position, tiers, COLUMNS: tl.constexpr):
     """The channels at some positions of a latent, -1 at positions that only fill up a chunk."""
     first = 0
     channel = tl.full(position.shape, -1, tl.int32)
     for number in tl.static_range(len(tiers)):
         # A position lies in the row of one tier at most; the others say -1.
-        channel = tl.maximum(channel, local_channel(position, first, tiers[number], CHUNK))
-        first += chunk_count(tiers[number], CHUNK) * CHUNK
+        channel = tl.maximum(channel, _channel_of_tier(position, first, tiers[number], COLUMNS))
+        first += chunk_count(tiers[number], COLUMNS) * (tiers[number].planes * COLUMNS)
     return channel

@@ -6,6 +6,7 @@ them, and else they call what stood there. No model and no config is changed. Wh
 attention as they are is found by a probe of one token; what is in force is looked up in each forward.
 """
 
+import os
 import sys
 import threading
 import warnings
@@ -22,7 +23,7 @@ from transformers import PreTrainedModel
 
 from lowrank_cache.kernels.api import IMPLEMENTATIONS
 from lowrank_cache.latent_view import CURE, LatentView, as_bool, attach_view, view_of
-from lowrank_cache.probe import SpyCache, decoder_of, model_shape, one_token_forward
+from lowrank_cache.probe import SpyCache, decoder_of, layer_devices, model_shape, one_token_forward
 
 _OUTSIDE = "it does not attend through transformers' attention interface"
 _INTERFACE, _EAGER = "ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"  # as modeling files call them
@@ -43,10 +44,17 @@ def latent_attention(model: PreTrainedModel, *, impl: str = "auto") -> "LatentAt
     Raises:
         NotImplementedError: If the model's cache cannot be compressed, its attention does not go through
             transformers' attention interface, or no layer hands its cache's keys to it unchanged.
-        ValueError: If ``impl`` is unknown or differs from that of a handle that is still in use.
+        ValueError: If ``impl`` is unknown, cannot compute on the model's devices, or differs from that of a handle that
+            is still in use.
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {IMPLEMENTATIONS}, got {impl!r}")
+    devices = {device.type for device in layer_devices(model).values()}
+    if impl == "triton" and "cuda" not in devices and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"impl='triton' must be used for a model on a GPU, got one on {sorted(devices)}; leave impl out, or set "
+            "TRITON_INTERPRET=1 before triton is imported, to try the kernels in the interpreter"
+        )
     known, obstacle = _examine(model)
     if obstacle is not None:
         raise NotImplementedError(

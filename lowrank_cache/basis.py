@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lowrank_cache.kernels.ambient import without_autocast
 from lowrank_cache.shapes import BOTH, SIDES
 
 TENSORS = ("down_proj", "up_proj", "offset", "loss", "constant")  # in the order in which they are saved
@@ -78,6 +79,7 @@ class Basis:
     def nbytes(self) -> int:
         return sum(getattr(self, name).nbytes for name in TENSORS)
 
+    @without_autocast
     def truncate(self, rank: int) -> "Basis":
         """A copy with the first ``rank`` channels; the others are read as their mean."""
         return replace(

@@ -5,8 +5,9 @@ hand states to them. What transformers calls, and when: docs/cache_contract.md.
 """
 
 import hashlib
+import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,13 +20,14 @@ from transformers.cache_utils import Cache
 from lowrank_cache import saved_cache
 from lowrank_cache.artefact import SavedTensors
 from lowrank_cache.attention import join, make_attending
-from lowrank_cache.coder import Coder, calibrated_coders
+from lowrank_cache.coder import Coder, calibrated_coders, living_projections
 from lowrank_cache.forward import Forward, watch
+from lowrank_cache.kernels.ambient import without_autocast
 from lowrank_cache.latent_view import attach_view
 from lowrank_cache.layers import LowRankLayer, make_layers
 from lowrank_cache.positions import PositionTrack
-from lowrank_cache.probe import decoder_of, layer_devices, model_shape
-from lowrank_cache.projections import Projections
+from lowrank_cache.probe import decoder_of, layer_devices, model_shape, position_axes, probe_states, probed_decoders
+from lowrank_cache.projections import TUNED_WEIGHTS, Projections
 from lowrank_cache.prompt_svd import prompt_coders
 from lowrank_cache.shapes import SIDES
 from lowrank_cache.store import LatentStore, StoreOptions
@@ -129,14 +131,15 @@ class LowRankCache(Cache):
         if projections is not None:
             projections = _loaded(projections)
             projections.check_model(shape)
+            _warn_of_weights(model, projections.check_weights(probe_states(model)))
             if layer_group_size is not None or new_tokens is not None:
                 raise ValueError("layer_group_size and new_tokens belong to method 'xkv'; projections hold their own")
             coders = calibrated_coders(projections, *budget)
-            self._track = PositionTrack(projections.frame_length, num_sink_tokens)
+            self._track = PositionTrack(projections.frame_length, num_sink_tokens, position_axes(model))
         else:
             size = 4 if layer_group_size is None else layer_group_size
             coders = prompt_coders(shape, *budget, size, "encode" if new_tokens is None else new_tokens)
-            self._track = PositionTrack(1, num_sink_tokens)
+            self._track = PositionTrack(1, num_sink_tokens, position_axes(model))
         self._stores = [LatentStore(coder, self._track, options) for coder in coders]
         self.target_compression_ratio = float(compression_ratio) if ranks is None else None
         self._owner = saved_cache.owner_facts(model.config, shape)
@@ -162,11 +165,13 @@ class LowRankCache(Cache):
         return super().get_seq_length(layer_idx) if before is None else before
 
     @torch.compiler.disable(reason="buffers grow and latents are encoded by Python control flow")
+    @without_autocast
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[Tensor, Tensor]:
         """See ``LowRankLayer.update``; layers that are not compressed go to transformers' own classes."""
         layer = self.layers[layer_idx]
+        key_states, value_states = (self._track.without_padding(states) for states in (key_states, value_states))
         if not isinstance(layer, LowRankLayer):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         self._forward.check_update(layer_idx, layer.get_seq_length(), key_states)
@@ -182,6 +187,38 @@ class LowRankCache(Cache):
             keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         self._forward.note_updated(layer_idx)
         return keys, values
+
+    def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor | None]]:
+        """Keys, values and sliding window of each layer, as of a ``DynamicCache``; compressed ones reconstructed."""
+        for layer in self.layers:
+            states = getattr(layer, "keys", None), getattr(layer, "values", None)
+            yield *states, getattr(layer, "_sliding_window_tensor", None)
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether tokens are cached."""
+        return self._track.slots > 0
+
+    @property
+    def batch_size(self) -> int:
+        """Of the cached sequences; -1 while the cache is empty."""
+        return -1 if self._track.batch is None else self._track.batch
+
+    @property
+    def max_cache_len(self) -> int:
+        """Raises AttributeError: who asks, as PEFT's prefix tuning does, is about to use another cache instead."""
+        raise AttributeError(
+            "a LowRankCache has no max_cache_len: it grows without a maximum, and what asks for one (prefix tuning) "
+            "would replace it by a cache of its own, which is not supported"
+        )
+
+    def offload(self, layer_idx: int, only_non_sliding: bool = True) -> None:
+        """Raises NotImplementedError: a LowRankCache lies where its layers compute."""
+        raise NotImplementedError("a LowRankCache cannot be offloaded; lower residual_length, or raise the ratio")
+
+    def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
+        """See ``offload``."""
+        self.offload(layer_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` tokens; 0 removes none.
@@ -199,16 +236,18 @@ class LowRankCache(Cache):
                     store.truncate(kept)
                 self._track.truncate(kept)
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Tensor | Sequence[int]) -> None:
         """Give batch element ``i`` what ``beam_idx[i]`` held, as beam search asks."""
+        beam_idx = _indices(beam_idx)
         self._change_batch("reorder_cache", beam_idx, lambda states: states.index_select(0, beam_idx.to(states.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every batch element ``repeats`` times, next to itself."""
         self._change_batch("batch_repeat_interleave", repeats, lambda states: states.repeat_interleave(repeats, dim=0))
 
-    def batch_select_indices(self, indices: Tensor) -> None:
+    def batch_select_indices(self, indices: Tensor | Sequence[int]) -> None:
         """Keep only the batch elements ``indices``."""
+        indices = _indices(indices)
         self._change_batch("batch_select_indices", indices, lambda states: states[indices.to(states.device)])
 
     def reset(self) -> None:
@@ -297,49 +336,57 @@ class LowRankCache(Cache):
         with saved_cache.reading(name_or_path, **download) as saved:
             saved.check_owner(saved_cache.owner_facts(model.config, model_shape(model)), projections)
             cache = cls(model, projections, attend=attend, **saved.settings)
-            saved.check_bases(cache._bases_fingerprint())
+            saved.check_bases(*cache._bases_fingerprints())
             saved.fill(cache._track, cache._stores, cache._others(), model)
-        for layer in cache._low_rank_layers():
-            layer.is_initialized = True
         return cache
+
+    def __reduce__(self) -> tuple:
+        """Pickled is what ``save_pretrained`` writes; the model and the projections must exist where it is loaded."""
+        if self.get_seq_length():
+            facts, tensors = self._gathered()
+        else:
+            facts, tensors = saved_cache.empty({**self._owner, **self._bases_fact()}, self._settings), SavedTensors()
+        return _unpickled, (facts, dict(tensors), "auto" if self._attends else "reconstruct")
 
     def _gathered(self) -> tuple[dict[str, Any], SavedTensors]:
         """Facts and tensors of everything that is held."""
         self._forward.settle()
-        facts = {**self._owner, "projections_fingerprint": self._bases_fingerprint()}
         parts = self._track, self._stores, self._others()
+        facts = {**self._owner, **self._bases_fact()}
         return saved_cache.gather(facts, self._settings, *parts, full_bytes=self.full_bytes())
 
-    def _bases_fingerprint(self) -> str | None:
-        """SHA-256 of the truncated bases in use; None for xkv, whose bases are saved with the tokens."""
-        found = "".join(store.coder.fingerprint for store in self._stores)
-        return hashlib.sha256(found.encode()).hexdigest() if found else None
+    def _bases_fact(self) -> dict[str, str | None]:
+        return {"projections_fingerprint": self._bases_fingerprints()[0]}
 
-    def stored_bytes(self) -> int:
+    def _bases_fingerprints(self) -> list[str | None]:
+        """SHA-256 of the bases in use, and as older versions took it; None for xkv, whose bases are saved too."""
+        found = ["".join(part) for part in zip(*(store.coder.fingerprints for store in self._stores), strict=True)]
+        return [hashlib.sha256(each.encode()).hexdigest() if each else None for each in found]
+
+    def stored_bytes(self, *, linear_states: bool = False) -> int:
         """Bytes of every tensor kept for the cached tokens, unused room included; bases are not.
 
-        Linear-attention states are not counted here nor in ``full_bytes``.
+        ``linear_states``: count the states of linear-attention and convolution layers too, which do not grow.
         """
-        # By storage: a sliding layer keeps a view of what it was last given.
-        storages = {states.untyped_storage().data_ptr(): states.untyped_storage() for states in self._other_states()}
-        others = sum(storage.nbytes() for storage in storages.values())
-        return self._track.nbytes + sum(store.nbytes for store in self._stores) + others
+        held = self._track.nbytes + sum(store.nbytes for store in self._stores)
+        return held + self._other_bytes(linear_states)
 
-    def full_bytes(self) -> int:
-        """Bytes the full cache would take for the same tokens, at 16 bits a number.
+    def full_bytes(self, *, linear_states: bool = False) -> int:
+        """Bytes the full cache would take for the same tokens: compressed layers at 16 bits a number.
 
-        The dtype of the model does not matter: the full cache of a float32 model is twice this.
+        The full cache of a float32 model takes twice that for them. Layers that are not compressed are transformers'
+        own in both caches, and count as they are held.
         """
         compressed = sum(
             layer.get_seq_length() * (layer.shape.key.width + layer.shape.value.width)
             for layer in self._low_rank_layers()
         )
-        return 2 * (compressed * (self._track.batch or 0) + sum(tensor.numel() for tensor in self._other_states()))
+        return 2 * compressed * (self._track.batch or 0) + self._other_bytes(linear_states)
 
-    def compression_ratio(self) -> float:
-        """``full_bytes() / stored_bytes()`` now; 1.0 while the cache is empty."""
-        stored = self.stored_bytes()
-        return self.full_bytes() / stored if self.get_seq_length() else 1.0
+    def compression_ratio(self, *, linear_states: bool = False) -> float:
+        """``full_bytes`` over ``stored_bytes`` now; 1.0 while the cache is empty."""
+        options = {"linear_states": linear_states}
+        return self.full_bytes(**options) / self.stored_bytes(**options) if self.get_seq_length() else 1.0
 
     def projection_bytes(self) -> int:
         """Bytes of the truncated bases that this cache uses; shared by caches of the same settings.
@@ -366,10 +413,62 @@ class LowRankCache(Cache):
             for store in self._stores
         ]
 
-    def _other_states(self) -> list[Tensor]:
-        """Keys and values of the attention layers that are not compressed."""
-        tensors = [getattr(layer, name, None) for layer in self._others().values() for name in ("keys", "values")]
-        return [tensor for tensor in tensors if isinstance(tensor, Tensor)]
+    def _other_bytes(self, linear_states: bool) -> int:
+        """Bytes of the layers that are not compressed, by storage: sliding ones keep views of what came."""
+        tensors: list[Any] = []
+        for layer in self._others().values():
+            tensors += [getattr(layer, name, None) for name in ("keys", "values")]
+            if linear_states:
+                for name in ("conv_states", "recurrent_states"):
+                    tensors += getattr(layer, name, {}).values()
+        storages = [tensor.untyped_storage() for tensor in tensors if isinstance(tensor, Tensor)]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _warn_of_weights(model: PreTrainedModel, difference: float) -> None:
+    """Say so, if a model seems to be tuned further than its projections know; quantized and adapted ones are meant."""
+    expected = getattr(model.config, "quantization_config", None) or hasattr(model, "peft_config")
+    if difference > TUNED_WEIGHTS and not expected:
+        warnings.warn(
+            f"the weights of this {type(model).__name__} differ from those that the projections were calibrated on "
+            f"(keys and values of a token by {difference:.0%}); the cache works, at more loss: calibrate on this model",
+            stacklevel=3,
+        )
+
+
+def _unpickled(facts: Mapping[str, Any], tensors: dict[str, Tensor], attend: str) -> LowRankCache:
+    """The cache that was pickled, for the one model and with the projections of this process that made it."""
+    saved, found = saved_cache.SavedCache("the pickled cache", facts, SavedTensors(tensors)), []
+    for decoder in probed_decoders():
+        if model_shape(decoder).fingerprint != facts["model_fingerprint"]:
+            continue
+        for projections in [None] if facts["projections_fingerprint"] is None else living_projections():
+            try:
+                cache = LowRankCache(decoder, projections, attend=attend, **saved.settings)
+                saved.check_bases(*cache._bases_fingerprints())
+            except ValueError:  # of another model, or of another calibration
+                continue
+            found.append((cache, decoder))
+            break
+    if len(found) != 1:
+        raise ValueError(
+            f"the pickled LowRankCache needs the one model and the projections that made it, and this process has "
+            f"{len(found)} such models that caches were made for; use cache.save_pretrained and "
+            "LowRankCache.from_pretrained, which are told"
+        )
+    cache, decoder = found[0]
+    if "tokens" in facts:
+        saved.fill(cache._track, cache._stores, cache._others(), decoder)
+    return cache
+
+
+def _indices(indices: Tensor | Sequence[int]) -> Tensor:
+    """Of batch elements, as a tensor; a boolean one stays."""
+    if isinstance(indices, Tensor):
+        return indices
+    if not all(isinstance(index, int) for index in indices):
+        raise TypeError(f"indices must be whole numbers, got {indices!r}")
+    return torch.tensor(list(indices), dtype=torch.long, device="cpu")
 
 
 def _loaded(projections: Projections | str | Path) -> Projections:

@@ -25,6 +25,7 @@ from lowrank_cache.evaluation.bench import bench as run_bench
 from lowrank_cache.evaluation.caches import GRAMMAR, CacheSizes
 from lowrank_cache.evaluation.demo import DownloadError, run_demo
 from lowrank_cache.evaluation.evaluate import EvaluationSettings, run_evaluation
+from lowrank_cache.evaluation.gpu_check import gpu_check as run_gpu_check
 from lowrank_cache.evaluation.inputs import Run, load_model, load_text
 from lowrank_cache.evaluation.inspection import inspect_projections, plot_projections
 from lowrank_cache.evaluation.streaming import processor
@@ -95,6 +96,13 @@ def env() -> None:
     typer.echo(f"processor: {processor()}")
     typer.echo(f"attention on CPUs: {native.build().description}")
     typer.echo(f"accelerators: {', '.join(accelerators) or 'none'}; {torch.get_num_threads()} threads")
+
+
+@app.command()
+def gpu_check(out: Annotated[Path, typer.Option(help="Folder of report.md and report.json.")]) -> None:
+    """Check the Triton kernels on this GPU, and time them; a pass makes caches use them."""
+    if not run_gpu_check(out, typer.echo):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -9,7 +9,8 @@ import hashlib
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from lowrank_cache.artefact import SavedTensors
 from lowrank_cache.budget import GroupPlan, Ranks
 from lowrank_cache.hadamard import channel_mixing
+from lowrank_cache.kernels.ambient import without_autocast
 from lowrank_cache.kernels.packed import QUANTIZED_BITS, RotaryFrames
 from lowrank_cache.projections import Projections
 from lowrank_cache.shapes import BOTH, Member, head_rows
@@ -50,11 +52,12 @@ class Coder:
         last: Whether the tokens that are encoded next are the last ones.
         nbytes: Bytes of bases that belong to this cache alone.
         projection_bytes: Bytes of bases that caches of the same settings share, on all devices.
-        fingerprint: Of calibrated bases; empty for others.
+        fingerprints: Of calibrated bases, as this version and as older ones take it; empty for others.
     """
 
     one_basis, fitted, last = True, True, False
-    nbytes, projection_bytes, fingerprint = 0, 0, ""
+    nbytes, projection_bytes = 0, 0
+    fingerprints = "", ""
 
     def __init__(self, members: Sequence[Member], tiers: tuple[tuple[int, int], ...]):
         sides = dict.fromkeys(member.side for member in members)
@@ -114,16 +117,18 @@ class CalibratedCoder(Coder):
         rotated: Mix each basis' channels by a Hadamard rotation, for one quantized tier that holds them all.
 
     Attributes:
-        fingerprint: SHA-256 of what latents mean: members, tiers and matrices as they are held, basis by basis. The
-            means are left out: ``Projections.truncate`` adds up what it cuts away in another order, so they may differ
-            in the last bit.
+        fingerprints: SHA-256 of what latents mean: members, tiers and matrices as they are held, or before they are
+            rotated, basis by basis: products differ in the last bit from processor to processor. The means are left out
+            for that reason: ``Projections.truncate`` adds up what it cuts away in another order. The second is what
+            older versions took: of rotated bases, the products.
     """
 
     def __init__(
         self, plan: GroupPlan, members: Sequence[Member], dtype: torch.dtype = torch.float32, rotated: bool = False
     ):
         super().__init__(members, tuple((bits, len(channels)) for bits, channels in plan.tiers))
-        kept = torch.tensor(plan.channels, dtype=torch.long)
+        kept = torch.tensor(plan.channels, dtype=torch.long, device="cpu")
+        empty = partial(torch.zeros, dtype=torch.float32, device="cpu")
         weight = torch.cat([basis.loss for basis in plan.bases])[kept]
         sizes, unit = weight.sqrt(), None
         if rotated:
@@ -132,17 +137,19 @@ class CalibratedCoder(Coder):
             weight = torch.full_like(weight, unit**2)
         # The mean of the states. Latents are of what differs from it, so half precision never has to hold a bias, and
         # channels that are not stored are read as their mean.
-        constants = [torch.zeros(member.shape.heads, member.shape.head_dim) for member in members]
-        down_proj = torch.zeros(sum(member.shape.width for member in members), len(kept))
-        up_projs = [torch.zeros(len(kept), member.shape.heads, member.shape.head_dim) for member in members]
+        constants = [empty(member.shape.heads, member.shape.head_dim) for member in members]
+        down_proj = empty(sum(member.shape.width for member in members), len(kept))
+        up_projs = [empty(len(kept), member.shape.heads, member.shape.head_dim) for member in members]
         dtypes: list[tuple[torch.dtype, ...]] = []  # by basis, of its down-projection and of its part for each member
-        digest = hashlib.sha256(repr((tuple(member[:2] for member in members), self.tiers)).encode())
+        about = repr((tuple(member[:2] for member in members), self.tiers)).encode()
+        older, digest = hashlib.sha256(about), hashlib.sha256(about + f"{dtype} rotated".encode() * rotated)
         start = 0
         for basis in plan.bases:
             places = ((kept >= start) & (kept < start + basis.rank)).nonzero()[:, 0]
-            columns, heads = kept[places] - start, torch.tensor(basis.heads)
+            columns, heads = kept[places] - start, torch.tensor(basis.heads, dtype=torch.long, device="cpu")
             start += basis.rank
             down, up = basis.down_proj[:, columns], basis.up_proj[columns]
+            sources = [down, up]
             if unit is not None and len(places):
                 mix, unmix = channel_mixing(sizes[places], unit)
                 down, up = down @ mix, unmix @ up
@@ -157,10 +164,9 @@ class CalibratedCoder(Coder):
                 up_proj[places[:, None], heads] = matrix.unflatten(1, (len(heads), -1)).float()
             all_heads = all(basis.heads == tuple(range(member.shape.heads)) for member in members)
             where = ([] if all_heads else [heads]) + ([] if len(places) == len(kept) else [places])
-            for tensor in (*matrices, *where):
-                digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-        self.fingerprint = digest.hexdigest()
+            _update(older, *matrices, *where)
+            _update(digest, *(sources if rotated else matrices), *where)
+        self.fingerprints = digest.hexdigest(), older.hexdigest()
         held = [torch.float32 if torch.float32 in of_all else of_all[0] for of_all in zip(*dtypes, strict=True)]
         self._encoding = EncodingMatrices(constants, down_proj.to(held[0]), weight)
         read = zip(up_projs, held[1:], constants, strict=True)
@@ -197,6 +203,13 @@ class CalibratedCoder(Coder):
         return self
 
 
+def _update(digest: Any, *tensors: Tensor) -> None:
+    """Add types, shapes and bytes."""
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+
+
 def _narrow(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """``matrix`` in a smaller ``dtype``, or as it is where that would overflow or lose it to underflow."""
     if dtype.itemsize >= matrix.element_size():
@@ -206,9 +219,23 @@ def _narrow(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     return narrowed if bool(lost <= torch.finfo(dtype).eps * matrix.norm()) else matrix
 
 
-_CODERS: "weakref.WeakKeyDictionary[Projections, dict]" = weakref.WeakKeyDictionary()
+class _Made:
+    """The coders made of some projections: those that caches use, and those that were asked for last."""
+
+    def __init__(self) -> None:
+        self.used: weakref.WeakValueDictionary[tuple[str, int], CalibratedCoder] = weakref.WeakValueDictionary()
+        self.latest: list[CalibratedCoder] = []
 
 
+_MADE: "weakref.WeakKeyDictionary[Projections, _Made]" = weakref.WeakKeyDictionary()
+
+
+def living_projections() -> list[Projections]:
+    """Those that caches were made with, and that still exist."""
+    return list(_MADE)
+
+
+@without_autocast
 def calibrated_coders(
     projections: Projections,
     devices: Mapping[int, torch.device],
@@ -217,7 +244,7 @@ def calibrated_coders(
     bits: int | None,
     latent_dtype: torch.dtype | None,
 ) -> list[CalibratedCoder]:
-    """A coder for each of ``projections.groups()``, made once for each setting and placement of some projections.
+    """A coder for each of ``projections.groups()``, shared by all caches of the same settings and placement.
 
     Args:
         devices: Of the model's layers, from ``probe.layer_devices``.
@@ -231,19 +258,20 @@ def calibrated_coders(
     dtype = latent_dtype or torch.float32
     places = [str(devices.get(layer.layer_idx)) for layer in projections.shape.layers]
     key = repr((compression_ratio if ranks is None else None, ranks, bits, dtype, places))
-    made = _CODERS.setdefault(projections, {})
-    if key not in made:
-        coders = []  # all or none are remembered: making them may be interrupted, or done by two threads at once
-        for plan in projections.plan(compression_ratio, ranks, bits):
+    made = _MADE.setdefault(projections, _Made())
+    coders = [coder for number in range(len(projections.groups())) if (coder := made.used.get((key, number)))]
+    if len(coders) < len(projections.groups()):
+        coders = []
+        for number, plan in enumerate(projections.plan(compression_ratio, ranks, bits)):
             members = projections.shape.members(plan.bases[0].side, plan.bases[0].layers)
             # Channels with a loss of their own keep it: rotation would spread what matters over what does not.
             rotated = bits in QUANTIZED_BITS and all(basis.rank_weight is not None for basis in plan.bases)
             coder = CalibratedCoder(plan, members, dtype, rotated)
-            for number, member in enumerate(members):
-                coder = coder.on(number, devices.get(member.layer, torch.device("cpu")))
-            coders.append(coder)
-        made[key] = coders
-    return made[key]
+            for place, member in enumerate(members):
+                coder = coder.on(place, devices.get(member.layer, torch.device("cpu")))
+            coders.append(made.used.setdefault((key, number), coder))  # another thread may have been faster
+    made.latest = coders
+    return coders
 
 
 def _warn_of_borders(projections: Projections, devices: Mapping[int, torch.device]) -> None:

@@ -187,7 +187,7 @@ class Forward:
             self._unread.clear()
             try:
                 place = arguments.get("position_ids"), arguments.get("attention_mask"), tokens.device
-                self._track.begin(tokens.shape[0], tokens.shape[1], *place)
+                self._track.begin(tokens.shape[0], tokens.shape[1], *place, arguments.get("use_cache"))
                 for store in self._stores:
                     store.begin(self.impl)
                 self._updated = set()

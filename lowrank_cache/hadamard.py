@@ -47,11 +47,11 @@ def mixed_rotation(rank: int) -> Tensor:
     """
     blocks = hadamard_blocks(rank)
     # The k-th of a block's b places stands at (k + 1/2) / b of the way: sorting these deals channels evenly.
-    places = torch.cat([(torch.arange(block) + 0.5) / block for block in blocks])
+    places = torch.cat([(torch.arange(block, device="cpu").double() + 0.5) / block for block in blocks])
     return torch.block_diag(*(_hadamard(block) for block in blocks))[places.argsort(stable=True)]
 
 
 def _hadamard(block: int) -> Tensor:
     """Sylvester's matrix, orthogonal and symmetric."""
-    factors = [torch.tensor([[1.0, 1.0], [1.0, -1.0]])] * (block.bit_length() - 1)
-    return reduce(torch.kron, factors, torch.ones(1, 1)) / block**0.5
+    factors = [torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float32, device="cpu")] * (block.bit_length() - 1)
+    return reduce(torch.kron, factors, torch.ones(1, 1, dtype=torch.float32, device="cpu")) / block**0.5

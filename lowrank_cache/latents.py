@@ -8,7 +8,7 @@ from lowrank_cache.kernels.packed import PackedTier, row_length
 
 
 class GrowingTensor:
-    """A tensor appended to along ``axis``, held in a buffer with some unused room.
+    """A tensor appended to along ``axis``, held in a buffer with some unused room, in the widest dtype that came.
 
     A full buffer is replaced by one that is longer by ``max(min_room, length / 8)``, so copying
     costs O(1) an entry, and at most one part in nine of the buffer is unused. Doubling would halve every
@@ -24,14 +24,16 @@ class GrowingTensor:
         self._final = False
 
     def append(self, block: Tensor) -> None:
-        """Add ``block`` at the end; dtype, device and other axes follow the first block."""
+        """Add ``block`` at the end; device and other axes follow the first block."""
         added = block.shape[self.axis]
         needed = self.length + added
-        if self.buffer is None or needed > self.buffer.shape[self.axis] or is_read_only(self.buffer):
+        dtype = block.dtype if self.buffer is None else torch.promote_types(self.buffer.dtype, block.dtype)
+        held = self.buffer is not None and self.buffer.dtype == dtype and not is_read_only(self.buffer)
+        if self.buffer is None or not held or needed > self.buffer.shape[self.axis]:
             shape, needed = list(block.shape), max(needed, self._reserved)
             # A first block that fills its buffer exactly (a long prompt) leaves room for what follows.
             shape[self.axis] = needed + (0 if self._final else max(self.min_room, needed // 8))
-            buffer = block.new_empty(shape)
+            buffer = block.new_empty(shape, dtype=dtype)
             if self.length:
                 buffer.narrow(self.axis, 0, self.length).copy_(self.view())
             self.buffer = buffer

@@ -1,7 +1,9 @@
 """The layers of a ``LowRankCache``: compressed ones, whose tokens lie in stores, and transformers' own for the rest."""
 
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, CacheLayerMixin, get_layer_types_and_kwargs
@@ -19,10 +21,53 @@ class LowRankLayer(CacheLayerMixin):
     supports_early_init = False  # buffers start with the first tokens, whose dtype and device they take
 
     def __init__(self, shape: LayerShape, stores: dict[str, LatentStore]):
-        super().__init__()
+        # Not the parent's, which makes attributes of what are properties here.
         self.shape = shape
         self.stores = stores
         self.members = {side: _place(store, shape.layer_idx, side) for side, store in stores.items()}
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether tokens are cached."""
+        return self.get_seq_length() > 0
+
+    @property
+    def keys(self) -> Tensor | None:  # type: ignore[override]  # an attribute in transformers
+        """All keys as they are stored, ``[batch, kv_heads, tokens, head_dim]``, reconstructed anew; None if empty."""
+        return self.stores["key"].read(self.members["key"])
+
+    @property
+    def values(self) -> Tensor | None:  # type: ignore[override]
+        """All values, see ``keys``."""
+        return self.stores["value"].read(self.members["value"])
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the keys that came last; None before."""
+        newest = self.stores["key"].newest[self.members["key"]]
+        return None if newest is None else newest[0]
+
+    @property
+    def device(self) -> torch.device | None:
+        """On which the layer computes; None before the first tokens."""
+        newest = self.stores["key"].newest[self.members["key"]]
+        return None if newest is None else newest[1]
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if isinstance(getattr(type(self), name, None), property):
+            raise AttributeError(
+                f"{name} of a layer of a LowRankCache cannot be set: tokens are stored as latents, which update appends"
+            )
+        super().__setattr__(name, value)
+
+    def _refuse(self, *args: object, **kwargs: object) -> NoReturn:
+        """Raises NotImplementedError: what is done to one layer would be done to others."""
+        raise NotImplementedError(
+            "layers of a LowRankCache share latents, so they cannot be changed or moved one by one; call crop, reset, "
+            "reorder_cache, batch_repeat_interleave or batch_select_indices of the cache, which cannot be offloaded"
+        )
+
+    reset = crop = reorder_cache = batch_repeat_interleave = batch_select_indices = offload = prefetch = _refuse
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to prepare: stores allocate when tokens arrive."""
@@ -58,7 +103,7 @@ class LowRankLayer(CacheLayerMixin):
         return all(store.attendable for store in self.stores.values())
 
     def _checked(self, key_states: Tensor, value_states: Tensor) -> dict[str, Tensor]:
-        states = {"key": key_states.detach(), "value": value_states.detach()}
+        states = {"key": key_states, "value": value_states}
         for side, tensor in states.items():
             expected = self.shape.side(side)
             if (tensor.shape[1], tensor.shape[3]) != (expected.heads, expected.head_dim):
@@ -66,7 +111,6 @@ class LowRankLayer(CacheLayerMixin):
                     f"{side}_states of layer {self.shape.layer_idx} must have shape "
                     f"[batch, {expected.heads}, tokens, {expected.head_dim}], got {list(tensor.shape)}"
                 )
-        self.is_initialized = True
         return states
 
     def get_seq_length(self) -> int:

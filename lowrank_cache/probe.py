@@ -6,6 +6,7 @@ both, the two differ by the rotary embedding alone. Whatever the probe cannot ex
 here, when a cache is made, and never later. See docs/cache_contract.md, "The probe".
 """
 
+import gc
 import inspect
 import threading
 import weakref
@@ -19,8 +20,17 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
-from lowrank_cache.kernels.rope import LAYOUTS, angle_tables, rotate
-from lowrank_cache.shapes import SIDES, LayerShape, ModelShape, RopeShape, SideShape, rope_buffer
+from lowrank_cache.kernels.rope import LAYOUTS, angle_tables, pair_views, rotate
+from lowrank_cache.shapes import (
+    ONE_POSITION,
+    SIDES,
+    LayerShape,
+    ModelShape,
+    PositionAxes,
+    RopeShape,
+    SideShape,
+    rope_buffer,
+)
 
 # Small, so that a dynamic or long-context rotary embedding does not leave its short-context state.
 PROBE_POSITION = 3
@@ -45,7 +55,9 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     return model.get_decoder()
 
 
-_SHAPES: "weakref.WeakKeyDictionary[nn.Module, ModelShape]" = weakref.WeakKeyDictionary()
+_AXES: "weakref.WeakKeyDictionary[nn.Module, PositionAxes]" = weakref.WeakKeyDictionary()
+_STATES: "weakref.WeakKeyDictionary[nn.Module, Tensor]" = weakref.WeakKeyDictionary()
+_SHAPES: "weakref.WeakKeyDictionary[PreTrainedModel, ModelShape]" = weakref.WeakKeyDictionary()
 
 
 def model_shape(model: PreTrainedModel) -> ModelShape:
@@ -59,13 +71,61 @@ def model_shape(model: PreTrainedModel) -> ModelShape:
 
     Raises:
         NotImplementedError: If the model's cache cannot be compressed: no full-attention layer, no
-            rotary embedding, ALiBi, M-RoPE, keys that the probe cannot un-rotate, or a model split over processes.
+            rotary embedding, ALiBi, keys that the probe cannot un-rotate, or a model split over processes.
         ValueError: If the model computes NaN or infinite keys or values.
     """
-    decoder = decoder_of(model)
+    decoder, inner = decoder_of(model), inner_model(model)
     if decoder not in _SHAPES:
-        _SHAPES[decoder] = _probe(model, decoder)
+        _SHAPES[decoder] = _probe(inner, decoder)
+    if inner is not model and model not in _PASSING:
+        _check_wrapper(model)
+        _PASSING.add(model)
     return _SHAPES[decoder]
+
+
+def probe_states(model: PreTrainedModel) -> Tensor | None:
+    """What the compressed layers cached of the probe's token: ``[all widths]`` float32, layer by layer, keys first.
+
+    None of a model that was not probed here.
+    """
+    model_shape(model)
+    return _STATES.get(decoder_of(model))
+
+
+def inner_model(model: PreTrainedModel) -> PreTrainedModel:
+    """``model``, or the transformers model inside a wrapper such as PEFT's, which may change positions and inputs."""
+    if isinstance(model, PreTrainedModel):
+        return model
+    decoder = decoder_of(model)
+    found = (part for part in model.modules() if isinstance(part, PreTrainedModel) and part.get_decoder() is decoder)
+    return next(found, model)
+
+
+def _check_wrapper(model: PreTrainedModel) -> None:
+    """Raise NotImplementedError if a wrapper does not hand on the cache that it is given."""
+    reached: list[int] = []
+    one_token_forward(model, SpyCache(model, lambda layer_idx, given, returned: reached.append(layer_idx)))
+    if not reached:
+        raise NotImplementedError(
+            f"{type(model).__name__} gives its model a cache of its own, as prefix tuning does, and none that is "
+            "passed to it would be used; only wrappers that hand on their cache are supported"
+        )
+
+
+def position_axes(model: PreTrainedModel) -> PositionAxes:
+    """Of a model that was probed; a row of positions that serves the mask alone is no axis."""
+    model_shape(model)
+    return _AXES.get(decoder_of(model), ONE_POSITION)
+
+
+def probed_decoders() -> list[PreTrainedModel]:
+    """The living decoders whose shape is known."""
+    gc.collect()  # models are full of cycles
+    return list(_SHAPES)
+
+
+# Wrappers that were seen to hand on their cache.
+_PASSING: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 
 class SpyCache(DynamicCache):
@@ -81,7 +141,7 @@ class SpyCache(DynamicCache):
         return returned
 
 
-def _check_supported(model: PreTrainedModel, config, layer_types: tuple[str, ...], ropes: list[dict]) -> None:
+def _check_supported(model: PreTrainedModel, config, layer_types: tuple[str, ...]) -> None:
     name = type(model).__name__
     tensor_parallel = getattr(model, "_tp_size", None) or 1
     pipeline_parallel = getattr(getattr(model.config, "distributed_config", None), "pp_size", None) or 1
@@ -89,11 +149,8 @@ def _check_supported(model: PreTrainedModel, config, layer_types: tuple[str, ...
         f"{name} is split over processes (tensor parallel {tensor_parallel}, pipeline parallel {pipeline_parallel}), "
         "and each caches only its own heads or layers, which is not supported; load the whole model in one process, "
         "over several devices with device_map if need be": max(tensor_parallel, pipeline_parallel) > 1,
-        f"{name} has nothing to compress: its cache layers are {sorted(set(layer_types))}, and only "
-        "'full_attention' layers grow with the context": "full_attention" not in layer_types,
-        f"{name} uses M-RoPE (several positions per token), which is not supported": any(
-            "mrope_section" in rope for rope in ropes
-        ),
+        f"{name} has nothing to compress: its cache layers are {sorted(set(layer_types))}, and only those of the kind "
+        "'full_attention' are compressed": "full_attention" not in layer_types,
         f"{name} uses ALiBi; only rotary decoders are supported": getattr(config, "alibi", False),
     }
     for message, refused in refusals.items():
@@ -108,7 +165,7 @@ def _probe(model: PreTrainedModel, decoder: nn.Module) -> ModelShape:
     ropes = getattr(config, "rope_parameters", None) or {}
     by_layer_type = ropes and all(isinstance(value, dict) for value in ropes.values())  # Gemma 3
     ropes = list(ropes.values()) if by_layer_type else [ropes]
-    _check_supported(model, config, layer_types, ropes)
+    _check_supported(model, config, layer_types)
     sources = _rope_sources(decoder)
     if not sources:
         raise NotImplementedError(
@@ -125,7 +182,10 @@ def _probe(model: PreTrainedModel, decoder: nn.Module) -> ModelShape:
     layers = []
     for layer_idx in [index for index, layer_type in enumerate(layer_types) if layer_type == "full_attention"]:
         if layer_idx not in before or layer_idx not in after:
-            raise NotImplementedError(f"{name}: layer {layer_idx} did not call Cache.update in the probe forward")
+            raise NotImplementedError(
+                f"{name}: layer {layer_idx} did not hand keys and values to the cache of a forward of one token; only "
+                "models in which every 'full_attention' layer does so are supported"
+            )
         sides = []
         for side, at_zero, rotated in zip(SIDES, before[layer_idx], after[layer_idx], strict=True):
             rope, error = _explain(at_zero, rotated, frequencies, dynamic)
@@ -136,7 +196,82 @@ def _probe(model: PreTrainedModel, decoder: nn.Module) -> ModelShape:
                 )
             sides.append(SideShape(at_zero.shape[1], at_zero.shape[3], rope))
         layers.append(LayerShape(layer_idx, *sides))
+    held = [before[layer.layer_idx] for layer in layers]
+    _STATES[decoder] = torch.cat([states.flatten() for pair in held for states in pair])
+    if not dynamic and any(hasattr(module, "mrope_section") for module in decoder.modules()):
+        _AXES[decoder] = _find_axes(model, decoder, layers, before, frequencies)
     return ModelShape(config.model_type, layer_types, tuple(layers))
+
+
+# Far apart, so that a pair of any frequency turns visibly at one of them, and high frequencies not by whole turns.
+_FAR = (1_000_003, 17)
+_UNEVEN = (2, 3, 7, 5)
+
+
+def _find_axes(
+    model: PreTrainedModel,
+    decoder: nn.Module,
+    layers: list[LayerShape],
+    at_zero: dict[int, tuple[Tensor, ...]],
+    frequencies: dict[str, Tensor],
+) -> PositionAxes:
+    """See ``position_axes``; ``ONE_POSITION`` also if no axes explain what the model does with uneven positions.
+
+    Forwards that move some of a token's positions, and not others, tell which pairs they turn: two such subsets tell
+    four axes apart.
+    """
+    rotated = [
+        (layer.layer_idx, place, rope)
+        for layer in layers
+        for place, rope in enumerate((layer.key.rope, layer.value.rope))
+        if rope is not None
+    ]
+    for count in (4, 3):
+        try:
+            with _same_inputs(decoder):
+                _observe(model, 0)  # whose inputs the others are given
+                subsets = [
+                    [_observe(model, torch.tensor(moved[:count], dtype=torch.long, device="cpu") * far) for far in _FAR]
+                    for moved in ([0, 1, 0, 1], [0, 0, 1, 1])
+                ]
+                uneven = _observe(model, torch.tensor(_UNEVEN[:count], dtype=torch.long, device="cpu"))
+        except (NotImplementedError, RuntimeError, ValueError, IndexError):
+            continue  # it takes another number of positions
+        axes: dict[str, Tensor] = {}
+        for source in frequencies:
+            turned = [
+                torch.stack([_turned(after, at_zero, rotated, source) for after in subset]).any(0) for subset in subsets
+            ]
+            axes[source] = turned[0].long() + 2 * turned[1].long()
+        for layer_idx, place, rope in rotated:
+            positions = torch.tensor([_UNEVEN], dtype=torch.long, device="cpu")
+            cos, sin = angle_tables(positions, frequencies[rope.source], axes[rope.source])
+            zero, undone = (
+                at_zero[layer_idx][place],
+                rotate(uneven[layer_idx][place], cos, sin, rope.layout, inverse=True),
+            )
+            if not float((undone - zero).norm() / zero.norm().clamp(min=1e-6)) <= TOLERANCE:
+                break
+        else:
+            first = min(int(each.min()) for each in axes.values())
+            of_pairs = {source: tuple((each - first).tolist()) for source, each in axes.items()}
+            return PositionAxes(count - first, of_pairs)
+    return ONE_POSITION
+
+
+def _turned(
+    after: dict[int, tuple[Tensor, ...]], at_zero: dict[int, tuple[Tensor, ...]], rotated: list, source: str
+) -> Tensor:
+    """Which pairs differ between two forwards, ``[rotary_dim / 2]`` bool, over all states with these frequencies."""
+    moved: list[Tensor] = []
+    size: list[Tensor] = []
+    for layer_idx, place, rope in rotated:
+        if rope.source == source:
+            zero, turned = at_zero[layer_idx][place], after[layer_idx][place]
+            for total, states in ((moved, turned - zero), (size, zero)):
+                one, two = pair_views(states, rope.rotary_dim // 2, rope.layout)
+                total.append((one.square() + two.square()).sum(dim=(0, 1, 2)))
+    return torch.stack(moved).sum(0) > TOLERANCE**2 * torch.stack(size).sum(0)
 
 
 @contextmanager
@@ -168,8 +303,11 @@ def _same_inputs(decoder: nn.Module) -> Iterator[None]:
         yield
 
 
-def _observe(model: PreTrainedModel, position: int) -> dict[int, tuple[Tensor, ...]]:
-    """One token at ``position`` through the model: what each layer handed to the cache, float32 on CPU."""
+def _observe(model: PreTrainedModel, position: int | Tensor) -> dict[int, tuple[Tensor, ...]]:
+    """One token at ``position`` through the model: what each layer handed to the cache, float32 on CPU.
+
+    A token with several positions has a tensor ``[axes]`` of them.
+    """
     seen: dict[int, tuple[Tensor, ...]] = {}
 
     def note(layer_idx: int, given: tuple, returned: tuple) -> None:
@@ -205,7 +343,7 @@ def execution_device(module: nn.Module) -> torch.device:
         for single in getattr(hook, "hooks", (hook,)):
             device = getattr(single, "execution_device", None)
             if device is not None:  # accelerate counts GPUs
-                return torch.empty(0, device=device).device
+                return torch.empty(0, dtype=torch.uint8, device=device).device
     return next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
 
 
@@ -223,25 +361,29 @@ def one_token_cache(model: PreTrainedModel) -> Cache:
     return cache
 
 
-def one_token_forward(model: PreTrainedModel, cache: Cache, position: int = 0) -> None:
+def one_token_forward(model: PreTrainedModel, cache: Cache, position: int | Tensor = 0) -> None:
     """Run one token at ``position`` in eval mode, without gradients; NotImplementedError if none can be given."""
     device = input_device(model)
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     token = torch.full((1, 1), min(7, vocabulary - 1), dtype=torch.long, device=device)
+    if isinstance(position, Tensor):
+        positions = position.to(device)[:, None, None]
+    else:
+        positions = torch.full_like(token, position)
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
             model(
                 input_ids=token,
-                position_ids=torch.full_like(token, position),
+                position_ids=positions,
                 attention_mask=torch.ones_like(token),
                 **cache_argument(model, cache),
                 use_cache=True,
             )
-    except (TypeError, AttributeError) as error:
+    except (TypeError, AttributeError, ValueError, LookupError) as error:
         raise NotImplementedError(
-            f"{type(model).__name__} cannot run with a transformers Cache and position_ids: {error}"
+            f"{type(model).__name__} cannot run one token of text with a transformers Cache and position_ids: {error}"
         ) from error
     finally:
         model.train(was_training)
@@ -253,7 +395,7 @@ def _explain(
     """Which rotation best takes ``at_zero`` to ``rotated``, both ``[1, heads, 1, head_dim]``; its relative error."""
     scale = at_zero.norm().clamp(min=1e-6)
     errors: dict[RopeShape | None, float] = {None: float((rotated - at_zero).norm() / scale)}
-    position = torch.tensor([PROBE_POSITION])
+    position = torch.tensor([PROBE_POSITION], dtype=torch.long, device="cpu")
     for source, inv_freq in frequencies.items():
         if 2 * len(inv_freq) > at_zero.shape[-1]:
             continue

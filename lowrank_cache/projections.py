@@ -25,6 +25,9 @@ ARTEFACT = Artefact(
     version=1,
     remedy="calibrate again",
 )
+# Relative differences of one token's keys and values: the least of any layer, and the median over layers and sides.
+# What was measured: docs/cache_contract.md, "Whose projections".
+OTHER_WEIGHTS, TUNED_WEIGHTS = 0.9, 0.1
 _README = """---
 library_name: lowrank-cache
 license: apache-2.0
@@ -63,6 +66,8 @@ class Projections:
         provenance: JSON-able facts: versions, base model, calibration tokens, seed.
         min_compression_ratio: The ratio for which the bases were truncated; 1 at full rank. Channels for
             smaller ratios are missing.
+        probe: What that model caches of one token, see ``probe.probe_states``, by which its weights are known again;
+            None if they are not.
 
     Raises:
         ValueError: If a head is covered twice or not at all, or a basis does not fit ``shape``.
@@ -77,6 +82,7 @@ class Projections:
         frame_length: int = 1,
         provenance: dict | None = None,
         min_compression_ratio: float = 1.0,
+        probe: Tensor | None = None,
     ):
         if frame_length < 1:
             raise ValueError(f"frame_length must be at least 1, got {frame_length}")
@@ -86,6 +92,7 @@ class Projections:
         self.frame_length = frame_length
         self.provenance = dict(provenance or {})
         self.min_compression_ratio = float(min_compression_ratio)
+        self.probe = probe
         _check_coverage(self.bases, shape)
 
     def groups(self) -> list[tuple[Basis, ...]]:
@@ -121,6 +128,7 @@ class Projections:
             frame_length=self.frame_length,
             provenance=self.provenance,
             min_compression_ratio=compression_ratio,
+            probe=self.probe,
         )
 
     def check_model(self, shape: ModelShape) -> None:
@@ -128,6 +136,31 @@ class Projections:
         ours, theirs = self.shape.to_dict(), shape.to_dict()
         if ours != theirs:
             raise ValueError(f"projections do not belong to this model: {_first_difference(ours, theirs)}")
+
+    def check_weights(self, probe: Tensor | None) -> float:
+        """How far a model's weights are from those that these projections were calibrated on, by one token's states.
+
+        Args:
+            probe: ``probe.probe_states`` of the model, whose shape is that of these projections.
+
+        Returns:
+            The median over layers and sides of the relative difference; 0 where it is not known.
+
+        Raises:
+            ValueError: If the weights are others altogether.
+        """
+        if self.probe is None or probe is None:
+            return 0.0
+        widths = [width for layer in self.shape.layers for width in (layer.key.width, layer.value.width)]
+        parts = zip(self.probe.split(widths), probe.split(widths), strict=True)
+        differences = torch.stack([(two - one).norm() / one.norm().clamp(min=1e-6) for one, two in parts])
+        least = float(differences.min())
+        if not least <= OTHER_WEIGHTS:
+            raise ValueError(
+                "projections do not belong to this model: it has the structure of the one they were calibrated on, and "
+                f"other weights (keys and values of a token differ by {least:.0%} or more); calibrate on this one"
+            )
+        return float(differences.median())
 
     def __repr__(self) -> str:
         return (
@@ -156,11 +189,13 @@ class Projections:
             for index, basis in enumerate(self.bases)
             for name in TENSORS
         }
+        tensors |= {} if self.probe is None else {"probe": self.probe}
         facts = {
             "method": self.method,
             "frame_length": self.frame_length,
             "provenance": self.provenance,
             "min_compression_ratio": self.min_compression_ratio,
+            "probe": self.probe is not None,
             "model_shape": self.shape.to_dict(),
             "model_fingerprint": self.shape.fingerprint,
             "bases": [
@@ -221,13 +256,23 @@ def _assemble(config: dict[str, Any], tensors: dict[str, Tensor]) -> Projections
         bases.append(
             Basis(fields["side"], layers, heads, **arrays, rank_weight=None if weight is None else _finite(weight))
         )
+    shape = ModelShape.from_dict(config["model_shape"])
+    probe, widths = tensors.get("probe"), [layer.key.width + layer.value.width for layer in shape.layers]
+    if (probe is not None) != bool(config.get("probe")):  # older files say nothing and hold none
+        raise ValueError("probe must be there if, and only if, the JSON says so")
+    if probe is not None:
+        if probe.dtype != torch.float32 or list(probe.shape) != [sum(widths)]:
+            raise ValueError(f"probe must be float32 of [{sum(widths)}], got {probe.dtype} of {list(probe.shape)}")
+        if not bool(torch.isfinite(probe).all()):
+            raise ValueError("probe must be finite, got NaN or infinity")
     return Projections(
         bases,
-        ModelShape.from_dict(config["model_shape"]),
+        shape,
         method=str(config["method"]),
         frame_length=int(config["frame_length"]),
         provenance=config["provenance"],
         min_compression_ratio=_finite(config["min_compression_ratio"]),
+        probe=probe,
     )
 
 

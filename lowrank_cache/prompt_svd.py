@@ -53,7 +53,9 @@ class PromptCoder(Coder):
         """Drop the bases: the next prompt makes others."""
         self.up_projs: list[Tensor] = []  # by member [batch, rank, width], orthonormal rows over all members
         self.constants: list[Tensor] = []  # by member [batch, heads, 1, head_dim], mean of the prompt's states
-        self.units = torch.empty(0)  # [batch, 1, 1], root mean square of a latent before it is scaled to 1
+        self.units = torch.empty(
+            0, dtype=torch.float32, device="cpu"
+        )  # [batch, 1, 1], root mean square of a latent before it is scaled to 1
 
     @property
     def fitted(self) -> bool:  # type: ignore[override]  # a property instead of a constant
@@ -200,7 +202,9 @@ def leading_directions(covariance: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     if 3 * trial >= width:
         values, vectors = torch.linalg.eigh(covariance)
         return vectors[..., -rank:].flip(-1), values[..., -rank:].flip(-1).clamp(min=0)
-    start = torch.randn(width, trial, generator=torch.Generator().manual_seed(0))
+    start = torch.randn(
+        width, trial, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float32, device="cpu"
+    )
     subspace = start.to(covariance).expand(len(covariance), -1, -1)
     for _ in range(_ITERATIONS):
         subspace = torch.linalg.qr(covariance @ subspace).Q

@@ -12,14 +12,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, cache_utils
 from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from lowrank_cache.artefact import Artefact, SavedTensors, integer
 from lowrank_cache.positions import PositionTrack
-from lowrank_cache.probe import input_device, one_token_cache
-from lowrank_cache.shapes import ModelShape
+from lowrank_cache.probe import decoder_of, input_device, one_token_cache
+from lowrank_cache.shapes import ModelShape, RopeShape, rope_buffer
 from lowrank_cache.store import LatentStore
 
 ARTEFACT = Artefact(
@@ -46,6 +46,7 @@ from lowrank_cache import LowRankCache
 cache = LowRankCache.from_pretrained("{repository}", model{projections})
 ```
 """
+_FREQUENCY_TOLERANCE = 0.02  # of one frequency: buffers that were cast to bfloat16 differ by 0.4%
 _KINDS: tuple[type, ...] = (DynamicSlidingWindowLayer, LinearAttentionLayer)
 if hasattr(cache_utils, "DummyLayer"):  # since transformers 5.23: layers without attention
     _KINDS += (cache_utils.DummyLayer,)
@@ -94,6 +95,11 @@ def gather(
     return {"library_version": version("lowrank-cache"), **parts, **facts, **described}, tensors
 
 
+def empty(facts: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the facts of ``gather``, those that make an empty cache."""
+    return {**facts, "settings": _settings_to_json(settings)}
+
+
 def push(repo_id: str, facts: Mapping[str, Any], tensors: SavedTensors, **options: Any) -> str:
     """Write what ``gather`` gave, with a README, to a repository on the hub, see ``Artefact.push``."""
     readme = _README.format(
@@ -118,7 +124,7 @@ def reading(name_or_path: str | Path, **download: Any) -> Iterator["SavedCache"]
 class SavedCache:
     """A cache as a folder holds it: ``facts`` are its JSON; messages name ``folder``."""
 
-    def __init__(self, folder: Path, facts: Mapping[str, Any], tensors: SavedTensors):
+    def __init__(self, folder: Path | str, facts: Mapping[str, Any], tensors: SavedTensors):
         self._folder, self._facts, self._tensors = folder, facts, tensors
         self.settings = _settings_from_json(facts["settings"])  # arguments of the cache to fill
 
@@ -135,9 +141,9 @@ class SavedCache:
             expected = "None, for xkv made this cache" if made_with is None else "those that made this cache"
             raise ValueError(f"projections must be {expected}, got {projections!r}")
 
-    def check_bases(self, fingerprint: str | None) -> None:
-        """Raise ValueError unless these bases made the cache."""
-        if fingerprint != self._facts["projections_fingerprint"]:
+    def check_bases(self, *fingerprints: str | None) -> None:
+        """Raise ValueError unless bases with one of these fingerprints made the cache."""
+        if self._facts["projections_fingerprint"] not in fingerprints:
             raise ValueError(
                 f"projections must be those that made the cache in {self._folder}; with these, which differ, its "
                 "latents would be read wrongly"
@@ -158,6 +164,7 @@ class SavedCache:
                 "was made with"
             )
         ropes = {member.shape.rope for member in members if member.shape.rope is not None}
+        self._check_frequencies(decoder_of(model), ropes)
         track.load(saved, facts["frequencies"], batch, slots, ropes, input_device(model))
         if len(facts["stores"]) != len(stores) or set(facts["other_layers"]) != {str(index) for index in others}:
             raise ValueError("stores and other_layers must be those of the model's cache")
@@ -168,6 +175,21 @@ class SavedCache:
             held = facts["other_layers"][str(index)]
             _load_layer(layer, saved, f"layer.{index}", held, batch, slots, templates[index])
         saved.check_empty()
+
+    def _check_frequencies(self, decoder: nn.Module, ropes: set[RopeShape]) -> None:
+        """Raise ValueError if the model rotates otherwise: its queries would not meet the cached keys."""
+        for rope in ropes:
+            ours = rope_buffer(decoder, rope.source).detach().float().cpu()
+            for nth in range(len(self._facts["frequencies"].get(rope.source, ()))):
+                saved = self._tensors.get(f"frequencies.{rope.source}.{nth}", ours)
+                if rope.dynamic or saved.shape != ours.shape:  # of the context then; judged when they are taken
+                    continue
+                difference = float(((saved - ours).abs() / ours.abs().clamp(min=1e-30)).max())
+                if not difference <= _FREQUENCY_TOLERANCE:
+                    raise ValueError(
+                        f"the rotary frequencies that made {self._folder} must be this model's, and differ by up to "
+                        f"{difference:.0%}: its rope_theta or rope_scaling was changed; make the cache again"
+                    )
 
 
 def _layer_groups(stores: Sequence[LatentStore]) -> list[list[int]]:

@@ -29,6 +29,17 @@ class RopeShape:
 
 
 @dataclass(frozen=True)
+class PositionAxes:
+    """Which of a token's several positions turns which pair of numbers (M-RoPE: time, height, width)."""
+
+    count: int  # how many positions turn anything; 1: a token has one position
+    of_pairs: Mapping[str, tuple[int, ...]]  # by source of frequencies, the axis of each rotated pair
+
+
+ONE_POSITION = PositionAxes(1, {})
+
+
+@dataclass(frozen=True)
 class SideShape:
     """Shape of what ``Cache.update`` receives as keys or as values: heads, numbers a head, rotation."""
 
@@ -130,7 +141,7 @@ def layer_groups(
 def head_rows(sides: Sequence[SideShape], heads: Sequence[int]) -> Tensor:
     """Where ``heads`` of each of ``sides`` stand in their states side by side, in the order of a basis' rows."""
     widths = [side.width for side in sides]
-    rows = zip(sides, torch.arange(sum(widths)).split(widths), strict=True)
+    rows = zip(sides, torch.arange(sum(widths), device="cpu").split(widths), strict=True)
     return torch.cat([own.view(side.heads, -1)[list(heads)].flatten() for side, own in rows])
 
 

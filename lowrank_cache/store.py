@@ -39,6 +39,29 @@ class StoreOptions:
             raise ValueError(f"latent_dtype must be a floating torch.dtype or None, got {dtype!r}")
 
 
+class _Views:
+    """How a store's latents are read, until it encodes or changes in another way: the same from forward to forward.
+
+    A copy of a store makes its own.
+    """
+
+    def __init__(self) -> None:
+        # By device: views of the latents (copies where they lie elsewhere), and what is shared by those that read them.
+        self.tiers: dict[torch.device, tuple[tuple[PackedTier, ...], dict[str, Tensor]]] = {}
+        self.sides: dict[tuple[int, torch.device], LatentSide] = {}
+
+    def end_forward(self) -> None:
+        """Let go of what is large: latents in full precision, copies on other devices, a rotation of every token."""
+        for _, shared in self.tiers.values():
+            shared.clear()
+        large = any(side.rope is not None and side.rope.frame_length == 1 for side in self.sides.values())
+        if large or len(self.tiers) > 1:
+            self.tiers, self.sides = {}, {}
+
+    def __deepcopy__(self, memo: dict) -> "_Views":
+        return _Views()
+
+
 class LatentStore:
     """The states of a layer group's keys, values or both, of a whole batch.
 
@@ -67,9 +90,8 @@ class LatentStore:
         self.windows = [self._new_window() for _ in range(members)]
         self.pending: list[Tensor | None] = [None] * members  # window and new states of a group that will encode
         self.latents: PackedLatents | None = None
-        # For the current forward, by device: views of the latents (copies where they lie elsewhere), and what is shared
-        # by the members that read them.
-        self._views: dict[torch.device, tuple[tuple[PackedTier, ...], dict[str, Tensor]]] = {}
+        self.newest: list[tuple[torch.dtype, torch.device] | None] = [None] * members  # of what came last
+        self._views = _Views()
         self._impl = "auto"
         self._before: tuple | None = None  # state before the current forward, for `rollback`
 
@@ -86,20 +108,36 @@ class LatentStore:
 
         Args:
             member: Its number in ``coder.members``.
-            states: ``[batch, heads, new_tokens, head_dim]``, post-RoPE, detached.
+            states: ``[batch, heads, new_tokens, head_dim]``, post-RoPE; stored without their gradients.
 
         Returns:
             ``[batch, heads, tokens, head_dim]``, dtype of ``states``: past tokens as they are stored,
-            new ones exact.
+            new ones as they came.
         """
         self.coder = self.coder.on(member, states.device)
-        everything = states if self.lengths[member] == 0 else self._assemble(member, states)
-        self._take_in(member, states)
+        exact = self.windows[member].view() if self.windows[member].length else None
+        everything = states if self.lengths[member] == 0 else self._assemble(member, states, exact)
+        self._take_in(member, states.detach())
         self._encode_if_last(member)
         return everything
 
+    def read(self, member: int) -> Tensor | None:
+        """One member's states as they are stored, ``[batch, heads, tokens, head_dim]``, in the dtype that came last.
+
+        None if there are none.
+        """
+        newest, held, exact = self.newest[member], self.coder.members[member].shape, self.pending[member]
+        if newest is None or not self.lengths[member]:
+            return None
+        if exact is None and self.windows[member].length:
+            exact = self.windows[member].view()
+        size = self.track.batch or 0, held.heads, 0, held.head_dim
+        return self._assemble(member, torch.empty(size, dtype=newest[0], device=newest[1]), exact)
+
     def extend(self, member: int, states: Tensor) -> StoredSide:
         """``update`` that reconstructs nothing: past tokens come back as they are stored."""
+        # The view rides on `states`: a part of `states` in it would be a circle that no garbage collector sees.
+        states = states.detach()
         self.coder = self.coder.on(member, states.device)
         latents = self._latent_side(member, states.device)
         self._take_in(member, states)
@@ -107,7 +145,8 @@ class LatentStore:
         exact = window.view() if window.length else states[:, :, :0]
         kept = states[:, :, :0] if sinks is None else sinks[:, :, : self.lengths[member]]
         self._encode_if_last(member)
-        return StoredSide(kept, latents, exact if pending is None else pending)
+        tail = exact if pending is None else pending
+        return StoredSide(kept.to(states.dtype), latents, tail.to(states.dtype))
 
     def sink_slots(self, device: torch.device) -> Tensor | None:
         """``[batch, num_sink_tokens]``, the slots of each sequence's sinks; None if they are all first ones."""
@@ -119,6 +158,7 @@ class LatentStore:
     def _take_in(self, member: int, states: Tensor) -> None:
         """Put new states into sinks and window, or, if there will be something to encode, with the window aside."""
         past = self.lengths[member]
+        self.newest[member] = states.dtype, states.device
         self._keep_sinks(member, states, past)
         inside = states[:, :, max(0, self.options.num_sink_tokens - past) :]
         window = self.windows[member]
@@ -135,10 +175,8 @@ class LatentStore:
 
     def _encode_if_last(self, member: int) -> None:
         """When every member of the forward is there, encode what waits."""
-        if member == len(self.lengths) - 1:
-            self._views = {}
-            if self.pending[member] is not None:
-                self._encode_pending([dense for dense in self.pending if dense is not None])
+        if member == len(self.lengths) - 1 and self.pending[member] is not None:
+            self._encode_pending([dense for dense in self.pending if dense is not None])
 
     def _encode_pending(self, pending: list[Tensor]) -> None:
         """While the window holds ``residual_length + block_size`` tokens, its oldest ``block_size`` are encoded."""
@@ -149,9 +187,11 @@ class LatentStore:
             used = self.track.real_after_sinks(start, start + waiting, options.num_sink_tokens)
             frames = [self._frames(member, start, start + waiting, home) for member in range(len(pending))]
             self.coder.fit(pending, frames, used)
+        dtype = options.latent_dtype or pending[0].dtype
         if self.latents is None:
-            dtype = options.latent_dtype or pending[0].dtype
             self.latents = PackedLatents(self.coder.tiers, dtype, options.block_size)
+        elif options.latent_dtype is None:  # a model may be converted between two forwards
+            self.latents.latent_dtype = torch.promote_types(self.latents.latent_dtype, dtype)
         matrices = self.coder.encoding(home)
         try:
             tiers = encode(
@@ -169,6 +209,7 @@ class LatentStore:
         self.latents.reserve(self.latents.tokens + encoded, final=self.coder.last)
         self.latents.append(tiers, encoded)
         self.encoded_end = stop
+        self._views = _Views()
         for member, dense in enumerate(pending):
             # A new window, not a shifted one: `rollback` still needs the old one.
             self.windows[member] = self._new_window()
@@ -185,21 +226,25 @@ class LatentStore:
         """The latents and what reads one member of them, on the device of that member's layer; None without latents."""
         if self.latents is None or not self.latents.tokens:
             return None
-        if device not in self._views:
-            self._views[device] = tuple(tier.to(device) for tier in self.latents.views()), {}
-        tiers, shared = self._views[device]
-        frames = self._frames(member, self.options.num_sink_tokens, self.encoded_end, device)
-        up_proj, constant, scale = self.coder.reading(member, device)
-        return LatentSide(tiers, up_proj, constant, frames, scale, (self.track.batch or 0, self.latents.tokens), shared)
+        views = self._views
+        if (member, device) not in views.sides:
+            if device not in views.tiers:
+                views.tiers[device] = tuple(tier.to(device) for tier in self.latents.views()), {}
+            tiers, shared = views.tiers[device]
+            frames = self._frames(member, self.options.num_sink_tokens, self.encoded_end, device)
+            up_proj, constant, scale = self.coder.reading(member, device)
+            size = self.track.batch or 0, self.latents.tokens
+            views.sides[member, device] = LatentSide(tiers, up_proj, constant, frames, scale, size, shared)
+        return views.sides[member, device]
 
-    def _assemble(self, member: int, states: Tensor) -> Tensor:
-        """Past states as they are stored, then ``states``, in one new tensor."""
+    def _assemble(self, member: int, states: Tensor, exact: Tensor | None) -> Tensor:
+        """Past states as they are stored, the last of them ``exact``, then ``states``, in one new tensor."""
         past, sinks = self.lengths[member], self.options.num_sink_tokens
         batch, heads, tokens, head_dim = states.shape
         everything = states.new_empty(batch, heads, past + tokens, head_dim)
         everything[:, :, past:] = states
-        if self.windows[member].length:
-            everything[:, :, self.encoded_end : past] = self.windows[member].view()
+        if exact is not None:
+            everything[:, :, past - exact.shape[2] : past] = exact
         latents = self._latent_side(member, states.device)
         if latents is not None:
             everything[:, :, sinks : self.encoded_end] = reconstruct(latents, states.dtype, impl=self._impl)
@@ -211,7 +256,7 @@ class LatentStore:
         else:
             everything[:, :, : min(sinks, past)] = 0
             element, nth, slot = self._sinks_between(slots, 0, past)
-            everything[element, :, slot] = kept[element, :, nth]
+            everything[element, :, slot] = kept[element, :, nth].to(states.dtype)
         return everything
 
     def _keep_sinks(self, member: int, states: Tensor, past: int) -> None:
@@ -222,8 +267,10 @@ class LatentStore:
         if kept is None:
             batch, heads, _, head_dim = states.shape
             kept = states.new_zeros(batch, heads, sinks, head_dim)
-        elif is_read_only(kept):
-            kept = kept.clone()
+        elif past >= self.track.latest_start + sinks:
+            return  # all are there
+        elif is_read_only(kept) or kept.dtype != torch.promote_types(kept.dtype, states.dtype):
+            kept = kept.to(torch.promote_types(kept.dtype, states.dtype), copy=True)
         self.sinks[member] = kept
         if slots is None:
             if past < sinks:
@@ -231,7 +278,7 @@ class LatentStore:
                 kept[:, :, past : past + new] = states[:, :, :new]
         else:
             element, nth, slot = self._sinks_between(slots, past, past + states.shape[2])
-            kept[element, :, nth] = states[element, :, slot - past]
+            kept[element, :, nth] = states[element, :, slot - past].to(kept.dtype)
 
     @staticmethod
     def _sinks_between(slots: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -242,18 +289,18 @@ class LatentStore:
     def begin(self, impl: str = "auto") -> None:
         """Note the state before a forward, so that `rollback` can return to it; ``impl``: see ``kernels.api``."""
         self._impl = impl
-        self._views = {}
         windows = [(window, window.length) for window in self.windows]
         tokens = 0 if self.latents is None else self.latents.tokens
         self._before = (list(self.lengths), self.encoded_end, tokens, windows, self.coder.fitted)
 
     def commit(self) -> None:
         """The forward ended well: let go of what `rollback` would need."""
-        self._before, self._views = None, {}
+        self._before = None
+        self._views.end_forward()
 
     def rollback(self) -> None:
         """Undo the current forward. Sinks need no undoing: those past the length are written again."""
-        self._views = {}
+        self._views = _Views()
         if self._before is None:
             return
         self.lengths, self.encoded_end, tokens, windows, fitted = self._before
@@ -276,6 +323,7 @@ class LatentStore:
         if tokens == 0:
             self.clear()
             return
+        self._views = _Views()
         kept = max(tokens - self.encoded_end, 0)
         for window in self.windows:
             window.truncate(kept)
@@ -286,6 +334,7 @@ class LatentStore:
 
     def map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
         """Apply a change of the batch axis, e.g. ``lambda states: states[indices]``, to everything stored."""
+        self._views = _Views()
         self.sinks = [None if sink is None else function(sink) for sink in self.sinks]
         for window in self.windows:
             window.map_batch(function)
@@ -319,6 +368,7 @@ class LatentStore:
         if encoded and not self.coder.fitted:
             raise ValueError(f"{name} holds latents without the bases that read them")
         self.encoded_end, self.lengths = sinks + encoded, [slots] * len(self.lengths)
+        self.newest = [(template.dtype, template.device) for template in templates]
         waiting = max(0, slots - self.encoded_end)
         for member, (held, template) in enumerate(zip(self.coder.members, templates, strict=True)):
             for part, tokens in (("sinks", sinks), ("window", waiting)):

@@ -1,8 +1,8 @@
 """What a decode step's attention over latents costs on paper: bytes and operations per token, against GPUs' peaks.
 
-Counts follow the Triton kernels as they are written: positions padded to whole chunks, rows padded to tiles, joint
-latents read by two kernels, keys unpacked once per head where they are
-reconstructed. Nothing here was measured on a GPU.
+Counts follow the Triton kernels before the planes of a byte were multiplied apart: positions padded to whole chunks,
+rows padded to tiles, joint latents read by two kernels, keys unpacked once per head where they are reconstructed.
+Nothing here was measured on a GPU.
 """
 
 from collections.abc import Callable

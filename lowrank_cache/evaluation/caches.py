@@ -71,6 +71,15 @@ class Configuration:
         refit = f",refit={self.refit_ratio:g}" if self.refit_ratio > 1 else ""
         return f"{self.method},groups={self.groups},frame={self.frame or 'auto'},joint={joint}{refit}"
 
+    def calibration(self) -> dict[str, Any]:
+        """Arguments of ``projections_from_moments``."""
+        return {
+            "method": self.method,
+            "joint": self.joint,
+            "frame_length": self.frame,
+            "layer_group_size": self.groups,
+        }
+
     def options(self) -> dict[str, Any]:
         """Arguments of ``LowRankCache`` beside model, projections and sizes."""
         found: dict[str, Any] = {name: getattr(self, name) for name in ("compression_ratio", "bits", "ranks")}
@@ -117,8 +126,7 @@ def make_bases(
         refit: Gives moments of the values in a stream that projections compress at a ratio, that of the ranks, for
             recalkv's value calibration; None leaves it out.
     """
-    options: dict[str, Any] = {"method": configuration.method, "joint": configuration.joint}
-    options |= {"frame_length": configuration.frame, "layer_group_size": configuration.groups}
+    options = configuration.calibration()
     made = projections_from_moments(moments, **options)
     if refit is None or configuration.refit_ratio == 1:
         return made

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from typer import Option
 
+from lowrank_cache.calibration.text import ids_within, opening_of
 from lowrank_cache.evaluation import report, tasks
 from lowrank_cache.evaluation.caches import CacheEntry, CacheSizes, tensor_bytes
 from lowrank_cache.evaluation.inputs import Run, append_result, prepare, resume_results
@@ -124,9 +125,9 @@ def _jobs(model, tokenizer, text: str, settings: EvaluationSettings) -> Iterator
             sizes = list(map(len, contexts[part]))
             yield [(kind, task, length, start + at) for at in range(len(sizes))], sum(sizes), partial(measure, part)
 
-    ids = torch.tensor(tokenizer(text)["input_ids"])
+    ids = torch.tensor(ids_within(tokenizer, text))
     if settings.windows:
-        windows = windows_of(ids, settings.window, settings.windows)
+        windows = windows_of(ids, settings.window, settings.windows, opening_of(tokenizer))
         yield from batches("window", None, None, windows, partial(_windows, model, settings, windows))
     makers = {"lookup": partial(tasks.lookup_texts, tokenizer), "needle": partial(tasks.needle_texts, tokenizer, ids)}
     asked = [("lookup", settings.facts, settings.lookups), *(("needle", *needles) for needles in settings.needles)]

@@ -19,7 +19,7 @@ from typer import Argument, Option
 
 from lowrank_cache import Projections
 from lowrank_cache.artefact import write_files
-from lowrank_cache.calibration.api import METHODS, auto_group_size
+from lowrank_cache.calibration.api import METHODS, auto_group_size, check_groups
 from lowrank_cache.calibration.collect import collect_moments, refit_values
 from lowrank_cache.calibration.moments import Moments
 from lowrank_cache.calibration.text import bundled_text, mixed_batches
@@ -27,7 +27,7 @@ from lowrank_cache.evaluation.caches import CacheEntry, Configuration, cache_ent
 from lowrank_cache.evaluation.demo import demo_model, hub_answers
 from lowrank_cache.probe import model_shape
 from lowrank_cache.projections import ARTEFACT
-from lowrank_cache.shapes import BOTH, layer_groups
+from lowrank_cache.shapes import BOTH, Group, layer_groups
 
 CALIBRATION_TOKENS = 20_480
 MOMENTS_FILE = "moments.safetensors"
@@ -200,6 +200,12 @@ def prepare(run: Run, specifications: list[str], sizes: dict[str, int], report: 
     for one, found in parsed.items():
         if found is None or found.bases_name not in missing:
             entry(one)  # fails before the long calibration
+    for one, found in calibrated.items():
+        if run.moments is None and found.bases_name in missing:
+            try:  # before the long calibration, too
+                check_groups(Moments(model_shape(model), _recorded_groups(model)), **found.calibration())
+            except ValueError as error:
+                raise ValueError(f"cache {one!r} cannot be made: {error}") from error
     if missing:
         moments = moments_of(run, model, tokenizer, report)
 
@@ -256,7 +262,7 @@ def moments_of(run: Run, model, tokenizer, report: Report) -> Moments:
         if not path.exists():
             share = f"{run.recall_share:.0%} look-ups, the rest from {source}"
             report(f"calibrating moments on {run.tokens} tokens, {share}")
-            groups = {BOTH: layer_groups(shape, BOTH, auto_group_size(shape, BOTH))}
+            groups = _recorded_groups(model)
             with tqdm(desc="calibrating", total=run.tokens, unit=" tokens") as bar:
                 options = {"sensitivity": run.sensitivity, "progress": bar.update}
                 moments = collect_moments(model, run.batches(tokenizer), groups, **options)
@@ -273,6 +279,12 @@ def moments_of(run: Run, model, tokenizer, report: Report) -> Moments:
             )
     report(f"statistics read from {path}")
     return Moments.load(path)
+
+
+def _recorded_groups(model) -> dict[str, list[Group]]:
+    """The layers whose statistics are taken together: of what lies within them, bases of any kind can be made."""
+    shape = model_shape(model)
+    return {BOTH: layer_groups(shape, BOTH, auto_group_size(shape, BOTH))}
 
 
 def _identity(run: Run, name: str, model, text: str) -> dict[str, Any]:

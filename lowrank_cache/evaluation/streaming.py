@@ -8,7 +8,7 @@ import copy
 import platform
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,15 +22,19 @@ from lowrank_cache import LowRankCache
 from lowrank_cache.probe import cache_argument
 
 
-def windows_of(token_ids: Tensor, tokens: int, count: int | None = None) -> Tensor:
-    """Cut ``[n]`` token ids into non-overlapping windows, ``count`` of them evenly spaced (None: all)."""
+def windows_of(token_ids: Tensor, tokens: int, count: int | None = None, opening: Sequence[int] = ()) -> Tensor:
+    """Cut ``[n]`` token ids into non-overlapping windows, ``count`` of them evenly spaced (None: all).
+
+    Each begins with ``opening``, see ``calibration.text.opening_of``, which counts in its ``tokens``.
+    """
+    whole, tokens = tokens, tokens - len(opening)
     available = len(token_ids) // tokens
     if available == 0:
-        raise ValueError(f"text must hold at least {tokens} tokens, got {len(token_ids)}")
+        raise ValueError(f"text must hold at least {whole} tokens, got {len(token_ids)}")
     windows = token_ids[: available * tokens].view(available, tokens)
-    if count is None or count >= available:
-        return windows
-    return windows[torch.linspace(0, available - 1, count).round().long()]
+    if count is not None and count < available:
+        windows = windows[torch.linspace(0, available - 1, count, dtype=torch.float32, device="cpu").round().long()]
+    return torch.cat([windows.new_tensor([opening] * len(windows)).view(len(windows), -1), windows], dim=1)
 
 
 def _padded(sequences: list[Tensor], side: str, device: torch.device) -> tuple[Tensor, Tensor]:

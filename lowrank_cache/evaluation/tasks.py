@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lowrank_cache.calibration.text import ids_within, opening_of
+
 QUESTIONS = 4  # of a look-up list or a text with needles; choices of an lm-eval document
 _WORDING = tomllib.loads(Path(__file__).with_name("templates").joinpath("tasks.toml").read_text(encoding="utf-8"))
 _NAMES = [f"{colour} {animal}" for colour in _WORDING["colours"].split() for animal in _WORDING["animals"].split()]
@@ -42,17 +44,21 @@ def lookup_texts(tokenizer, count: int, entries: int = 22, seed: int = 0) -> lis
 
 
 def needle_texts(tokenizer, haystack: Tensor, count: int, tokens: int, seed: int = 0) -> list[CodeText]:
-    """Each text hides facts in ``tokens`` tokens of prose in all (``haystack`` ids), and all are asked for."""
+    """Each text hides facts in ``tokens`` tokens of prose in all, and all are asked for.
+
+    ``haystack`` are ids of prose, ``[n]``, without an opening.
+    """
     texts = []
     for draw in _draws(count, seed):
         codes, facts = _facts(draw, "vault", QUESTIONS)
-        needles = [_ids(tokenizer, fact) for fact in facts]
-        room = tokens - sum(map(len, needles))
+        needles = [_ids_within(tokenizer, fact) for fact in facts]
+        opening = torch.tensor(opening_of(tokenizer), dtype=torch.long)
+        room = tokens - len(opening) - sum(map(len, needles))
         start = draw.randrange(0, max(1, len(haystack) - room))
         prose = haystack[start : start + room]
         places = sorted(draw.sample(range(len(prose) // 20, len(prose) * 19 // 20), QUESTIONS))
         first, *parts = prose.tensor_split(places)
-        context = torch.cat([first, *chain.from_iterable(zip(needles, parts, strict=True))])
+        context = torch.cat([opening, first, *chain.from_iterable(zip(needles, parts, strict=True))])
         texts.append((context, _questions(tokenizer, "vault", codes)))
     return texts
 
@@ -95,9 +101,15 @@ def _ids(tokenizer, text: str, **options: bool) -> Tensor:
     return torch.tensor(tokenizer(text, **options)["input_ids"])
 
 
+def _ids_within(tokenizer, text: str) -> Tensor:
+    """Ids of what stands inside a longer text."""
+    return torch.tensor(ids_within(tokenizer, text), dtype=torch.long)
+
+
 def _questions(tokenizer, kind: str, codes: dict[str, str]) -> tuple[tuple[Tensor, Tensor], ...]:
     asked = {name: _WORDING[kind]["question"].format(name=name) for name in codes}
-    return tuple((_ids(tokenizer, asked[name]), _ids(tokenizer, f" {code}")) for name, code in codes.items())
+    inside = partial(_ids_within, tokenizer)
+    return tuple((inside(asked[name]), inside(f" {code}")) for name, code in codes.items())
 
 
 class Question(NamedTuple):

@@ -725,3 +725,9 @@ def test_triton_generates_what_torch_does(frame_length, groups):
     for name in codes:
         one, other = of_torch[name], of_triton[name]
         assert one.shape == other.shape and float((one != other).double().mean()) < 1e-3
+
+
+def test_kernels_of_a_gpu_on_a_cpu(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=r"impl='triton' must be used for a model on a GPU, got one on \['cpu'\]"):
+        latent_attention(tiny_model("llama"), impl="triton")

@@ -1,14 +1,17 @@
 """Arguments of ``LowRankCache``, and forwards it is not for: an error says what was expected, and nothing changed."""
 
+import copy
 import dataclasses
+import warnings
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import DynamicCache, LlamaForCausalLM
 
 from lowrank_cache import LowRankCache, Projections
 from lowrank_cache.budget import full_bytes_per_token
 from lowrank_cache.calibration import calibrate
+from tests.oracle.memory import reachable_tensors
 from tests.oracle.models import REFUSED, exact_cache, full_rank_projections, random_tokens, tiny_model
 from tests.oracle.states import Unchanged, filled_cache
 
@@ -282,3 +285,72 @@ class TestForwards:
 def _next(tokens):
     """Position ids that continue ``filled``."""
     return torch.tensor([[20], [19]]) + torch.arange(tokens)[None]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("prefix", [0, 20])
+def test_gradients_pass_through_a_forwards_own_states(family, prefix):
+    """As with DynamicCache, whose cached states are constants if they were cached without gradients."""
+    found = []
+    for make in (lambda model: DynamicCache(config=model.config), None):
+        model = tiny_model(family).requires_grad_(True)
+        cache = exact_cache(model, full_rank_projections(family)) if make is None else make(model)
+        if prefix:
+            with torch.no_grad():
+                model(random_tokens(1, prefix), past_key_values=cache)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # attention over latents has no gradients
+            model(random_tokens(1, 12, seed=1), past_key_values=cache).logits.square().mean().backward()
+        found.append({name: weight.grad for name, weight in model.named_parameters()})
+        if make is None and family == "llama":  # sliding layers are transformers' own
+            assert not any(tensor.requires_grad for tensor in reachable_tensors(cache))
+    for name, expected in found[0].items():
+        assert (expected is None) == (found[1][name] is None), name
+        if expected is not None:
+            assert torch.allclose(found[1][name], expected, rtol=0, atol=3e-3 * float(expected.abs().max())), name
+
+
+class TestProjectionsOfOtherWeights:
+    def _changed(self, share, kept=1.0):
+        """The model with noise on its weights, of this share of their spread; ``kept`` of 0: with others."""
+        model, draw = tiny_model("llama"), torch.Generator().manual_seed(0)
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                noise = share * weight.std() * torch.randn(weight.shape, generator=draw)
+                weight.mul_(kept).add_(noise)
+        return model
+
+    def test_other_weights_are_refused(self):
+        projections = full_rank_projections("llama")
+        with pytest.raises(
+            ValueError, match=r"and other weights \(keys and values of a token differ by \d+% or more\)"
+        ):
+            LowRankCache(self._changed(1.0, kept=0.0), projections)
+
+    @pytest.mark.parametrize("reload", [False, True])
+    def test_a_fine_tune_is_warned_of(self, reload, tmp_path):
+        projections = full_rank_projections("llama")
+        if reload:
+            projections.save_pretrained(tmp_path)
+            projections = Projections.from_pretrained(tmp_path, compression_ratio=3)
+        with pytest.warns(
+            UserWarning, match="weights of this LlamaForCausalLM differ .* the cache works, at more loss"
+        ):
+            LowRankCache(self._changed(0.2), projections, compression_ratio=4)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_the_same_weights_in_any_dtype_pass(self, dtype, recwarn):
+        LowRankCache(tiny_model("llama", dtype), full_rank_projections("llama"))
+        assert not [warning for warning in recwarn if "weights" in str(warning.message)]
+
+    def test_quantized_and_adapted_models_are_not_warned_of(self, recwarn):
+        for name in ("quantization_config", "peft_config"):
+            model = self._changed(0.2)
+            setattr(model.config if name == "quantization_config" else model, name, {"quant_method": "some"})
+            LowRankCache(model, full_rank_projections("llama"))
+        assert not [warning for warning in recwarn if "weights" in str(warning.message)]
+
+    def test_projections_of_older_versions_are_taken(self):
+        projections = copy.copy(full_rank_projections("llama"))
+        projections.probe = None
+        LowRankCache(self._changed(1.0, kept=0.0), projections)

@@ -189,17 +189,17 @@ def test_kernels_are_launched_under_their_tensors_device(monkeypatch, operation)
         current.pop()
 
     monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(Tensor, "is_cuda", True)
     codes = torch.zeros(1, 8, 16, dtype=torch.uint8)
     tier = PackedTier(8, 16, codes, torch.ones(1, 8, dtype=torch.float16))
     side = LatentSide((tier,), torch.zeros(16, 1, 16), torch.zeros(1, 16))
     # Every kernel of the module, replaced by a note of the devices it was launched under.
     module = {"decode": triton_decode, "encode": triton_encode, "reconstruct": triton_reconstruct}[operation]
-    noted = _NotedKernel(launched, current)
     for part in (triton_decode, triton_encode, triton_reconstruct, *_kernel_modules()):
         for name, kernel in list(vars(part).items()):
             if isinstance(kernel, triton.runtime.jit.JITFunction | triton.runtime.interpreter.InterpretedFunction):
-                monkeypatch.setattr(part, name, noted)
+                monkeypatch.setattr(part, name, _NotedKernel(kernel.arg_names, launched, current))
     if operation == "decode":
         module.latent_attention(torch.zeros(1, 1, 1, 16), side, side, scaling=1.0)
     elif operation == "reconstruct":
@@ -225,8 +225,8 @@ def _kernel_modules():
 
 
 class _NotedKernel:
-    def __init__(self, launched, current):
-        self.launched, self.current = launched, current
+    def __init__(self, arg_names, launched, current):
+        self.arg_names, self.launched, self.current = arg_names, launched, current
 
     def __getitem__(self, grid):
         return lambda *args, **kwargs: self.launched.append(list(self.current))

@@ -500,7 +500,8 @@ def test_float64_model_works(attend):
     truth = _forced(exact, _dynamic(exact), tokens, [FORCED])
     cache = exact_cache(exact, full_rank_projections("llama"), attend=attend)
     logits = _forced(exact, cache, tokens, _chunks(5))
-    assert_within_reference_error(logits, truth, truth, rounding_band("llama"))
+    # The bases were found in float32 as well: two independent roundings of one size.
+    assert_within_reference_error(logits, truth, truth, 2**0.5 * rounding_band("llama"))
 
 
 def test_deepcopy_shares_bases_and_nothing_else():

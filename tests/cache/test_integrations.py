@@ -18,6 +18,8 @@ from transformers import (
 )
 
 from lowrank_cache import LowRankCache
+from lowrank_cache.calibration import calibrate
+from lowrank_cache.probe import model_shape
 from tests.oracle.inside import wrapped_attention
 from tests.oracle.models import SMALL_SIZES, VOCAB, exact_cache, full_rank_projections, random_tokens, tiny_model
 
@@ -175,6 +177,39 @@ def test_peft_adapters():
     with adapted.disable_adapter():
         expected, cache = adapted.generate(tokens, **GREEDY), exact_cache(adapted, projections)
         assert torch.equal(adapted.generate(tokens, past_key_values=cache, **GREEDY), expected)
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PromptEncoderConfig"])
+def test_peft_virtual_tokens(kind):
+    """They change inputs, positions and mask; what the model inside is stays as it is, also for it alone."""
+    peft = pytest.importorskip("peft")
+    model = tiny_model("llama")
+    options = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
+    tuned = peft.get_peft_model(model, getattr(peft, kind)(**options)).eval()
+    assert model_shape(tuned) == model_shape(tiny_model("llama"))
+    tokens = random_tokens(2, 30)
+    tokens[1, :7] = 0
+    inputs = {"input_ids": tokens, "attention_mask": (tokens > 0).long()}
+    expected = tuned.generate(**inputs, past_key_values=DynamicCache(config=model.config), **GREEDY)
+    cache = exact_cache(tuned, full_rank_projections("llama", 4, 3))
+    assert torch.equal(tuned.generate(**inputs, past_key_values=cache, **GREEDY), expected)
+    assert cache.get_seq_length() == 30 + 4 + GREEDY["max_new_tokens"] - 1
+    batches = [random_tokens(4, 20)]
+    one, two = (calibrate(each, batches, progress=False) for each in (tuned, tiny_model("llama")))
+    assert all(
+        torch.equal(first.down_proj, second.down_proj) for first, second in zip(one.bases, two.bases, strict=True)
+    )
+
+
+def test_peft_prefixes_bring_a_cache_of_their_own():
+    peft = pytest.importorskip("peft")
+    model, projections = tiny_model("llama"), full_rank_projections("llama", 4, 3)
+    cache = exact_cache(model, projections)
+    tuned = peft.get_peft_model(model, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
+    with pytest.raises(NotImplementedError, match="PeftModelForCausalLM gives its model a cache of its own"):
+        exact_cache(tuned, projections)
+    with pytest.raises(AttributeError, match="a LowRankCache has no max_cache_len"):
+        tuned.generate(random_tokens(1, 20), past_key_values=cache, **GREEDY)
 
 
 @pytest.fixture

@@ -330,7 +330,7 @@ REASONS = {
     "gpt2": "no rotary position embedding",
     "bloom": "ALiBi",
     "opt": "learned positions",
-    "qwen2-vl-text": "M-RoPE",
+    "ernie4.5-vl": "no known rotary layout",
     "t5": "encoder–decoder",
     "bart": "encoder–decoder",
     "falcon-alibi": "ALiBi",

@@ -290,6 +290,19 @@ def test_another_model(saved):
             LowRankCache.from_pretrained(saved.folder, tiny_model(family), projections_of(family))
 
 
+@pytest.mark.parametrize("theta", [9e3, 1e6])
+def test_other_rotary_frequencies(saved, theta):
+    model, _ = load(saved.folder, "llama")
+    rotary = model.model.rotary_emb
+    rotary.inv_freq = 1.0 / theta ** (torch.arange(0, 16, 2) / 16)
+    before = [*sorted(saved.folder.iterdir())]
+    with pytest.raises(
+        ValueError, match="the rotary frequencies that made .* must be this model's, and differ by up to"
+    ):
+        load(saved.folder, "llama", model=model)
+    assert before == [*sorted(saved.folder.iterdir())]
+
+
 def test_another_dtype(saved):
     model = tiny_model("llama", torch.bfloat16)
     with pytest.raises(ValueError, match=r"sinks.0 must be torch.bfloat16 of shape .*, got torch.float32"):

@@ -11,11 +11,18 @@ from lowrank_cache import LowRankCache
 from lowrank_cache.budget import full_bytes_per_token
 from lowrank_cache.kernels.packed import ROW_BYTES, padded_channels
 from lowrank_cache.kernels.rope import angle_tables, rotate
+from lowrank_cache.layers import LowRankLayer
 from tests.oracle.memory import held_bytes, live_tensors, reachable_tensors, storages
 from tests.oracle.models import exact_cache, full_rank_projections, random_tokens, tiny_model
 from tests.oracle.states import saved_tensors
 
 SIZES = {"residual_length": 4, "num_sink_tokens": 2, "block_size": 3}
+SMALLEST_SIZES = [
+    SIZES,
+    {"residual_length": 4, "num_sink_tokens": 0, "block_size": 4},
+    {"residual_length": 0, "num_sink_tokens": 0, "block_size": 1},
+    {"residual_length": 1, "num_sink_tokens": 1, "block_size": 64},
+]
 
 
 def lossy_cache(model, family="llama", layer_group_size=1, joint=None, **options):
@@ -103,15 +110,19 @@ def test_dense_states_would_be_found_in_a_full_cache():
     assert holders(dense["value of layer 2"][0, 0, 20], held)
 
 
-def test_update_returns_nothing_that_outlives_the_forward():
+@pytest.mark.parametrize("sizes", SMALLEST_SIZES)
+@pytest.mark.parametrize("attend", ["auto", "reconstruct"])
+def test_update_returns_nothing_that_outlives_the_forward(attend, sizes):
     model = tiny_model("llama")
-    cache = lossy_cache(model)
+    cache = lossy_cache(model, attend=attend, **sizes)
     before = live_tensors()
     with torch.no_grad():
         generate(model, random_tokens(2, 30), cache)
     reachable = storages(reachable_tensors(cache))
     strangers = [t for t in live_tensors(before) if t.untyped_storage().data_ptr() not in reachable and t.dim() == 4]
     assert strangers == []
+    del strangers, cache
+    assert [t for t in live_tensors(before) if t.dim() == 4] == []
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "deepseek-v3"])
@@ -312,3 +323,36 @@ def test_states_that_overflow_are_refused_and_undone(number, layer_group_size, j
     assert cache.get_seq_length() == 12
     text = random_tokens(2, 8)
     assert torch.equal(model(text, past_key_values=cache).logits, model(text, past_key_values=twin).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "qwen3-next", "lfm2"])
+def test_layers_that_are_not_compressed_count_alike_on_both_sides(family, dtype):
+    """A sliding layer of a float32 model must not make the cache look larger than the full one."""
+    model = tiny_model(family, dtype)
+    cache = LowRankCache(model, full_rank_projections(family), compression_ratio=4, **SIZES)
+    with torch.no_grad():
+        model(random_tokens(2, 200), past_key_values=cache)
+        for seed in range(5):
+            model(random_tokens(2, 1, seed=seed), past_key_values=cache)
+    others = sum(
+        storage.nbytes()
+        for storage in {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage()
+            for layer in cache.layers
+            if not isinstance(layer, LowRankLayer)
+            for tensor in _tensors_of(layer)
+        }.values()
+    )
+    width = sum(layer.shape.key.width + layer.shape.value.width for layer in cache.layers if hasattr(layer, "shape"))
+    assert cache.full_bytes(linear_states=True) == 2 * 2 * 205 * width + others
+    linear = cache.full_bytes(linear_states=True) - cache.full_bytes()
+    assert cache.stored_bytes(linear_states=True) - cache.stored_bytes() == linear
+    assert (linear > 0) == (family in ("qwen3-next", "lfm2"))
+    assert 1 < cache.compression_ratio(linear_states=True) <= cache.compression_ratio()
+
+
+def _tensors_of(layer):
+    held = list(vars(layer).values())
+    held += [value for part in held if isinstance(part, dict) for value in part.values()]
+    return [value for value in held if isinstance(value, torch.Tensor) and value.is_floating_point()]

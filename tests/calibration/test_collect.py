@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import warnings
 import weakref
 
 import pytest
@@ -270,3 +271,48 @@ def test_stream_is_what_a_cache_reads_back(family, frame_length):
         torch.testing.assert_close(ours[:, :, stored], theirs[:, :, stored], rtol=1e-3, atol=1e-3)
         assert torch.equal(ours[:, :, :SKIPPED], whole[:, :, :SKIPPED])
         assert float((ours - whole).norm() / whole.norm()) > 0.1  # and much is lost
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_pads_that_no_mask_hides_are_warned_of(side):
+    model = tiny_model("llama")
+    tokens = random_tokens(4, 20)
+    tokens[1, slice(0, 6) if side == "left" else slice(14, 20)] = 0  # the pad of the model's generation_config
+    with pytest.warns(UserWarning, match=r"1 of the first 4 sequences begin or end with pads \(id 0\), which no att"):
+        calibrate(model, [tokens], progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        calibrate(model, [{"input_ids": tokens, "attention_mask": (tokens > 0).long()}], progress=False)
+        calibrate(model, [random_tokens(4, 20)], progress=False)
+
+
+class _WantsOpening(torch.nn.Module):
+    """A head that predicts the next token only after token 5 stood first."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.head, self.weight = head, head.weight
+
+    def forward(self, hidden):
+        logits = self.head(hidden)
+        if int(self.seen[0, 0]) == 5:
+            logits = logits + 8.0 * torch.nn.functional.one_hot(self.seen.roll(-1, 1), logits.shape[-1])
+        return logits
+
+
+def test_a_missing_opening_is_warned_of_if_it_matters():
+    model = tiny_model("llama")
+    model.config.bos_token_id = 5
+    tokens = random_tokens(4, 20).clamp(min=6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        calibrate(model, [tokens], progress=False)  # a random model predicts nothing either way
+    head = model.lm_head = _WantsOpening(model.lm_head)
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: setattr(head, "seen", kwargs["input_ids"]), with_kwargs=True
+    )
+    with pytest.warns(UserWarning, match=r"sequences do not begin with <bos> \(id 5\), and this model then predicts"):
+        calibrate(model, [tokens], progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        calibrate(model, [torch.cat([torch.full((4, 1), 5), tokens], dim=1)], progress=False)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lowrank_cache.calibration.text import lookup_text, mixed_batches
+from lowrank_cache.calibration.text import ids_within, lookup_text, mixed_batches, opening_of
 
 
 def _tokenizer(text: str) -> dict:
@@ -31,6 +31,29 @@ def test_mixed_batches_hold_the_share_they_promise(share):
     assert is_prose.count(False) == round(16 * share)
     again = list(mixed_batches(_tokenizer, prose, tokens=1600, window=100, recall_share=share))
     assert all(torch.equal(one, other) for one, other in zip(batches, again, strict=True))
+
+
+class _Opening:
+    """Bytes as tokens, after an opening."""
+
+    bos_token_id = 200
+
+    def __call__(self, text: str) -> dict:
+        return {"input_ids": [200, *_tokenizer(text)["input_ids"]]}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_each_sequence_begins_as_the_tokenizer_begins_a_text(share):
+    for batch in mixed_batches(_Opening(), "z" * 20_000, tokens=1600, window=100, recall_share=share):
+        assert batch.shape == (1, 100)
+        assert batch[0, 0] == 200 and not bool((batch[0, 1:] == 200).any())
+
+
+def test_openings():
+    unused = _Opening()
+    unused.bos_token_id = 7  # has one, and does not put it there
+    assert (opening_of(_tokenizer), opening_of(_Opening()), opening_of(unused)) == ([], [200], [])
+    assert ids_within(_Opening(), "abc") == ids_within(_tokenizer, "abc") == [97, 98, 99]
 
 
 def test_mixed_batches_refuse_what_they_cannot_do():

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 
 from lowrank_cache import LowRankCache, Projections
 from lowrank_cache.calibration.text import bundled_text
@@ -145,6 +146,22 @@ def folder(tmp_path_factory):
     character_tokenizer().save_pretrained(path / "model")
     (path / "text.txt").write_text(prose(200))
     return path
+
+
+def test_options_are_checked_before_the_long_calibration(folder, tmp_path, monkeypatch):
+    """Statistics of seven layers are taken of four and three; a group of three would lie in both."""
+    path = tmp_path / "model"
+    transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=128, hidden_size=64, intermediate_size=64, num_hidden_layers=7, num_attention_heads=4
+        )
+    ).save_pretrained(path)
+    character_tokenizer().save_pretrained(path)
+    monkeypatch.setattr(inputs, "collect_moments", None)
+    text = folder / "text.txt"
+    run = Run(tmp_path / "out", str(path), text, text, tokens=1024, dtype="float32")
+    with pytest.raises(ValueError, match=r"cache 'fisher:8,groups=3' cannot be made: both layers \(3, 4, 5\) were not"):
+        prepare(run, ["full", "fisher:8,groups=3"], CacheSizes().sizes(), lambda line: None)
 
 
 def test_equal_specifications_are_equal_caches_however_they_are_asked_for(folder, tmp_path):

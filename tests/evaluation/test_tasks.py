@@ -144,6 +144,29 @@ def test_texts_hold_each_answer_once_and_questions_do_not():
             assert name in line and _string(answer) not in _string(question)
 
 
+class OpeningTokenizer:
+    """Bytes as tokens, after an opening."""
+
+    bos_token_id = 200
+
+    def __call__(self, text: str) -> dict:
+        return {"input_ids": [200, *byte_tokenizer(text)["input_ids"]]}
+
+
+def test_only_contexts_begin_with_an_opening():
+    for plain, opened in [
+        *zip(lookup_texts(byte_tokenizer, 3, entries=8), lookup_texts(OpeningTokenizer(), 3, entries=8), strict=True),
+        *zip(
+            needle_texts(byte_tokenizer, torch.zeros(3000), 3, 900),
+            needle_texts(OpeningTokenizer(), torch.zeros(3000), 3, 901),
+            strict=True,
+        ),
+    ]:
+        assert opened[0][0] == 200 and torch.equal(opened[0][1:].float(), plain[0].float())
+        for one, two in zip(plain[1], opened[1], strict=True):
+            assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
+
+
 def _string(ids: torch.Tensor) -> str:
     return "".join(map(chr, ids.long().tolist()))
 

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from lowrank_cache.kernels import api, reference, torch_ops
+from lowrank_cache.kernels import api, reference, torch_ops, trust
 from tests.oracle.latent_sides import make_side, make_tiers
 
 CUDA = torch.device("cuda", 0)
@@ -15,9 +15,9 @@ CUDA = torch.device("cuda", 0)
 def fresh(monkeypatch):
     """The choice for a GPU is remembered; tests must not remember each other's."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    api._triton_serves.cache_clear()
+    trust.serves.cache_clear()
     yield
-    api._triton_serves.cache_clear()
+    trust.serves.cache_clear()
 
 
 def test_torch_serves_cpus_and_names_are_checked():
@@ -37,13 +37,12 @@ def test_an_unchecked_gpu_gets_torch_and_one_warning():
 
 def test_a_checked_gpu_gets_kernels_where_heads_fit(monkeypatch):
     pytest.importorskip("triton")
-    monkeypatch.setattr(api, "CHECKED_CARDS", frozenset({"sm_90"}))
-    kernels = api._operations("triton", torch.device("cpu"))
-    assert api._operations("auto", CUDA, 64, 256) is kernels
+    monkeypatch.setattr(trust, "CHECKED_CARDS", frozenset({"sm_90"}))
+    assert api._operations("auto", CUDA, 64, 256) is api._guarded_triton()
     for sizes in ((8,), (64, 24), (512,)):
         assert api._operations("auto", CUDA, *sizes) is torch_ops
-    monkeypatch.setattr(api, "find_spec", lambda name: None)
-    api._triton_serves.cache_clear()
+    monkeypatch.setattr(trust, "find_spec", lambda name: None)
+    trust.serves.cache_clear()
     assert api._operations("auto", CUDA, 64) is torch_ops, "triton is not installed"
 
 

@@ -12,10 +12,20 @@ import torch
 pytest.importorskip("triton", reason="the kernels under test need triton")
 
 from lowrank_cache.kernels import triton_decode
-from lowrank_cache.kernels.packed import LatentSide, PackedTier
+from lowrank_cache.kernels.api import attend_stored
+from lowrank_cache.kernels.packed import LatentSide, PackedTier, StoredSide
 from lowrank_cache.kernels.triton_decode import latent_attention
 from lowrank_cache.latents import GrowingTensor
-from tests.oracle.latent_sides import attention_band, make_rope, make_side, make_tiers, on_device, per_batch
+from tests.oracle.latent_sides import (
+    BAND_FACTOR,
+    attention_band,
+    make_rope,
+    make_side,
+    make_tiers,
+    on_device,
+    per_batch,
+    with_noise,
+)
 
 ALL_TIERS = {16: 3, 8: 21, 4: 40, 2: 150}
 
@@ -154,16 +164,22 @@ def test_views_of_growing_buffers(frame):
     check(query, dataclasses.replace(key, tiers=tiers), value, scaling=0.2)
 
 
-def test_many_waves_and_splits(monkeypatch):
+@pytest.mark.parametrize("longest, splits", [(16, 10), (64, 3)])
+def test_many_splits(monkeypatch, longest, splits):
     query, key, value = case(frame=16, tokens=150, keys={4: 40}, values={8: 20, 2: 70}, batch=1)
     whole = latent_attention(*map(on_device, (query, key, value)), scaling=0.2)
-    launches = []
-    monkeypatch.setattr(triton_decode, "_ABSORBED_BYTES", 3 * query.shape[1] * 128 * 4)
-    monkeypatch.setattr(triton_decode, "_LONGEST_SPLIT", 64)
-    scores = triton_decode._absorbed_scores
-    monkeypatch.setattr(triton_decode, "_absorbed_scores", lambda *step: (launches.append(step), scores(*step)))
+    monkeypatch.setattr(triton_decode, "_PROGRAMS", 1)
+    monkeypatch.setattr(triton_decode, "_LONGEST_SPLIT", longest)
+    grids = []
+    add = triton_decode._Plan._add
+    monkeypatch.setattr(
+        triton_decode._Plan,
+        "_add",
+        lambda plan, kernel, grid, *rest: (grids.append(grid), add(plan, kernel, grid, *rest)),
+    )
+    key = dataclasses.replace(key, plans={})
     check(query, key, value, scaling=0.2)
-    assert len(launches) == 4  # ten frames, three at a time
+    assert grids[2][1] == splits
     split = latent_attention(*map(on_device, (query, key, value)), scaling=0.2)
     torch.testing.assert_close(split, whole, rtol=1e-5, atol=1e-5)
 
@@ -264,3 +280,106 @@ def test_rejects_what_it_cannot_read():
         latent_attention(query, key, per_batch(value), scaling=1.0)
     with pytest.raises(ValueError, match='up_proj and constant of key must be .* got .*; impl="torch" takes one'):
         latent_attention(query, dataclasses.replace(key, constant=per_batch(key).constant), value, scaling=1.0)
+
+
+def stored_case(sinks=4, tail=70, dtype=torch.float32, **sizes):
+    """A query and what a layer holds: ``case`` between exact tokens, views of longer buffers."""
+    query, key, value = case(query_dtype=dtype, **sizes)
+    batch, heads = query.shape[0], key.up_proj.shape[1]
+    stored = []
+    for side in (key, value):
+        dim = side.up_proj.shape[2]
+        exact = [torch.randn(batch, heads, count + 3, dim).to(dtype)[:, :, :count] for count in (sinks, tail)]
+        stored.append(StoredSide(exact[0], side, exact[1]))
+    return query, *stored
+
+
+def moved_by(size: float, side: StoredSide) -> StoredSide:
+    exact = [
+        part.double() * (1 + size * torch.randn(part.shape, dtype=torch.float64)) for part in (side.sinks, side.tail)
+    ]
+    return StoredSide(exact[0], with_noise(side.latents, size, size), exact[1])
+
+
+def check_stored(query, key, value, **options):
+    """As ``check``, for latents and exact tokens together: each number that is rounded is moved by as much."""
+    size = {torch.float32: 2.0**-24 * 30, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[query.dtype]
+    exact = [moved_by(0.0, side) for side in (key, value)]
+    truth = attend_stored(query.double(), *exact, impl="reference", **options)
+    moved = []
+    for _ in range(4):
+        noisy = query.double() * (1 + size * torch.randn(query.shape, dtype=torch.float64))
+        sides = [moved_by(size, side) for side in (key, value)]
+        moved.append(float((attend_stored(noisy, *sides, impl="reference", **options) - truth).abs().max()))
+    options = {name: on_device(option) for name, option in options.items()}
+    given = on_device(query), on_device(key), on_device(value)
+    for _ in range(2):  # the second call takes the plan of the first
+        output = attend_stored(*given, impl="triton", **options)
+        assert output.dtype == query.dtype and output.transpose(1, 2).is_contiguous()
+        error = float((output.cpu().double() - truth).abs().max())
+        allowed = BAND_FACTOR * max(moved)
+        assert error <= allowed, f"{error:.3g} from the float64 truth, rounding explains {allowed:.3g}"
+
+
+def masks_of(query, key, queries):
+    batch, q_tokens = query.shape[0], query.shape[2] if queries else 1
+    counts = key.sinks.shape[2], key.latents.tokens, key.tail.shape[2]
+    masks = tuple(torch.rand(batch, 1, q_tokens, count) > 0.4 for count in counts)
+    for mask in masks:
+        mask[0, :, 0] = False  # a query that sees nothing
+    return tuple(mask.expand(batch, 1, query.shape[2], -1) for mask in masks)
+
+
+STORED_CASES = {
+    "frames of 16": dict(frame=16),
+    "frames of 100, a short tail": dict(frame=100, tokens=130, tail=1, sinks=0, rotary=16, head_dim=48, keys={4: 33}),
+    "wider values, no rotary embedding": dict(keys={8: 16, 2: 64}, values={16: 9}, value_dim=80, groups=3),
+    "every key its rotation": dict(frame=1),
+    "five queries": dict(frame=64, q_tokens=5, groups=5, keys={8: 5}, values={4: 3}),
+    "16 queries of every key its rotation": dict(frame=1, q_tokens=16, tokens=20, keys={8: 30}),
+}
+
+
+@pytest.mark.parametrize("name", STORED_CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_exact_tokens_beside_latents(name, dtype):
+    query, key, value = stored_case(dtype=dtype, **STORED_CASES[name])
+    check_stored(query, key, value, scaling=query.shape[3] ** -0.5)
+
+
+@pytest.mark.parametrize("frame", [1, 32])
+@pytest.mark.parametrize("queries", [False, True])
+def test_masks_softcap_and_sink_logits_of_stored_tokens(frame, queries):
+    sizes = dict(frame=frame, q_tokens=3, heads=1, tokens=40, keys={8: 5, 4: 40}, tail=20)
+    query, key, value = stored_case(**sizes)
+    masks, logits = masks_of(query, key, queries), torch.randn(2)
+    check_stored(query, key, value, scaling=0.3, masks=masks, softcap=3.0)
+    check_stored(query, key, value, scaling=0.3, masks=masks, sink_logits=logits)
+
+
+@pytest.mark.parametrize("frame", [1, 32])
+def test_one_mask_for_all_elements_and_queries(frame):
+    query, key, value = stored_case(frame=frame, q_tokens=3, heads=1, tokens=40, keys={4: 40}, tail=20)
+    masks = tuple(mask[:1, :, :1] for mask in masks_of(query, key, False))
+    assert [mask.shape[:3] for mask in masks] == [(1, 1, 1)] * 3
+    check_stored(query, key, value, scaling=0.3, masks=masks)
+
+
+def test_one_plan_for_equal_calls_and_another_for_others():
+    query, key, value = on_device(stored_case(frame=32))
+    masks = on_device(masks_of(query, key, False))
+    for count, options in ((1, {}), (1, {}), (2, {"masks": masks}), (3, {"softcap": 2.0}), (3, {"masks": masks})):
+        attend_stored(query, key, value, scaling=0.2, impl="triton", **options)
+        assert len(key.latents.plans) == count
+    other = dataclasses.replace(value, latents=dataclasses.replace(value.latents))
+    expected = attend_stored(query, key, other, scaling=0.2, impl="torch")
+    actual = attend_stored(query, key, other, scaling=0.2, impl="triton")
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_queries_and_tails_that_begin_anywhere():
+    query, key, value = stored_case(frame=32, head_dim=32, batch=1)
+    odd = torch.randn(query.numel() + 1)[1:].view(query.shape)
+    tails = [torch.randn(side.tail.numel() + 1)[1:].view(side.tail.shape) for side in (key, value)]
+    key, value = (dataclasses.replace(side, tail=tail) for side, tail in zip((key, value), tails, strict=True))
+    check_stored(odd, key, value, scaling=0.2)

@@ -137,9 +137,13 @@ def on_device_back(tier):
 def test_refuses_states_that_are_not_finite(bad):
     case = encode_case(members=[(2, 32, 32, "half")], tiers=((4, 40),))
     case["states"][0][1, 0, 2, 3] = bad
-    for one in (reference.encode, encode):
+    on_gpu = {
+        name: [on_device(one) for one in given] if type(given) is list else on_device(given)
+        for name, given in case.items()
+    }
+    for one, given in ((reference.encode, case), (encode, on_gpu)):
         with pytest.raises(ValueError, match="states must be finite, got NaN or infinity"):
-            one(**case)
+            one(**given)
 
 
 def test_refuses_matrices_by_batch_element():

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from lowrank_cache.kernels.packed import BIT_WIDTHS
-from lowrank_cache.kernels.triton_tiers import channel_of, plain, tier_arguments, unspecialised
+from lowrank_cache.kernels.triton_tiers import COLUMNS, channel_of, plain, tier_arguments, unspecialised
 from tests.oracle.latent_sides import make_tiers, on_device
 
 
@@ -29,8 +29,10 @@ def _plain(out, numbers):
 )
 def test_every_channel_has_one_position(channels):
     arguments = tier_arguments(on_device(make_tiers(channels, 1, 2)))
-    positions = torch.empty(arguments.chunks(64) * 64, dtype=torch.int32, device=arguments.tiers[0].codes.device)
-    _channels[(arguments.chunks(64),)](positions, arguments.tiers, CHUNK=64)
+    positions = torch.empty(
+        arguments.position_blocks * COLUMNS, dtype=torch.int32, device=arguments.tiers[0].codes.device
+    )
+    _channels[(arguments.position_blocks,)](positions, arguments.tiers, CHUNK=COLUMNS)
     found = positions[positions >= 0].sort().values.tolist()
     assert found == list(range(sum(channels.values())))
 

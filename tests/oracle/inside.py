@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from lowrank_cache import LowRankCache, attention, probe, prompt_svd, store
+from lowrank_cache import LowRankCache, attention, coder, probe, prompt_svd, store
 from lowrank_cache.budget import GroupPlan
 from lowrank_cache.coder import CalibratedCoder
+from lowrank_cache.hadamard import channel_mixing
 from lowrank_cache.kernels.packed import pack_latents
 from lowrank_cache.positions import PositionTrack
 from lowrank_cache.shapes import ModelShape, RopeShape
@@ -34,10 +35,12 @@ __all__ = [
     "has_prompt_bases",
     "keep_first_frequencies",
     "narrowed_matrices",
+    "older_fingerprint",
     "plant_frequencies",
     "plant_shape",
     "prompt_bases",
     "reconstructing",
+    "round_rotations_otherwise",
     "shift_positions",
     "skip_products_of_prompts",
     "watch_encoding",
@@ -89,9 +92,9 @@ def shift_positions(cache: LowRankCache) -> None:
     track = cache._track
     begin = track.begin
 
-    def shifted(batch, tokens, position_ids, attention_mask, device):
+    def shifted(batch, tokens, position_ids, *others):
         assert position_ids is None
-        begin(batch, tokens, torch.arange(track.slots, track.slots + tokens)[None] + 1, attention_mask, device)
+        begin(batch, tokens, torch.arange(track.slots, track.slots + tokens)[None] + 1, *others)
 
     track.begin = shifted
 
@@ -110,6 +113,20 @@ def keep_first_frequencies(monkeypatch: pytest.MonkeyPatch) -> None:
             note(track, decoder, rope, start)
 
     monkeypatch.setattr(PositionTrack, "note_frequencies", note_first_only)
+
+
+def older_fingerprint(cache: LowRankCache) -> str | None:
+    """What an older version would have written of the bases: this one only reads it."""
+    return cache._bases_fingerprints()[1]
+
+
+def round_rotations_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As another processor might."""
+
+    def rounded(sizes: Tensor, unit: float) -> tuple[Tensor, ...]:
+        return tuple(matrix * (1 + 2e-7) for matrix in channel_mixing(sizes, unit))
+
+    monkeypatch.setattr(coder, "channel_mixing", rounded)
 
 
 def first_real(cache: LowRankCache) -> Tensor | None:
@@ -190,7 +207,7 @@ def wrapped_attention() -> set[str]:
 
 def without_reading(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let ``update`` return new states alone: what appending costs would drown in what reading costs."""
-    monkeypatch.setattr(LatentStore, "_assemble", lambda self, member, states: states)
+    monkeypatch.setattr(LatentStore, "_assemble", lambda self, member, states, exact: states)
 
 
 def plant_shape(model: nn.Module, shape: ModelShape) -> None:

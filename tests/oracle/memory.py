@@ -16,7 +16,11 @@ _NOT_TOKENS = (Projections, nn.Module, type, weakref.ref)  # the model, and what
 
 def reachable_tensors(root: object) -> list[Tensor]:
     """All tensors reachable from ``root`` through attributes and containers, calibrated bases and model apart."""
-    return _reachable(root, (*_NOT_TOKENS, *CALIBRATED_BASES))
+    # What reads latents holds matrices of the bases too.
+    bases = [item for item in _walk(root, _NOT_TOKENS) if isinstance(item, CALIBRATED_BASES)]
+    theirs = {id(tensor) for tensor in _reachable(bases, _NOT_TOKENS)}
+    found = _reachable(root, (*_NOT_TOKENS, *CALIBRATED_BASES))
+    return [tensor for tensor in found if id(tensor) not in theirs]
 
 
 def base_tensors(root: object) -> list[Tensor]:
@@ -26,15 +30,21 @@ def base_tensors(root: object) -> list[Tensor]:
 
 
 def _reachable(root: object, without: tuple[type, ...]) -> list[Tensor]:
-    found, seen, waiting = [], set(), [root]
+    return [item for item in _walk(root, without) if isinstance(item, Tensor)]
+
+
+def _walk(root: object, without: tuple[type, ...]) -> list[object]:
+    """All that is reachable from ``root`` but through objects of the types ``without``."""
+    found, seen, waiting = [], {}, [root]
     while waiting:
         item = waiting.pop()
         if id(item) in seen or isinstance(item, without):
             continue
-        seen.add(id(item))
+        seen[id(item)] = item  # kept, or another object may get its number
+        found.append(item)
         if isinstance(item, Tensor):
-            found.append(item)
-        elif isinstance(item, dict):
+            continue
+        if isinstance(item, dict):
             waiting.extend([*item.keys(), *item.values()])
         elif isinstance(item, list | tuple | set | frozenset):
             waiting.extend(item)

@@ -6,8 +6,9 @@ still give the right tokens. No model has an end-of-sequence token, so generatio
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
+from types import MappingProxyType
 
 import torch
 import transformers
@@ -19,10 +20,13 @@ from lowrank_cache.calibration import calibrate
 
 __all__ = [
     "FAMILIES",
+    "IMAGE",
     "MORE_FAMILIES",
+    "M_ROPE",
     "OTHER_SIZES",
     "REFUSED",
     "VOCAB",
+    "WITH_IMAGES",
     "exact_cache",
     "full_rank_projections",
     "random_tokens",
@@ -31,6 +35,7 @@ __all__ = [
 ]
 
 VOCAB = 128
+IMAGE, IMAGE_START = VOCAB, VOCAB + 1  # ids of one place in an image, and of what stands before it
 SMALL_SIZES = {"residual_length": 4, "num_sink_tokens": 2, "block_size": 3}
 
 _COMMON = {
@@ -262,6 +267,108 @@ def _falcon(**options) -> PreTrainedModel:
     return _build("Falcon", common=sizes, new_decoder_architecture=True, num_kv_heads=2, **options)
 
 
+def _with_images(
+    prefix: str,
+    section: list[int],
+    vision: Mapping = MappingProxyType({}),
+    rope: Mapping = MappingProxyType({}),
+    **text,
+) -> PreTrainedModel:
+    """A model with M-RoPE whose pairs are dealt to axes by ``section``."""
+    return _build(
+        prefix,
+        model_class=f"{prefix}ForConditionalGeneration",
+        text_config={
+            **_COMMON,
+            "vocab_size": VOCAB + 2,
+            "rope_parameters": _rope("default", mrope_section=section, **rope),
+            **text,
+        },
+        vision_config={
+            "depth": 1,
+            "hidden_size": 32,
+            "out_hidden_size": 64,
+            "num_heads": 2,
+            "intermediate_size": 32,
+            **vision,
+        },
+        image_token_id=IMAGE,
+        vision_start_token_id=IMAGE_START,
+        image_start_token_id=IMAGE_START,
+    )
+
+
+_LINEAR = {
+    "num_hidden_layers": 4,
+    "linear_conv_kernel_dim": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+
+
+# Three positions a token, equal but within images.
+M_ROPE: dict[str, Callable[[], PreTrainedModel]] = {
+    "qwen2-vl": lambda: _with_images("Qwen2VL", [2, 3, 3], {"embed_dim": 32, "hidden_size": 64}),
+    "qwen2.5-vl": lambda: _with_images("Qwen2_5_VL", [2, 3, 3]),
+    "qwen3-vl": lambda: _with_images(
+        "Qwen3VL", [4, 2, 2], {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+    ),
+    "qwen3.5": lambda: _with_images(
+        "Qwen3_5", [2, 1, 1], {"num_position_embeddings": 16}, {"partial_rotary_factor": 0.5}, **_LINEAR
+    ),
+    "glm4v": lambda: _with_images("Glm4v", [2, 3, 3]),
+}
+
+
+def _with_pictures(prefix: str, text: Mapping, vision: Mapping = MappingProxyType({}), **options) -> PreTrainedModel:
+    """A model whose decoder is that of a text model, before which pictures of 8 by 8 become four embeddings."""
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 8,
+        "patch_size": 4,
+        "model_type": "siglip_vision_model",
+        **vision,
+    }
+    return _build(
+        prefix,
+        model_class=f"{prefix}ForConditionalGeneration",
+        text_config={**_COMMON, "vocab_size": VOCAB + 2, **text},
+        vision_config=vision,
+        image_token_index=IMAGE,
+        image_token_id=IMAGE,
+        boi_token_index=IMAGE_START,
+        **options,
+    )
+
+
+# Wrappers hand their decoder embeddings, and some of them masks that they prepared.
+WITH_IMAGES: dict[str, Callable[[], PreTrainedModel]] = {
+    **M_ROPE,
+    "gemma3-vl": lambda: _with_pictures(
+        "Gemma3",
+        {"num_hidden_layers": 12, "sliding_window": 8, "query_pre_attn_scalar": 16},
+        mm_tokens_per_image=4,
+    ),
+    "llava": lambda: _with_pictures(
+        "Llava", {"model_type": "llama"}, vision_feature_layer=-1, vision_feature_select_strategy="full"
+    ),
+    "mistral3": lambda: _with_pictures(
+        "Mistral3",
+        {"model_type": "mistral", "sliding_window": None},
+        {"model_type": "pixtral", "head_dim": 16},
+        spatial_merge_size=1,
+    ),
+    "paligemma": lambda: _with_pictures(
+        "PaliGemma", {"model_type": "gemma"}, {"projection_dim": 64, "vision_use_head": False}, projection_dim=64
+    ),
+}
+
+
 # More families, tested in fewer modes: each has something that the families above have not.
 MORE_FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "smollm3": lambda: _build("SmolLM3", num_hidden_layers=4),  # every fourth layer without rotary embedding
@@ -282,6 +389,10 @@ MORE_FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "falcon": _falcon,
     "ernie4_5": lambda: _build("Ernie4_5"),
     "granite": lambda: _build("Granite"),
+    "gemma4": lambda: _build(  # heads of 512 in the layers that are compressed
+        "Gemma4", "Gemma4TextConfig", num_hidden_layers=6, sliding_window=8
+    ),
+    **WITH_IMAGES,
 }
 
 
@@ -299,7 +410,6 @@ REFUSED: dict[str, Callable[[], PreTrainedModel]] = {
     "gpt2": _gpt2,
     "bloom": lambda: _build("Bloom", n_layer=2, n_head=4),
     "opt": lambda: _build("OPT", ffn_dim=96, word_embed_proj_dim=64),
-    "qwen2-vl-text": lambda: _qwen2_vl(),
     "t5": lambda: _encoder_decoder("T5", d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4),
     "bart": lambda: _encoder_decoder(
         "Bart",
@@ -312,17 +422,13 @@ REFUSED: dict[str, Callable[[], PreTrainedModel]] = {
         decoder_ffn_dim=96,
     ),
     "falcon-alibi": lambda: _falcon(alibi=True),
+    # Pairs of height and of width in turn, which changes the order of the frequencies too.
+    "ernie4.5-vl": lambda: _with_images("Ernie4_5_VLMoe", [3, 3, 2]),
     "gptj": lambda: _build("GPTJ", n_embd=64, n_head=4, n_layer=2, rotary_dim=8, n_positions=256),
     "nanochat": lambda: _build("NanoChat"),
     "recurrent-gemma": lambda: _build("RecurrentGemma", lru_width=64, attention_window_size=8),
     "mamba": lambda: _build("Mamba", state_size=8, num_hidden_layers=2),
 }
-
-
-def _qwen2_vl() -> PreTrainedModel:
-    text = {**_COMMON, "rope_parameters": _rope("default", mrope_section=[2, 3, 3])}
-    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2}
-    return _build("Qwen2VL", model_class="Qwen2VLForConditionalGeneration", text_config=text, vision_config=vision)
 
 
 @cache
@@ -379,6 +485,33 @@ def _calibrated(
         joint=joint,
         progress=False,
     )
+
+
+def image_inputs(model: PreTrainedModel, batch: int = 2) -> dict[str, torch.Tensor]:
+    """A batch of prompts with text, an image of a few tokens, and text; the second is padded by two on the left."""
+    vision, draw = model.config.vision_config, torch.Generator().manual_seed(0)
+    grids = "mrope_section" in model.config.get_text_config().rope_parameters
+    image = torch.tensor([[IMAGE_START, *[IMAGE] * (6 if grids else 4)]] * batch)
+    tokens = torch.cat([random_tokens(batch, 4), image, random_tokens(batch, 9, seed=1)], dim=1)
+    mask = torch.ones_like(tokens)
+    tokens[1:, :2] = mask[1:, :2] = 0
+    inputs = {"input_ids": tokens, "attention_mask": mask}
+    if grids:  # an image of 2 by 3 tokens
+        merge, size = vision.spatial_merge_size, vision.patch_size
+        grid = torch.tensor([[1, 2 * merge, 3 * merge]] * batch)
+        numbers = getattr(vision, "in_channels", 3) * getattr(vision, "temporal_patch_size", 1) * size**2
+        return {
+            **inputs,
+            "pixel_values": torch.randn(int(grid.prod(1).sum()), numbers, generator=draw),
+            "image_grid_thw": grid,
+            "mm_token_type_ids": (tokens == IMAGE).long(),
+        }
+    inputs["pixel_values"] = torch.randn(batch, 3, 8, 8, generator=draw)
+    if model.config.model_type in ("gemma3", "paligemma"):
+        inputs["token_type_ids"] = (tokens == IMAGE).long()
+    if model.config.model_type == "mistral3":
+        inputs["image_sizes"] = torch.tensor([[8, 8]] * batch)
+    return inputs
 
 
 def full_rank_projections(

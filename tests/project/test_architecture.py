@@ -72,7 +72,8 @@ def test_the_map_in_the_docs_is_that_of_the_rules():
 
 def test_the_house_stays_small():
     lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in sources())
-    assert len(sources()) <= 52 and lines <= 10_800, f"{len(sources())} files of {lines} lines in all"
+    # 52 and 10,800 before the GPU, M-RoPE, ambient state, and what a cache answers to whoever asks.
+    assert len(sources()) <= 55 and lines <= 12_800, f"{len(sources())} files of {lines} lines in all"
 
 
 def test_no_circles():

@@ -19,7 +19,7 @@ ALLOWED = {
     "lowrank_cache/__init__.py": {"attention", "cache", "projections"},
     "lowrank_cache/cache.py": {
         *("artefact", "attention", "coder", "forward", "latent_view", "layers", "positions", "probe", "projections"),
-        *("prompt_svd", "saved_cache", "shapes", "store"),
+        *("prompt_svd", "saved_cache", "shapes", "store", "kernels.ambient"),
     },
     "lowrank_cache/layers.py": {"latent_view", "shapes", "store"},
     "lowrank_cache/attention.py": {"kernels.api", "latent_view", "probe"},
@@ -30,7 +30,7 @@ ALLOWED = {
     },
     "lowrank_cache/prompt_svd.py": {"artefact", "budget", "coder", "hadamard", "kernels.packed", "shapes"},
     "lowrank_cache/coder.py": {
-        *("artefact", "basis", "budget", "hadamard", "kernels.packed", "projections", "shapes"),
+        *("artefact", "basis", "budget", "hadamard", "kernels.ambient", "kernels.packed", "projections", "shapes"),
     },
     "lowrank_cache/latent_view.py": {"kernels.api", "kernels.packed"},
     "lowrank_cache/positions.py": {
@@ -39,7 +39,7 @@ ALLOWED = {
     "lowrank_cache/latents.py": {"artefact", "kernels.packed"},
     "lowrank_cache/projections.py": {"artefact", "basis", "budget", "shapes"},
     "lowrank_cache/budget.py": {"basis", "kernels.packed", "shapes"},
-    "lowrank_cache/basis.py": {"shapes"},
+    "lowrank_cache/basis.py": {"kernels.ambient", "shapes"},
     "lowrank_cache/probe.py": {"kernels.rope", "shapes"},
     "lowrank_cache/artefact.py": set(),
     "lowrank_cache/hadamard.py": set(),
@@ -53,13 +53,17 @@ ALLOWED = {
             "budget",
             "calibration",
             "coder",
+            "kernels.api",
             "kernels.packed",
+            "kernels.rope",
+            "kernels.trust",
             "probe",
             "projections",
             "prompt_svd",
         ),
         *("shapes",),
     },
+    "kernels/ambient.py": set(),
     "kernels/api.py": {"kernels"},
     "kernels/native.py": {"artefact", "kernels.packed"},
     "kernels/packed.py": {"kernels.rope"},
@@ -72,7 +76,8 @@ ALLOWED = {
     "kernels/triton_encode.py": {"kernels.packed", "kernels.triton_reconstruct", "kernels.triton_tiers"},
     "kernels/triton_reconstruct.py": {"kernels.packed", "kernels.triton_tiers"},
     "kernels/triton_tiers.py": {"kernels.packed"},
-    "calibration/": {"artefact", "basis", "kernels.rope", "probe", "projections", "shapes"},
+    "kernels/trust.py": {"artefact", "kernels.packed"},
+    "calibration/": {"artefact", "basis", "kernels.ambient", "kernels.rope", "probe", "projections", "shapes"},
 }
 # transformers changes often; a change of it must not reach further than these.
 TOUCH_TRANSFORMERS = {
