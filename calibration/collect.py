@@ -295,7 +295,8 @@ def _prepared(model: PreTrainedModel, differentiable: bool):
     hook: AbstractContextManager = nullcontext()
     if differentiable:
         embed = model.get_input_embeddings()
-        hook = embed.register_forward_hook(lambda module, inputs, output: output.detach().requires_grad_(True))
+        # A copy: models that change embeddings in place may not change what gradients begin at.
+        hook = embed.register_forward_hook(lambda module, inputs, output: output.detach().requires_grad_(True).clone())
     model.eval()
     try:
         for parameter, _ in flags:

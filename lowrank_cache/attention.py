@@ -328,13 +328,23 @@ def _wrapper(original: Callable) -> Callable:
     return attention
 
 
+def _unreadable(mask: object, query: Tensor, options: Mapping[str, Any]) -> bool:
+    """Whether a layer adds something to the scores of one token that attention over latents does not."""
+    try:
+        if mask is not None:
+            as_bool(mask, query.shape[2], query.shape[2])
+    except NotImplementedError:
+        return True
+    return options.get("position_bias") is not None
+
+
 @torch.compiler.disable(reason="the number of cached tokens changes with every step")
 def _attend(original: Callable, module, query, key, value, attention_mask=None, **kwargs) -> tuple[Tensor, Any]:
     """transformers' attention function where something rides on ``key``."""
     view = view_of(key)
     if not isinstance(view, LatentView):
         if isinstance(view, _Probe):
-            view.arrivals += value is view.values
+            view.arrivals += value is view.values and not _unreadable(attention_mask, query, kwargs)
             attach_view(key, None)  # so that another wrapper of ours, further down, does not count it again
         output = original(module, query, key, value, attention_mask, **kwargs)
         attach_view(key, view)

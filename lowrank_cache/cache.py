@@ -200,6 +200,12 @@ class LowRankCache(Cache):
         return self._track.slots > 0
 
     @property
+    def is_linear(self) -> list[bool]:
+        """Which layers hold states and no tokens, in the order of the layers."""
+        layers = zip(super().is_linear, self.layers, strict=True)
+        return [linear and not isinstance(layer, LowRankLayer) for linear, layer in layers]
+
+    @property
     def batch_size(self) -> int:
         """Of the cached sequences; -1 while the cache is empty."""
         return -1 if self._track.batch is None else self._track.batch
@@ -269,8 +275,9 @@ class LowRankCache(Cache):
         return [layer for layer in self.layers if isinstance(layer, LowRankLayer)]
 
     def _others(self) -> dict[int, Any]:
-        """Layers that are not compressed, by index."""
-        return {index: layer for index, layer in enumerate(self.layers) if not isinstance(layer, LowRankLayer)}
+        """What is not compressed, by index of the layer: transformers' own layers, and states beside tokens."""
+        held = {index: getattr(layer, "states", layer) for index, layer in enumerate(self.layers)}
+        return {index: layer for index, layer in held.items() if not isinstance(layer, LowRankLayer)}
 
     def __deepcopy__(self, memo: dict) -> "LowRankCache":
         """A cache that shares the bases and the model and owns its tokens."""

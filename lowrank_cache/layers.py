@@ -1,15 +1,21 @@
 """The layers of a ``LowRankCache``: compressed ones, whose tokens lie in stores, and transformers' own for the rest."""
 
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, CacheLayerMixin, get_layer_types_and_kwargs
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    CacheLayerMixin,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+    get_layer_types_and_kwargs,
+)
 
 from lowrank_cache.latent_view import LatentView
-from lowrank_cache.shapes import LayerShape, ModelShape
+from lowrank_cache.shapes import HYBRID, LayerShape, ModelShape
 from lowrank_cache.store import LatentStore
 
 
@@ -126,6 +132,46 @@ class LowRankLayer(CacheLayerMixin):
         return -1
 
 
+def _of_states(name: str) -> Any:
+    return property(lambda layer: getattr(layer.states, name))
+
+
+class LowRankHybridLayer(LowRankLayer, LinearAttentionCacheLayerMixin):  # type: ignore[misc]  # dtype, a property here
+    """A compressed layer that keeps the states of a convolution or recurrence beside its tokens (Falcon-H1, Zamba).
+
+    Attributes:
+        states: transformers' own layer of these states alone.
+    """
+
+    is_compileable = False
+    number_of_states, record_past, is_croppable = map(_of_states, ("number_of_states", "record_past", "is_croppable"))
+    conv_states, conv_kernel_size = _of_states("conv_states"), _of_states("conv_kernel_size")
+    recurrent_states, has_previous_state = _of_states("recurrent_states"), _of_states("has_previous_state")
+    is_conv_states_initialized = _of_states("is_conv_states_initialized")
+    is_recurrent_states_initialized = _of_states("is_recurrent_states_initialized")
+
+    def __init__(self, shape: LayerShape, stores: dict[str, LatentStore], states: LinearAttentionLayer):
+        super().__init__(shape, stores)
+        self.states = states
+
+    def lazy_initialization(self, *args, **kwargs) -> None:
+        """Of the states, if they are named; see the parent for tokens."""
+        if kwargs:
+            self.states.lazy_initialization(**kwargs)
+
+    def update_conv_state(self, *args, **kwargs) -> Tensor:
+        """See ``LinearAttentionLayer.update_conv_state``."""
+        return self.states.update_conv_state(*args, **kwargs)
+
+    def update_recurrent_state(self, *args, **kwargs) -> Tensor:
+        """See ``LinearAttentionLayer.update_recurrent_state``."""
+        return self.states.update_recurrent_state(*args, **kwargs)
+
+    def activate_past_recording(self) -> None:
+        """See ``LinearAttentionLayer.activate_past_recording``."""
+        self.states.activate_past_recording()
+
+
 def _place(store: LatentStore, layer_idx: int, side: str) -> int:
     """Which member of ``store`` a layer's side is."""
     return [(member.layer, member.side) for member in store.coder.members].index((layer_idx, side))
@@ -137,10 +183,13 @@ def make_layers(model: PreTrainedModel, shape: ModelShape, stores: Sequence[Late
     for store in stores:
         for member in store.coder.members:
             by_layer.setdefault(member.layer, {})[member.side] = store
-    layers = []
+    layers: list = []
     config = model.config.get_text_config(decoder=True)
     for index, (layer_type, kwargs) in enumerate(zip(*get_layer_types_and_kwargs(config), strict=True)):
-        if index in by_layer:
+        if index in by_layer and layer_type == HYBRID:
+            states = LinearAttentionLayer(**{name: kwargs[name] for name in ("number_of_states",) if name in kwargs})
+            layers.append(LowRankHybridLayer(shape.layer(index), by_layer[index], states))
+        elif index in by_layer:
             layers.append(LowRankLayer(shape.layer(index), by_layer[index]))
         else:
             layers.append(DYNAMIC_LAYER_TYPE_MAPPING[layer_type](**kwargs))

@@ -22,6 +22,8 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 
 from lowrank_cache.kernels.rope import LAYOUTS, angle_tables, pair_views, rotate
 from lowrank_cache.shapes import (
+    FULL,
+    HYBRID,
     ONE_POSITION,
     SIDES,
     LayerShape,
@@ -70,8 +72,8 @@ def model_shape(model: PreTrainedModel) -> ModelShape:
         The shape, remembered for as long as the model lives.
 
     Raises:
-        NotImplementedError: If the model's cache cannot be compressed: no full-attention layer, no
-            rotary embedding, ALiBi, keys that the probe cannot un-rotate, or a model split over processes.
+        NotImplementedError: If the model's cache cannot be compressed: no layer that keeps all tokens, keys that the
+            probe cannot un-rotate, or a model split over processes.
         ValueError: If the model computes NaN or infinite keys or values.
     """
     decoder, inner = decoder_of(model), inner_model(model)
@@ -149,9 +151,8 @@ def _check_supported(model: PreTrainedModel, config, layer_types: tuple[str, ...
         f"{name} is split over processes (tensor parallel {tensor_parallel}, pipeline parallel {pipeline_parallel}), "
         "and each caches only its own heads or layers, which is not supported; load the whole model in one process, "
         "over several devices with device_map if need be": max(tensor_parallel, pipeline_parallel) > 1,
-        f"{name} has nothing to compress: its cache layers are {sorted(set(layer_types))}, and only those of the kind "
-        "'full_attention' are compressed": "full_attention" not in layer_types,
-        f"{name} uses ALiBi; only rotary decoders are supported": getattr(config, "alibi", False),
+        f"{name} has nothing to compress: its cache layers are {sorted(set(layer_types))}, and only those of the kinds "
+        f"{FULL!r} and {HYBRID!r} are compressed": not {FULL, HYBRID} & set(layer_types),
     }
     for message, refused in refusals.items():
         if refused:
@@ -167,11 +168,6 @@ def _probe(model: PreTrainedModel, decoder: nn.Module) -> ModelShape:
     ropes = list(ropes.values()) if by_layer_type else [ropes]
     _check_supported(model, config, layer_types)
     sources = _rope_sources(decoder)
-    if not sources:
-        raise NotImplementedError(
-            f"{name} has no rotary position embedding with inverse frequencies to read (learned positions, ALiBi or "
-            "precomputed tables?); only rotary decoders are supported"
-        )
     with _same_inputs(decoder):
         before = _observe(model, 0)
         after = _observe(model, PROBE_POSITION)
@@ -180,11 +176,17 @@ def _probe(model: PreTrainedModel, decoder: nn.Module) -> ModelShape:
     rope_types = [rope.get("rope_type", "default") for rope in ropes]
     dynamic = any("dynamic" in rope_type or rope_type == "longrope" for rope_type in rope_types)
     layers = []
-    for layer_idx in [index for index, layer_type in enumerate(layer_types) if layer_type == "full_attention"]:
+    for layer_idx in [index for index, layer_type in enumerate(layer_types) if layer_type in (FULL, HYBRID)]:
         if layer_idx not in before or layer_idx not in after:
             raise NotImplementedError(
                 f"{name}: layer {layer_idx} did not hand keys and values to the cache of a forward of one token; only "
-                "models in which every 'full_attention' layer does so are supported"
+                f"models in which every {layer_types[layer_idx]!r} layer does so are supported"
+            )
+        tokens = before[layer_idx][0].shape[2]
+        if tokens != 1:
+            raise NotImplementedError(
+                f"{name}: layer {layer_idx} handed {tokens} tokens to the cache in a forward of one token; models that "
+                "put tokens of their own before the text are not supported"
             )
         sides = []
         for side, at_zero, rotated in zip(SIDES, before[layer_idx], after[layer_idx], strict=True):
@@ -349,7 +351,8 @@ def execution_device(module: nn.Module) -> torch.device:
 
 def input_device(model: PreTrainedModel) -> torch.device:
     """Where ``model`` takes its token ids."""
-    device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]  # nn.Module.__getattr__
+    embeddings = model.get_input_embeddings()  # several where a token has several codes (MusicGen)
+    device = next((weight.device for weight in embeddings.parameters()), model.device)
     # accelerate keeps offloaded weights on meta and moves inputs itself
     return torch.device("cpu") if device.type == "meta" else device
 

@@ -18,6 +18,9 @@ BOTH = "both"  # keys and values of the same layers in one latent
 Group = tuple[int, ...]  # adjacent compressible layers
 
 
+FULL, HYBRID = "full_attention", "hybrid"  # as transformers names what can be compressed
+
+
 @dataclass(frozen=True)
 class RopeShape:
     """How one side of a layer is rotated."""
@@ -84,7 +87,7 @@ class ModelShape:
 
     model_type: str  # ``config.model_type``
     layer_types: tuple[str, ...]  # transformers' type of every cache layer, in order
-    layers: tuple[LayerShape, ...]  # the compressible (``full_attention``) ones
+    layers: tuple[LayerShape, ...]  # the compressible (``FULL`` and ``HYBRID``) ones
 
     def members(self, side: str, layers: Group) -> list[Member]:
         """What a latent over ``layers`` holds, in the order of a basis' rows.

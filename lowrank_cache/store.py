@@ -296,7 +296,10 @@ class LatentStore:
     def commit(self) -> None:
         """The forward ended well: let go of what `rollback` would need."""
         self._before = None
-        self._views.end_forward()
+        if self.coder.one_basis:
+            self._views.end_forward()
+        else:  # what reads bases of the cache's own in another dtype is counted by nobody
+            self._views = _Views()
 
     def rollback(self) -> None:
         """Undo the current forward. Sinks need no undoing: those past the length are written again."""

@@ -184,7 +184,7 @@ def test_indices_that_are_none():
     assert cache.batch_size == 2
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3-next"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3-next", "falcon-h1"])
 @pytest.mark.parametrize("way", ["pickle", "torch.save", "copy"])
 def test_pickle(family, way):
     model, cache = _filled(family)

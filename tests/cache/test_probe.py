@@ -327,14 +327,10 @@ def test_calibration_sees_the_rotary_functions_input(monkeypatch, family):
 
 REASONS = {
     "mistral-all-sliding": "nothing to compress",
-    "gpt2": "no rotary position embedding",
-    "bloom": "ALiBi",
-    "opt": "learned positions",
     "ernie4.5-vl": "no known rotary layout",
     "t5": "encoder–decoder",
     "bart": "encoder–decoder",
-    "falcon-alibi": "ALiBi",
-    "gptj": "precomputed tables",
+    "gptj": "no known rotary layout",
     "nanochat": "no known rotary layout",
     "recurrent-gemma": "nothing to compress",
     "mamba": "nothing to compress",

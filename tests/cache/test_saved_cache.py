@@ -73,7 +73,7 @@ def load(folder, family: str, method: str | None = None, model=None) -> tuple[Pr
 
 
 # Each has a state that the others have not: frequencies that change, sliding, convolutions, recurrent states, MLA.
-@pytest.mark.parametrize("family", ["llama-dynamic", "gemma3", "lfm2", "qwen3-next", "deepseek-v3"])
+@pytest.mark.parametrize("family", ["llama-dynamic", "gemma3", "lfm2", "qwen3-next", "falcon-h1", "deepseek-v3"])
 def test_goes_on_as_the_original_would(tmp_path, family):
     model = tiny_model(family)
     cache = make(model, family)

@@ -369,6 +369,7 @@ WITH_IMAGES: dict[str, Callable[[], PreTrainedModel]] = {
 }
 
 
+_MAMBA = {"mamba_n_heads": 16, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8, "mamba_n_groups": 1}
 # More families, tested in fewer modes: each has something that the families above have not.
 MORE_FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "smollm3": lambda: _build("SmolLM3", num_hidden_layers=4),  # every fourth layer without rotary embedding
@@ -393,11 +394,24 @@ MORE_FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
         "Gemma4", "Gemma4TextConfig", num_hidden_layers=6, sliding_window=8
     ),
     **WITH_IMAGES,
+    # Learned positions, and biases of the scores (ALiBi): nothing is rotated.
+    "gpt2": lambda: _build("GPT2", model_class="GPT2LMHeadModel", n_embd=64, n_head=4, n_layer=2, n_positions=256),
+    "opt": lambda: _build("OPT", ffn_dim=96, word_embed_proj_dim=64),
+    "bloom": lambda: _build("Bloom", n_layer=2, n_head=4),
+    "falcon-alibi": lambda: _falcon(alibi=True),
+    # States beside tokens in one layer, and beside layers of tokens without positions.
+    "falcon-h1": lambda: _build("FalconH1", **_MAMBA, mamba_d_ssm=128),
+    "nemotron-h": lambda: _build(
+        "NemotronH",
+        num_hidden_layers=4,
+        layers_block_type=["mamba", "attention", "mamba", "attention"],
+        mamba_num_heads=8,
+        mamba_head_dim=8,
+        ssm_state_size=8,
+        n_groups=1,
+        chunk_size=8,
+    ),
 }
-
-
-def _gpt2() -> PreTrainedModel:
-    return _build("GPT2", model_class="GPT2LMHeadModel", n_embd=64, n_head=4, n_layer=2, n_positions=256)
 
 
 def _encoder_decoder(prefix: str, **options) -> PreTrainedModel:
@@ -407,9 +421,6 @@ def _encoder_decoder(prefix: str, **options) -> PreTrainedModel:
 # Models that a LowRankCache refuses when it is made.
 REFUSED: dict[str, Callable[[], PreTrainedModel]] = {
     "mistral-all-sliding": lambda: _build("Mistral", sliding_window=8),
-    "gpt2": _gpt2,
-    "bloom": lambda: _build("Bloom", n_layer=2, n_head=4),
-    "opt": lambda: _build("OPT", ffn_dim=96, word_embed_proj_dim=64),
     "t5": lambda: _encoder_decoder("T5", d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4),
     "bart": lambda: _encoder_decoder(
         "Bart",
@@ -421,7 +432,6 @@ REFUSED: dict[str, Callable[[], PreTrainedModel]] = {
         encoder_ffn_dim=96,
         decoder_ffn_dim=96,
     ),
-    "falcon-alibi": lambda: _falcon(alibi=True),
     # Pairs of height and of width in turn, which changes the order of the frequencies too.
     "ernie4.5-vl": lambda: _with_images("Ernie4_5_VLMoe", [3, 3, 2]),
     "gptj": lambda: _build("GPTJ", n_embd=64, n_head=4, n_layer=2, rotary_dim=8, n_positions=256),

@@ -43,6 +43,11 @@ SIZES: dict[str, Any] = {
     "hidden_size": 64,
     "d_model": 64,
     "n_embd": 64,
+    "rotary_dim": 8,
+    "mamba_d_ssm": 128,
+    "mamba_n_heads": 16,
+    "mamba_d_state": 16,
+    "mamba_chunk_size": 16,
     "dim": 64,
     "embed_dim": 64,
     "word_embed_proj_dim": 64,
@@ -140,6 +145,8 @@ def tiny_config(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
     if isinstance(kinds, list) and kinds:
         order = list(dict.fromkeys(kinds))
         given["layer_types"] = [order[index % len(order)] for index in range(4)]
+    if isinstance(own("hybrid_layer_ids"), list) and "layer_types" in given:  # Zamba2
+        given["hybrid_layer_ids"] = [index for index, kind in enumerate(given["layer_types"]) if kind == "hybrid"]
     rope = own("rope_parameters")
     if isinstance(rope, dict) and "rope_theta" in rope and _has_axes(config_class):
         half = int(given.get("head_dim", 16) * rope.get("partial_rotary_factor", 1.0)) // 2
@@ -183,17 +190,26 @@ def judge(name: str) -> Verdict:
         inputs = {"input_ids": tokens, "attention_mask": mask, **GREEDY}
     except Exception as error:  # whatever a configuration of made-up sizes runs into
         return Verdict(UNTESTED, f"no tiny configuration: {_short(error)}")
+    made = None
     try:
         model_shape(model)
     except NotImplementedError as error:
         return Verdict(REFUSED, _short(error))
     except Exception as error:
-        return Verdict(FAULT, f"when made: {_short(error)}")
+        made = error
     try:
         stock = DynamicCache(config=model.config.get_text_config(decoder=True))
         expected = model.generate(**inputs, **cache_argument(model, stock))
+        other = {**inputs, "input_ids": torch.where(mask.bool(), tokens, 5)}
+        stock = DynamicCache(config=model.config.get_text_config(decoder=True))
+        if not torch.equal(model.generate(**other, **cache_argument(model, stock))[:, 24:], expected[:, 24:]):
+            inputs |= {"attention_mask": torch.ones_like(mask)}  # it attends to pads by itself
+            stock = DynamicCache(config=model.config.get_text_config(decoder=True))
+            expected = model.generate(**inputs, **cache_argument(model, stock))
     except Exception as error:
         return Verdict(UNTESTED, f"its own generate fails: {_short(error)}")
+    if made is not None:
+        return Verdict(FAULT, f"when made: {_short(made)}")
     try:
         batches = [torch.randint(3, VOCAB, (2, 20), generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
         try:
