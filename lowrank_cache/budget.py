@@ -72,6 +72,21 @@ def full_bytes_per_token(shape: ModelShape) -> int:
     return 2 * sum(layer.key.width + layer.value.width for layer in shape.layers)
 
 
+def check_reachable(shape: ModelShape, compression_ratio: float, bits: int | None = None) -> None:
+    """Raise ValueError if no bases of the model can reach the ratio: to be asked before they are calibrated."""
+    full = full_bytes_per_token(shape)
+    least = min(tier_bytes(width, 1) for width in (BIT_WIDTHS if bits is None else (bits,)))
+    if full / compression_ratio < least:
+        raise ValueError(_nothing_stored(compression_ratio, full, least))
+
+
+def _nothing_stored(compression_ratio: float, full: int, least: int) -> str:
+    return (
+        f"compression_ratio {compression_ratio:g} leaves {full / compression_ratio:.1f} bytes per token, which stores "
+        f"nothing; the largest reachable ratio is {math.floor(full / least * 100) / 100}"
+    )
+
+
 def plan_groups(
     groups: Sequence[tuple[Basis, ...]],
     shape: ModelShape,
@@ -112,11 +127,7 @@ def plan_groups(
     else:
         plans = _plan_by_loss(groups, budget, BIT_WIDTHS if bits is None else (bits,))
     if all(not plan.tiers for plan in plans):
-        largest = math.floor(full / _least_bytes(groups, bits) * 100) / 100
-        raise ValueError(
-            f"compression_ratio {compression_ratio:g} leaves {budget:.1f} bytes per token, which stores nothing; "
-            f"the largest reachable ratio is {largest}"
-        )
+        raise ValueError(_nothing_stored(compression_ratio, full, _least_bytes(groups, bits)))
     return plans
 
 

@@ -19,6 +19,7 @@ from typer import Argument, Option
 
 from lowrank_cache import Projections
 from lowrank_cache.artefact import write_files
+from lowrank_cache.budget import check_reachable
 from lowrank_cache.calibration.api import METHODS, auto_group_size, check_groups
 from lowrank_cache.calibration.collect import collect_moments, refit_values
 from lowrank_cache.calibration.moments import Moments
@@ -204,6 +205,8 @@ def prepare(run: Run, specifications: list[str], sizes: dict[str, int], report: 
         if run.moments is None and found.bases_name in missing:
             try:  # before the long calibration, too
                 check_groups(Moments(model_shape(model), _recorded_groups(model)), **found.calibration())
+                if found.ranks is None:
+                    check_reachable(model_shape(model), found.compression_ratio, found.bits)
             except ValueError as error:
                 raise ValueError(f"cache {one!r} cannot be made: {error}") from error
     if missing:

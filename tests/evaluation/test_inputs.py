@@ -162,6 +162,8 @@ def test_options_are_checked_before_the_long_calibration(folder, tmp_path, monke
     run = Run(tmp_path / "out", str(path), text, text, tokens=1024, dtype="float32")
     with pytest.raises(ValueError, match=r"cache 'fisher:8,groups=3' cannot be made: both layers \(3, 4, 5\) were not"):
         prepare(run, ["full", "fisher:8,groups=3"], CacheSizes().sizes(), lambda line: None)
+    with pytest.raises(ValueError, match=r"cache 'fisher:5000' cannot be made: .* largest reachable ratio is"):
+        prepare(run, ["full", "fisher:5000"], CacheSizes().sizes(), lambda line: None)
 
 
 def test_equal_specifications_are_equal_caches_however_they_are_asked_for(folder, tmp_path):

@@ -8,7 +8,18 @@ from tests.tools.docs_sections import read_section
 from tests.tools.sweep import FAULT, LATE, REFUSED, UNTESTED, WORKS, classes, judge, tiny_config
 
 
-@pytest.mark.parametrize("name", ["LlamaForCausalLM", "Qwen3VLForConditionalGeneration"])
+# Plainly; with images; without rotation; with a state beside the tokens; with scores that get a bias.
+@pytest.mark.parametrize(
+    "name",
+    [
+        "LlamaForCausalLM",
+        "Qwen3VLForConditionalGeneration",
+        "OPTForCausalLM",
+        "FalconH1ForCausalLM",
+        "InklingForConditionalGeneration",
+        "DogeForCausalLM",
+    ],
+)
 def test_what_works(name):
     assert judge(name) == (WORKS, "")
 
@@ -16,8 +27,7 @@ def test_what_works(name):
 @pytest.mark.parametrize(
     "name, kind, reason",
     [
-        ("GPT2LMHeadModel", REFUSED, "no rotary position embedding"),
-        ("DogeForCausalLM", LATE, "got a bias; make the cache with attend='reconstruct'"),
+        ("MambaForCausalLM", REFUSED, "nothing to compress"),
         ("XLNetLMHeadModel", UNTESTED, "no tiny configuration"),
         ("NoSuchForCausalLM", UNTESTED, "not installed"),
     ],
@@ -36,6 +46,14 @@ def test_other_tokens_are_a_fault(monkeypatch):
 
     monkeypatch.setattr(LowRankCache, "update", wrong)
     assert judge("LlamaForCausalLM") == (FAULT, "other tokens")
+
+
+def test_a_refusal_in_a_forward_is_late(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise NotImplementedError("not like this")
+
+    monkeypatch.setattr(LowRankCache, "update", refuse)
+    assert judge("LlamaForCausalLM") == (LATE, "not like this")
 
 
 def test_errors_of_another_kind_are_a_fault(monkeypatch):

@@ -143,7 +143,7 @@ def make_cache(call: Call, model: PreTrainedModel, attend: str | None = None) ->
 
 
 def all_compressed(cache: Cache) -> bool:
-    return all(isinstance(layer, LowRankLayer) for layer in cache.layers)
+    return all(type(layer) is LowRankLayer for layer in cache.layers)  # hybrid ones keep states that go one way
 
 
 @dataclass
