@@ -78,7 +78,8 @@ def test_the_tables_of_a_layer_are_whole(kind):
     assert (_public(kind) | {name for name in vars(layer) if name[0] != "_"}) - set(OF_LAYERS) == set()
 
 
-@pytest.mark.parametrize("name", OF_CACHES)
+# Older releases have fewer names.
+@pytest.mark.parametrize("name", [name for name in OF_CACHES if hasattr(DynamicCache, name)])
 @pytest.mark.parametrize("filled", [False, True])
 def test_names_of_the_cache(name, filled):
     model, cache = _filled()
@@ -90,7 +91,7 @@ def test_names_of_the_cache(name, filled):
     found = _called(cache, name, OF_CACHES[name])
     if isinstance(found, tuple) and isinstance(found[0], type):
         assert "LowRank" in found[1] or found == _called(plain, name, OF_CACHES[name]) or "made for" in found[1]
-    elif name not in OTHERWISE:
+    elif name not in OTHERWISE and (filled or name != "crop"):  # an empty one cannot be cropped in older releases
         assert found == _called(plain, name, OF_CACHES[name])
 
 
