@@ -139,6 +139,26 @@ def test_the_callers_errors_are_raised(error):
     assert not trust._DISTRUSTED
 
 
+def test_where_torch_has_no_room_the_kernels_answer_and_are_compared_later():
+    arguments, _, _ = attention(lambda *result: result)
+    fallback, room = torch_ops.latent_attention, []
+
+    def cramped(*given, **options):
+        if not room:
+            raise torch.OutOfMemoryError("no room")
+        return fallback(*given, **options)
+
+    planted = SimpleNamespace(latent_attention=lambda *given, **options: fallback(*given, **options))
+    kernels = trust.guarded(planted, SimpleNamespace(latent_attention=cramped))
+    expected = fallback(*arguments, scaling=0.2)
+    for result in kernels.latent_attention(*arguments, scaling=0.2), kernels.latent_attention(*arguments, scaling=0.2):
+        assert all(torch.equal(one, other) for one, other in zip(result, expected, strict=True))
+    assert not trust._COMPARED and not trust._DISTRUSTED
+    room.append(True)
+    kernels.latent_attention(*arguments, scaling=0.2)
+    assert trust._COMPARED and not trust._DISTRUSTED
+
+
 def test_wrong_codes_and_wrong_states_are_seen():
     states = torch.randn(2, 2, 40, 16)
     arguments = [states], [torch.zeros(2, 16)], [None], torch.eye(32), ((8, 8), (4, 24)), torch.ones(32), torch.float16
