@@ -249,8 +249,8 @@ def test_custom_generate_from_a_folder(model, modules_cache):
     ):
         with pytest.raises(ValueError, match=message):
             model.generate(tokens, **arguments, **options)
-    with pytest.raises(NotImplementedError, match="no rotary position embedding"):
-        tiny_model("gpt2").generate(tokens, projections=projections, **options)
+    with pytest.raises(NotImplementedError, match="no known rotary layout"):
+        tiny_model("gptj").generate(tokens, projections=projections, **options)
 
 
 def test_continuous_batching_says_that_it_takes_no_cache(model, cache):
