@@ -187,8 +187,7 @@ def make_layers(model: PreTrainedModel, shape: ModelShape, stores: Sequence[Late
     config = model.config.get_text_config(decoder=True)
     for index, (layer_type, kwargs) in enumerate(zip(*get_layer_types_and_kwargs(config), strict=True)):
         if index in by_layer and layer_type == HYBRID:
-            states = LinearAttentionLayer(**{name: kwargs[name] for name in ("number_of_states",) if name in kwargs})
-            layers.append(LowRankHybridLayer(shape.layer(index), by_layer[index], states))
+            layers.append(LowRankHybridLayer(shape.layer(index), by_layer[index], LinearAttentionLayer(**kwargs)))
         elif index in by_layer:
             layers.append(LowRankLayer(shape.layer(index), by_layer[index]))
         else:

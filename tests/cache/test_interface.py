@@ -27,6 +27,17 @@ def _filled(family="llama", batch=2, **options):
     return model, cache
 
 
+def _beside_stock(filled):
+    """A cache and a stock one, that hold the same tokens or none."""
+    model, cache = _filled()
+    plain = DynamicCache(config=model.config)
+    if filled:
+        model(random_tokens(2, FAMILY_TOKENS), past_key_values=plain)
+    else:
+        cache.reset()
+    return cache, plain
+
+
 def _public(kind):
     """Names that ``kind`` or a parent of it defines, and those special ones that Python's own syntax calls."""
     special = {"__len__", "__iter__", "__repr__", "__reduce__"}
@@ -82,12 +93,7 @@ def test_the_tables_of_a_layer_are_whole(kind):
 @pytest.mark.parametrize("name", [name for name in OF_CACHES if hasattr(DynamicCache, name)])
 @pytest.mark.parametrize("filled", [False, True])
 def test_names_of_the_cache(name, filled):
-    model, cache = _filled()
-    plain = DynamicCache(config=model.config)
-    if filled:
-        model(random_tokens(2, FAMILY_TOKENS), past_key_values=plain)
-    else:
-        cache.reset()
+    cache, plain = _beside_stock(filled)
     found = _called(cache, name, OF_CACHES[name])
     if isinstance(found, tuple) and isinstance(found[0], type):
         assert "LowRank" in found[1] or found == _called(plain, name, OF_CACHES[name]) or "made for" in found[1]
@@ -98,12 +104,7 @@ def test_names_of_the_cache(name, filled):
 @pytest.mark.parametrize("name", OF_LAYERS)
 @pytest.mark.parametrize("filled", [False, True])
 def test_names_of_a_layer(name, filled):
-    model, cache = _filled()
-    plain = DynamicCache(config=model.config)
-    if filled:
-        model(random_tokens(2, FAMILY_TOKENS), past_key_values=plain)
-    else:
-        cache.reset()
+    cache, plain = _beside_stock(filled)
     if name == "update":  # a layer's update stands inside the cache's
         return
     found = _called(cache.layers[0], name, OF_LAYERS[name])
