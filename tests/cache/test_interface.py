@@ -240,3 +240,12 @@ def test_pickle_where_two_models_could_have_made_it():
     with pytest.raises(ValueError, match="this process has 2 such models"):
         pickle.loads(pickle.dumps(cache))
     assert other.get_seq_length() == 0
+
+
+def test_a_hybrid_layer_has_every_name_of_its_states():
+    """Names are handed on one by one: a new one of transformers must not be missing."""
+    _, cache = _filled("falcon-h1")
+    layer = cache.layers[0]
+    held = {name: value for name, value in vars(layer.states).items() if name not in ("dtype", "device")}  # of tokens
+    assert "conv_states" in held and all(getattr(layer, name) is value for name, value in held.items())
+    assert not {name for name in dir(layer.states) if name[0] != "_" and not hasattr(layer, name)}
