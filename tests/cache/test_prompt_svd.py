@@ -293,6 +293,14 @@ class TestLife:
         assert cache.stored_bytes() == held_bytes(cache)
         del full
 
+    @pytest.mark.parametrize("new_tokens", ["encode", "exact"])
+    def test_what_reading_made_is_not_kept(self, model, new_tokens):
+        """Bases are the cache's own, and nobody else counts what they became in another dtype."""
+        cache = xkv(model, layer_group_size=3, new_tokens=new_tokens, latent_dtype=torch.float16)
+        for seed, tokens in enumerate((50, 1, 1, 3)):
+            model(random_tokens(2, tokens, seed), past_key_values=cache)
+            assert cache.stored_bytes() == held_bytes(cache)
+
     @pytest.mark.parametrize("bits", [16, 8, 4, 2])
     def test_uniform_bits_store_what_they_claim(self, model, bits):
         tokens = random_tokens(2, 120)
